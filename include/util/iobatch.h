@@ -1,0 +1,44 @@
+/*
+ * File batches: many reads and writes of files, run at depth, done when the call returns.
+ *
+ * High depth without asynchronous code: the caller fills an array and gets it back with results.
+ * io_uring serves it where the kernel allows; else threads.  Short transfers are continued; a read
+ * at or past end of file fills the rest of the buffer with zeroes (block layer semantics).
+ * Thread safe: each calling thread has its own ring.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#ifndef QB_UTIL_IOBATCH_H
+#define QB_UTIL_IOBATCH_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/uio.h>
+
+typedef enum QbAioMode {
+    QB_AIO_THREADS,
+    QB_AIO_NATIVE,
+    QB_AIO_IO_URING,
+} QbAioMode;
+
+typedef enum QbIoKind {
+    QB_IO_READ,
+    QB_IO_WRITE,
+} QbIoKind;
+
+typedef struct QbIoOp {
+    QbIoKind kind;
+    int fd;
+    uint64_t offset;
+    const struct iovec *iov; /* not changed; must live until the batch is done */
+    int niov;
+    int ret; /* out: 0 or -errno */
+} QbIoOp;
+
+/* Runs all of @ops; the order of effects is not defined. Returns 0 or the first error in array order. */
+int qb_io_run(QbIoOp *ops, size_t n, QbAioMode mode);
+
+/* One blocking transfer with the same rules. @offset + length must fit int64_t. */
+int qb_io_one(QbIoKind kind, int fd, uint64_t offset, const struct iovec *iov, int niov);
+
+#endif

@@ -1,0 +1,67 @@
+/*
+ * The range lock: overlapping requests of a node take effect in the order of their tickets.
+ *
+ * A request draws its ticket when it is submitted (not when a worker picks it up).  It starts PLAIN:
+ * plain requests never wait for one another.  A request that turns out to change the map becomes
+ * SERIALISING for a range, and waits until it is GRANTED.
+ *
+ *   submit ---> PLAIN --serialise()--> WAITING --> GRANTED --> done
+ *                  \------------------ enter() ---------------/
+ *
+ * Who waits for whom (ranges overlapping, S = serialising and not done, t = ticket):
+ *   a plain request entering            waits for S with smaller t, and for S that is granted
+ *   a serialising request               waits for the same, and, if asked to, for all plain requests
+ *                                       with smaller t or already entered
+ * A granted request waits for nothing any more, and all others wait for smaller tickets or granted
+ * ones only: the graph of waits has no cycle.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#ifndef QB_UTIL_RANGELOCK_H
+#define QB_UTIL_RANGELOCK_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include "util/thread.h"
+
+typedef enum QbRangeState {
+    QB_RANGE_IDLE,    /* not in the lock */
+    QB_RANGE_PLAIN,   /* submitted, not entered */
+    QB_RANGE_ENTERED, /* plain and running */
+    QB_RANGE_WAITING, /* serialising, not granted */
+    QB_RANGE_GRANTED, /* serialising and running */
+} QbRangeState;
+
+typedef struct QbRangeRequest QbRangeRequest;
+struct QbRangeRequest {
+    QbRangeRequest *prev, *next; /* list in ticket order, guarded by the lock's mutex */
+    uint64_t ticket;
+    uint64_t offset, end; /* half open; end may be UINT64_MAX */
+    QbRangeState state;
+    bool wait_plain;
+};
+
+typedef struct QbRangeLock {
+    QbMutex lock;
+    QbCond changed;
+    QbRangeRequest *first, *last;
+    uint64_t next_ticket;
+    unsigned serialising; /* number of requests WAITING or GRANTED */
+} QbRangeLock;
+
+void qb_range_lock_init(QbRangeLock *l);
+void qb_range_lock_destroy(QbRangeLock *l); /* asserts that nobody is inside */
+
+/* Draws the ticket. @r is the caller's, lives until qb_range_leave(). */
+void qb_range_submit(QbRangeLock *l, QbRangeRequest *r, uint64_t offset, uint64_t bytes);
+/* Waits for serialising requests in the way. */
+void qb_range_enter(QbRangeLock *l, QbRangeRequest *r);
+/* As qb_range_enter(), but returns false at once instead of waiting. */
+bool qb_range_try_enter(QbRangeLock *l, QbRangeRequest *r);
+/* Turns @r (submitted or entered) serialising for [offset, offset + bytes), which must contain its
+ * own range, and waits until it is granted. Calling it again for a contained range does nothing. */
+void qb_range_serialise(QbRangeLock *l, QbRangeRequest *r, uint64_t offset, uint64_t bytes,
+                        bool wait_plain);
+void qb_range_leave(QbRangeLock *l, QbRangeRequest *r);
+
+#endif
