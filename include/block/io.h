@@ -1,0 +1,105 @@
+/*
+ * Requests on a child: what drivers and jobs call.  Users outside call blk_* (block-backend.h).
+ *
+ * All return 0 or -errno and block until the request is done.  Any alignment, any length up to
+ * BDRV_REQUEST_MAX_BYTES for transfers and any int64_t length for zero, discard and status; the
+ * core pads, splits and serialises.  Reads past the end of the node return zeroes where the range
+ * begins inside; a range that reaches beyond the end fails with -EIO unless the driver can grow.
+ * The caller holds the graph lock shared (nested entry is taken anyway).
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#ifndef BLOCK_IO_H
+#define BLOCK_IO_H
+
+#include "block/block.h"
+#include "util/iov.h"
+
+typedef enum BdrvRequestFlags {
+    BDRV_REQ_FUA = 1 << 0,         /* stable when the call returns */
+    BDRV_REQ_MAY_UNMAP = 1 << 1,   /* zeroes: space may be given back */
+    BDRV_REQ_NO_FALLBACK = 1 << 2, /* zeroes: -ENOTSUP rather than writing them out */
+    BDRV_REQ_COMPRESSED = 1 << 3,  /* write compressed */
+    BDRV_REQ_COPY_ON_READ = 1 << 4,
+    BDRV_REQ_REGISTERED_BUF = 1 << 5, /* accepted, a hint */
+    BDRV_REQ_UNCHANGED = 1 << 6,   /* write that does not change what the guest reads (COR, commit) */
+} BdrvRequestFlags;
+
+int bdrv_pread(BdrvChild *child, int64_t offset, int64_t bytes, void *buf, int flags);
+int bdrv_pwrite(BdrvChild *child, int64_t offset, int64_t bytes, const void *buf, int flags);
+int bdrv_preadv(BdrvChild *child, int64_t offset, int64_t bytes, IoVector *qiov, int flags);
+int bdrv_pwritev(BdrvChild *child, int64_t offset, int64_t bytes, IoVector *qiov, int flags);
+/* The part of @qiov that starts at @qiov_offset. */
+int bdrv_preadv_part(BdrvChild *child, int64_t offset, int64_t bytes, IoVector *qiov,
+                     size_t qiov_offset, int flags);
+int bdrv_pwritev_part(BdrvChild *child, int64_t offset, int64_t bytes, IoVector *qiov,
+                      size_t qiov_offset, int flags);
+/* bdrv_pwrite() then bdrv_flush() of the child's node. */
+int bdrv_pwrite_sync(BdrvChild *child, int64_t offset, int64_t bytes, const void *buf, int flags);
+int bdrv_pwrite_zeroes(BdrvChild *child, int64_t offset, int64_t bytes, int flags);
+/* Advisory: heads and tails that the driver cannot do are left alone; -ENOTSUP never escapes. */
+int bdrv_pdiscard(BdrvChild *child, int64_t offset, int64_t bytes);
+/* Makes all writes that have returned stable, down to the last protocol node. */
+int bdrv_flush(BlockDriverState *bs);
+/* New length. @exact: -ENOTSUP rather than a longer node. @prealloc of the grown part.
+ * BDRV_REQ_... : @zero_new: the grown part must read as zeroes (else it may show the backing file). */
+bool bdrv_truncate(BdrvChild *child, int64_t offset, bool exact, PreallocMode prealloc,
+                   bool zero_new, GError **errp);
+
+/* --- batches --- */
+typedef enum BdrvBatchKind {
+    BDRV_BATCH_READ,
+    BDRV_BATCH_WRITE,
+    BDRV_BATCH_ZERO,
+    BDRV_BATCH_DISCARD,
+} BdrvBatchKind;
+typedef struct BdrvBatchOp {
+    BdrvBatchKind kind;
+    int64_t offset, bytes;
+    void *buf; /* read and write */
+    int flags; /* BdrvRequestFlags */
+    int ret;   /* out */
+} BdrvBatchOp;
+/* Runs all of @ops at depth and returns when all are done: 0, or the first error in array order.
+ * The order of effects is not defined; ops of one batch must not overlap unless all read. */
+int bdrv_run_batch(BdrvChild *child, BdrvBatchOp *ops, size_t n);
+
+/* --- block status --- */
+typedef enum BdrvBlockStatus {
+    BDRV_BLOCK_DATA = 1 << 0,         /* storage holds the bytes */
+    BDRV_BLOCK_ZERO = 1 << 1,         /* reads as zeroes */
+    BDRV_BLOCK_OFFSET_VALID = 1 << 2, /* host_offset in host_node holds exactly these bytes */
+    BDRV_BLOCK_ALLOCATED = 1 << 3,    /* this layer decides the content (not the backing file) */
+    BDRV_BLOCK_EOF = 1 << 4,          /* the extent reaches the end of the node */
+    BDRV_BLOCK_COMPRESSED = 1 << 5,
+    BDRV_BLOCK_RECURSE = 1 << 6,      /* driver only: ask the node below about zeroes */
+} BdrvBlockStatus;
+typedef struct BdrvStatus {
+    int flags;             /* BdrvBlockStatus */
+    int depth;             /* layers above the one that decided; -1: none of them did */
+    int64_t bytes;         /* > 0: length of the extent, merged over as far as cheaply known */
+    int64_t host_offset;   /* with OFFSET_VALID */
+    BlockDriverState *host_node; /* with OFFSET_VALID: borrowed */
+} BdrvStatus;
+/* What one node says of [offset, offset+bytes): ALLOCATED tells whether it decides. */
+int bdrv_block_status(BlockDriverState *bs, int64_t offset, int64_t bytes, BdrvStatus *ret);
+/* Through the chain: @base excluded (NULL: to the end of the chain). Short backing files read as
+ * zeroes beyond their end, decided by the layer above. */
+int bdrv_block_status_above(BlockDriverState *bs, BlockDriverState *base, int64_t offset,
+                            int64_t bytes, BdrvStatus *ret);
+/* As above without protocol look-ups: flags say ALLOCATED (and ZERO where the layer knows). */
+int bdrv_is_allocated_above(BlockDriverState *bs, BlockDriverState *base, bool include_base,
+                            int64_t offset, int64_t bytes, int64_t *ret_bytes);
+/* 1 when the range is known to read as zeroes, 0 when not, or -errno. Never reads data. */
+int bdrv_is_zero_fast(BlockDriverState *bs, int64_t offset, int64_t bytes);
+
+/* --- quiescing --- */
+/* Waits for all requests of @bs and its parents' BlockBackends and keeps new ones waiting. Nests. */
+void bdrv_drained_begin(BlockDriverState *bs);
+void bdrv_drained_end(BlockDriverState *bs);
+
+/* --- VM state, above the guest's disk --- */
+int bdrv_save_vmstate(BlockDriverState *bs, IoVector *qiov, int64_t pos);
+int bdrv_load_vmstate(BlockDriverState *bs, IoVector *qiov, int64_t pos);
+
+#endif

@@ -1,0 +1,56 @@
+/*
+ * The order of locks, in one place.  A thread that holds a lock may take only locks further down.
+ *
+ *   1. drain            (a counter, not a mutex: new requests wait at the BlockBackend)
+ *   2. graph lock       shared: from the outermost call of a request to its end; nested calls and
+ *                       workers acting for the request borrow its entry.  exclusive: pointer switches
+ *                       only; no I/O, no waiting, no join under it
+ *   3. range lock       of a node, then of the nodes below it (taken and released inside one graph
+ *                       entry); holds no mutex while it is held
+ *   4. qcow2: snapshot/truncate/empty/amend need the whole node in the range lock
+ *   5. qcow2 metadata lock  BDRVQcow2State.lock: changes of L1 and L2.  Never across data I/O,
+ *                           never across a cache miss
+ *   6. qcow2 alloc lock     BDRVQcow2State.alloc_lock: refcounts and the free-space index.  Never across I/O
+ *   7. qcow2 cache lock     inside qcow2-cache.c
+ *   8. leaf locks           in-flight table, quarantine list, worker pool queue, blkdebug rules,
+ *                           range lock's own mutex, BlockBackend's counters
+ *
+ * The qcow2 flush lock (one flush at a time, others join) is taken before 5 and never while 5..8 are
+ * held; it is the only mutex held across I/O, and nobody who is announced in the in-flight table waits for it.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#ifndef BLOCK_LOCKS_H
+#define BLOCK_LOCKS_H
+
+#include <stdbool.h>
+#include "util/thread.h"
+
+/* The graph lock.  Entries nest per thread; only the outermost one touches shared memory. */
+void bdrv_graph_rdlock(void);
+void bdrv_graph_rdunlock(void);
+/* Waits for all readers; the caller must not hold an entry.  Pointer switches only. */
+void bdrv_graph_wrlock(void);
+void bdrv_graph_wrunlock(void);
+/* True when this thread may follow graph pointers (an entry of its own, borrowed, or exclusive). */
+bool bdrv_graph_held(void);
+/* A worker that acts for a request whose thread holds an entry and waits for the worker. */
+void bdrv_graph_borrow(void);
+void bdrv_graph_return(void);
+
+static inline void bdrv_graph_guard_leave(int *held)
+{
+    if (*held) {
+        bdrv_graph_rdunlock();
+    }
+}
+static inline int bdrv_graph_guard_enter(void)
+{
+    bdrv_graph_rdlock();
+    return 1;
+}
+#define BDRV_GRAPH_GUARD()                                                                         \
+    __attribute__((cleanup(bdrv_graph_guard_leave), unused)) int bdrv_graph_guard_ =               \
+        bdrv_graph_guard_enter()
+
+#endif
