@@ -114,7 +114,7 @@ int qb_size_parse(const char *text, char default_suffix, uint64_t *ret)
         p++;
         fraction = scan_fraction(&p);
     }
-    int power = suffix_power(*p ? *p++ : default_suffix);
+    int power = suffix_power(*p ? *p++ : default_suffix ? default_suffix : 'B');
     if (whole.count + fraction.count == 0 || power < 0 || *p) {
         return -EINVAL;
     }
