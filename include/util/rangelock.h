@@ -52,16 +52,19 @@ typedef struct QbRangeLock {
 void qb_range_lock_init(QbRangeLock *l);
 void qb_range_lock_destroy(QbRangeLock *l); /* asserts that nobody is inside */
 
-/* Draws the ticket. @r is the caller's, lives until qb_range_leave(). */
+/* Draws the ticket. @r is the caller's, lives until qb_range_leave(). offset + bytes beyond UINT64_MAX
+ * means up to infinity; a range of 0 bytes overlaps nothing. */
 void qb_range_submit(QbRangeLock *l, QbRangeRequest *r, uint64_t offset, uint64_t bytes);
 /* Waits for serialising requests in the way. */
 void qb_range_enter(QbRangeLock *l, QbRangeRequest *r);
 /* As qb_range_enter(), but returns false at once instead of waiting. */
 bool qb_range_try_enter(QbRangeLock *l, QbRangeRequest *r);
 /* Turns @r (submitted or entered) serialising for [offset, offset + bytes), which must contain its
- * own range, and waits until it is granted. Calling it again for a contained range does nothing. */
+ * own range, and waits until it is granted. Calling it again for a contained range does nothing; a
+ * granted request cannot be widened, nor made to wait for plain ones afterwards. */
 void qb_range_serialise(QbRangeLock *l, QbRangeRequest *r, uint64_t offset, uint64_t bytes,
                         bool wait_plain);
+/* Done, or given up before it entered. */
 void qb_range_leave(QbRangeLock *l, QbRangeRequest *r);
 
 #endif

@@ -47,6 +47,10 @@ typedef struct QB_CAPABILITY("rwlock") QbRwLock {
     pthread_rwlock_t rw;
 } QbRwLock;
 
+/* For mutexes of static storage. A condition has no such form, its clock is set at run time. */
+#define QB_MUTEX_INIT {.m = PTHREAD_MUTEX_INITIALIZER}
+
+/* Locking twice in one thread, unlocking what is not held and destroying what is are asserted. */
 void qb_mutex_init(QbMutex *m);
 void qb_mutex_destroy(QbMutex *m);
 void qb_mutex_lock(QbMutex *m) QB_ACQUIRE(*m);
@@ -64,9 +68,11 @@ static inline void qb_mutex_assert_held(const QbMutex *m) QB_ASSERT_HELD(*m) QB_
 
 void qb_cond_init(QbCond *c);
 void qb_cond_destroy(QbCond *c);
+/* Lets @m go, waits, takes it again. May return without a signal: wait in a loop. */
 void qb_cond_wait(QbCond *c, QbMutex *m) QB_REQUIRES(*m);
 /* Waits at most @ms milliseconds; false when the time ran out. */
 bool qb_cond_timedwait(QbCond *c, QbMutex *m, uint64_t ms) QB_REQUIRES(*m);
+/* The caller should hold the mutex that the waiters use; needed when they may destroy @c at once. */
 void qb_cond_signal(QbCond *c);
 void qb_cond_broadcast(QbCond *c);
 
