@@ -1,0 +1,566 @@
+/*
+ * The qcow2 driver's private header: a map of its rooms.
+ *
+ * Each banner names the file that owns what follows; nobody reaches into another room's fields.
+ *
+ *   guest request                                        what it may wait for
+ *     qcow2-io.c       announce -> lookup -> data I/O -> link -> leave
+ *     qcow2-cluster.c  mapping: L1 -> L2 -> entries      metadata lock
+ *     qcow2-walk.c     the only loop over tables
+ *     qcow2-alloc.c    where is space                    alloc lock
+ *     qcow2-refcount.c counts in bulk                    alloc lock
+ *     qcow2-cache.c    tables in memory                  cache lock
+ *     qcow2-l1.c       the L1 table in memory            its rwlock
+ *     qcow2-inflight.c who uses which host run
+ *     qcow2-quarantine.c freed, not yet reusable
+ *     qcow2-flush.c    the order in which memory becomes disk
+ *
+ * Life of a host cluster:
+ *
+ *     free --alloc--> allocated --link--> mapped --unlink (entry changed)--> quarantined
+ *      ^                  |                                                     |
+ *      `----- undo -------'            flush made the unlink stable, users left |
+ *      `------------------------------------------------------------------------'
+ *
+ * Numbers in comments (invariant N) are those of docs/devel/invariants.md.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#ifndef BLOCK_QCOW2_H
+#define BLOCK_QCOW2_H
+
+#include <assert.h>
+#include "block/driver.h"
+#include "block/qcow2-format.h"
+#include "util/checked.h"
+#include "util/endian.h"
+#include "util/error.h"
+#include "util/thread.h"
+
+typedef struct BDRVQcow2State BDRVQcow2State;
+typedef struct Qcow2Cache Qcow2Cache;
+typedef struct Qcow2Table Qcow2Table;
+typedef struct Qcow2FreeIndex Qcow2FreeIndex;
+typedef struct Qcow2Inflight Qcow2Inflight;
+typedef struct Qcow2Quarantine Qcow2Quarantine;
+typedef struct Qcow2Flusher Qcow2Flusher;
+
+/* The header in host byte order; version 2 images carry the version 3 fields' defaults. */
+typedef struct Qcow2Header {
+    uint32_t version;
+    uint64_t backing_offset;
+    uint32_t backing_size;
+    uint32_t cluster_bits;
+    uint64_t size;
+    uint32_t crypt_method;
+    uint32_t l1_size;
+    uint64_t l1_offset;
+    uint64_t reftable_offset;
+    uint32_t reftable_clusters;
+    uint32_t nb_snapshots;
+    uint64_t snapshots_offset;
+    uint64_t incompatible, compatible, autoclear;
+    uint32_t refcount_order;
+    uint32_t header_length;
+    uint8_t compression_type;
+} Qcow2Header;
+
+/* A header extension as it stands in the image. */
+typedef struct Qcow2Extension {
+    uint32_t type;
+    uint32_t length;
+    uint8_t *data; /* owned */
+} Qcow2Extension;
+
+typedef struct Qcow2Snapshot {
+    uint64_t l1_offset;
+    uint32_t l1_size;
+    char *id, *name; /* owned, NUL-terminated */
+    uint32_t date_sec, date_nsec;
+    uint64_t vm_clock_nsec;
+    uint64_t vm_state_size;
+    uint64_t disk_size;
+    uint64_t icount;
+    uint32_t extra_size;  /* bytes on disk, known ones included */
+    uint8_t *extra;       /* owned: all extra_size bytes as read; unknown ones are kept verbatim */
+} Qcow2Snapshot;
+
+/* A run of host clusters or bytes. */
+typedef struct Qcow2HostRun {
+    uint64_t offset, bytes;
+} Qcow2HostRun;
+
+struct BDRVQcow2State {
+    /* --- set at open, constant until close --- */
+    BlockDriverState *bs;
+    BdrvChild *data_file; /* bs->file without an external data file */
+    int version;
+    unsigned cluster_bits, cluster_size;
+    unsigned l2_entry_size;  /* 8, or 16 with extended L2 */
+    unsigned l2_bits, l2_entries; /* entries of an L2 table */
+    bool has_subclusters, has_data_file, data_file_raw;
+    unsigned subclusters_per_cluster, subcluster_bits, subcluster_size; /* 1 = the cluster itself */
+    unsigned refcount_order;
+    unsigned refblock_bits;  /* log2 of counts per refcount block */
+    uint64_t refcount_max;
+    uint8_t compression_type;
+    unsigned csize_shift;    /* compressed descriptor: bits of the offset field */
+    uint64_t csize_mask;
+    bool may_unallocate;     /* creator vouches that there will never be a backing file */
+
+    /* --- options, changed by reopen with the node drained --- */
+    bool discard_request, discard_snapshot, discard_other; /* pass-discard-* */
+    bool discard_no_unref;
+    uint64_t l2_cache_size, refcount_cache_size; /* bytes, 0 = default */
+
+    /* --- the header: changed under header_lock, written by qcow2-header.c only --- */
+    QbMutex header_lock; /* held across the header's own I/O; taken after the flush lock, before 5..8 */
+    Qcow2Header header;
+    GArray *extensions;  /* Qcow2Extension, in file order; end marker not included */
+    uint8_t *header_tail; /* bytes of the header beyond QCOW2_HDR_V3_LENGTH, kept verbatim */
+    _Atomic(bool) corrupt; /* marked at run time: all further I/O fails */
+
+    /* --- snapshots: changed with the whole node in the range lock --- */
+    GArray *snapshots;   /* Qcow2Snapshot */
+
+    /* --- metadata lock: changes of L1 and L2 (see qcow2-l1.c, qcow2-cluster.c) --- */
+    QbMutex lock;
+    /* --- alloc lock: refcounts, refcount table, free-space index --- */
+    QbMutex alloc_lock;
+    struct Qcow2Reftable {
+        uint64_t *entries;   /* host order, reserved bits kept */
+        uint64_t nb_entries; /* capacity of the table on disk: clusters * cluster_size / 8 */
+        uint64_t offset;
+        uint32_t clusters;
+        bool moved;          /* lies at a new place the header does not name yet */
+        GArray *dirty;       /* uint64_t: indices of entries to be written */
+    } reftable;
+    uint64_t compressed_next; /* byte offset where the next compressed cluster may go, 0: none */
+
+    /* --- rooms (each has its own lock) --- */
+    struct Qcow2L1 *l1;
+    Qcow2Cache *cache;
+    Qcow2FreeIndex *free_index; /* guarded by alloc_lock */
+    Qcow2Inflight *inflight;
+    Qcow2Quarantine *quarantine;
+    Qcow2Flusher *flusher;
+    struct Qcow2Compressor *compressor;
+    _Atomic(uint64_t) file_end; /* end of the last host cluster ever allocated or found in use */
+};
+
+static inline BDRVQcow2State *qcow2_state(BlockDriverState *bs)
+{
+    return bs->opaque;
+}
+static inline uint64_t qcow2_start_of_cluster(const BDRVQcow2State *s, uint64_t offset)
+{
+    return offset & ~(uint64_t)(s->cluster_size - 1);
+}
+static inline uint64_t qcow2_offset_into_cluster(const BDRVQcow2State *s, uint64_t offset)
+{
+    return offset & (s->cluster_size - 1);
+}
+/* Clusters needed for @bytes. */
+static inline uint64_t qcow2_size_to_clusters(const BDRVQcow2State *s, uint64_t bytes)
+{
+    return (bytes >> s->cluster_bits) + ((bytes & (s->cluster_size - 1)) != 0);
+}
+static inline uint64_t qcow2_l1_index(const BDRVQcow2State *s, uint64_t guest)
+{
+    return guest >> (s->cluster_bits + s->l2_bits);
+}
+static inline unsigned qcow2_l2_index(const BDRVQcow2State *s, uint64_t guest)
+{
+    return (guest >> s->cluster_bits) & (s->l2_entries - 1);
+}
+/* L1 entries that @size bytes of guest disk need. */
+static inline uint64_t qcow2_size_to_l1(const BDRVQcow2State *s, uint64_t size)
+{
+    unsigned shift = s->cluster_bits + s->l2_bits;
+    return (size >> shift) + ((size & ((UINT64_C(1) << shift) - 1)) != 0);
+}
+/* Where VM state begins in the guest address space. */
+static inline uint64_t qcow2_vm_state_offset(const BDRVQcow2State *s, uint64_t disk_size)
+{
+    return qcow2_size_to_l1(s, disk_size) << (s->cluster_bits + s->l2_bits);
+}
+
+/* ======================= qcow2-header.c: bytes <-> struct, updates ======================= */
+
+/* Pure: @buf holds @len bytes from file offset 0 (missing bytes read as zero). Only the magic and the
+ * version are judged here (EINVAL, ENOTSUP); qcow2_header_validate() does the rest. */
+bool qcow2_header_decode(const uint8_t *buf, size_t len, Qcow2Header *ret, GError **errp);
+/* Pure: 72 or 112 bytes (by version) to @buf. */
+void qcow2_header_encode(const Qcow2Header *h, uint8_t *buf);
+/* Pure: all rules of docs/interop/qcow2.md on single fields and their relations. @for_check lets
+ * through what check can repair. */
+bool qcow2_header_validate(const Qcow2Header *h, bool for_check, GError **errp);
+/* Pure: parses [header_length, end) of cluster 0. Appends to @ret (GArray of Qcow2Extension). */
+bool qcow2_extensions_decode(const uint8_t *cluster0, size_t start, size_t end, GArray *ret,
+                             GError **errp);
+void qcow2_extension_clear(Qcow2Extension *ext);
+const Qcow2Extension *qcow2_find_extension(const GArray *extensions, uint32_t type);
+/* "Unsupported qcow2 feature(s): ..." with names from the feature table extension, hex for the rest. */
+char *qcow2_unknown_feature_names(const GArray *extensions, uint64_t unknown);
+
+/*
+ * Changes fixed header fields in ONE write of the sector (device block) that holds them, nothing else
+ * in it changed (invariant 5).  @fn edits a copy of s->header; the copy becomes s->header when the
+ * write (and, with @sync, a flush after it) has succeeded.  Takes header_lock.  0 or -errno.
+ */
+int qcow2_header_update(BlockDriverState *bs, void (*fn)(Qcow2Header *h, void *opaque),
+                        void *opaque, bool sync);
+/* Sets or clears feature bits, stable on return; no write when nothing changes. */
+int qcow2_set_incompatible(BlockDriverState *bs, uint64_t set, uint64_t clear);
+int qcow2_set_autoclear(BlockDriverState *bs, uint64_t set, uint64_t clear);
+/* Replaces extension @type (NULL @data: removes) and/or the backing name; every step on disk parses
+ * (invariant 5). ENOSPC when it does not fit cluster 0. */
+bool qcow2_header_change_names(BlockDriverState *bs, const char *backing_file,
+                               const char *backing_fmt, GError **errp);
+/* Bytes of a fresh header cluster: header, extensions, backing name. ENOSPC if it does not fit. */
+bool qcow2_header_layout(const Qcow2Header *h, const GArray *extensions, const char *backing_file,
+                         uint8_t *cluster0, size_t cluster_size, Qcow2Header *ret, GError **errp);
+/* The feature-name table extension's 384 bytes, newly allocated. */
+uint8_t *qcow2_feature_table(uint32_t *ret_length);
+
+/* Something on disk or about to be written is impossible. Sets the corrupt bit where the image is
+ * writable and version 3, refuses all further I/O on this node (@fatal), warns once. Returns -EIO. */
+#define qcow2_signal_corruption(bs, fatal, offset, ...)                                            \
+    qcow2_signal_corruption_at(bs, fatal, offset, __FILE__, __LINE__, __VA_ARGS__)
+int qcow2_signal_corruption_at(BlockDriverState *bs, bool fatal, int64_t offset, const char *file,
+                               int line, const char *fmt, ...) G_GNUC_PRINTF(6, 7);
+
+/* ======================= qcow2-cache.c: tables in memory ======================= */
+
+/*
+ * L2 tables and refcount blocks, whole clusters, big-endian as on disk, found by host offset.
+ * A table is pinned by whoever holds a Qcow2Table; dirty ones are never dropped, clean unpinned ones
+ * are when the cache is over its limit.  Nobody waits for an entry while holding one: the cache grows.
+ */
+typedef enum Qcow2TableKind { QCOW2_TABLE_L2, QCOW2_TABLE_REFBLOCK } Qcow2TableKind;
+
+Qcow2Cache *qcow2_cache_new(BlockDriverState *bs, uint64_t limit_bytes);
+void qcow2_cache_free(Qcow2Cache *cache); /* asserts that nothing is pinned */
+void qcow2_cache_set_limit(Qcow2Cache *cache, uint64_t limit_bytes);
+/* Pins the table at @offset, loading it if needed. Blocks: not under lock or alloc_lock.
+ * -EIO with the image marked corrupt when @offset is unaligned or begins beyond the end of the file. */
+int qcow2_cache_get(Qcow2Cache *cache, Qcow2TableKind kind, uint64_t offset, Qcow2Table **ret);
+/* Pins it only if it is in memory; NULL otherwise. Never blocks. */
+Qcow2Table *qcow2_cache_peek(Qcow2Cache *cache, uint64_t offset);
+/* A table for a cluster just allocated: zeroes or a copy of @init, all dirty, "unlinked": no stable
+ * pointer names it yet, so the next flush writes it before the pointer. NULL: no memory. */
+Qcow2Table *qcow2_cache_add(Qcow2Cache *cache, Qcow2TableKind kind, uint64_t offset,
+                            const void *init);
+void qcow2_cache_put(Qcow2Table *t); /* NULL is fine */
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(Qcow2Table, qcow2_cache_put)
+/* Host clusters [offset, +bytes) no longer hold tables: their entries, dirty, loading or pinned, are
+ * never written again and never found again. */
+void qcow2_cache_poison(Qcow2Cache *cache, uint64_t offset, uint64_t bytes);
+/* A poisoned table's content is stale: start again from L1. */
+bool qcow2_table_poisoned(const Qcow2Table *t);
+uint64_t qcow2_table_offset(const Qcow2Table *t);
+/* Copies bytes out of / into the table, atomically against each other. store marks the sectors dirty;
+ * the caller holds the lock that owns the kind (metadata lock for L2, alloc lock for refcount blocks). */
+void qcow2_table_load(const Qcow2Table *t, size_t pos, size_t len, void *out);
+void qcow2_table_store(Qcow2Table *t, size_t pos, size_t len, const void *in);
+/* Direct view of a refcount block; alloc lock held throughout. After changing bytes call mark_dirty. */
+uint8_t *qcow2_refblock_data(Qcow2Table *t);
+void qcow2_table_mark_dirty(Qcow2Table *t, size_t pos, size_t len);
+/* Forgets everything, dirty or not (after repair wrote behind the cache's back). Node quiesced. */
+void qcow2_cache_reset(Qcow2Cache *cache);
+
+/* A piece of a dirty table copied for writing; see qcow2-flush.c. */
+typedef struct Qcow2DirtyPiece {
+    uint64_t offset; /* in the file */
+    size_t bytes;
+    uint8_t *data;   /* owned by the set */
+    Qcow2Table *table; /* pinned */
+    bool unlinked;   /* piece of a table that no stable pointer names */
+} Qcow2DirtyPiece;
+/* Copies all dirty sectors of @kind, merged into pieces, and marks them clean (and linked). The lock
+ * that owns the kind is held. -ENOMEM leaves everything as it was. */
+int qcow2_cache_collect_dirty(Qcow2Cache *cache, Qcow2TableKind kind, GArray *pieces);
+/* Marks pieces dirty again after a failed write; @relink: also unlinked as they were. Frees pieces. */
+void qcow2_cache_return_pieces(Qcow2Cache *cache, GArray *pieces, bool failed, bool relink);
+/* Drops clean unpinned tables down to the limit. */
+void qcow2_cache_trim(Qcow2Cache *cache);
+/* Bytes of dirty tables: the driver flushes by itself when they pass the limit. */
+uint64_t qcow2_cache_dirty_bytes(Qcow2Cache *cache);
+
+/* ======================= qcow2-l1.c: the active L1 ======================= */
+
+struct Qcow2L1 *qcow2_l1_new(BDRVQcow2State *s, uint64_t *be_entries, uint32_t size, uint64_t offset);
+void qcow2_l1_free(struct Qcow2L1 *l1);
+/* Entry in host order; 0 beyond the table. Takes the rwlock shared; cheap, any thread. */
+uint64_t qcow2_l1_get(const BDRVQcow2State *s, uint64_t index);
+uint32_t qcow2_l1_size(const BDRVQcow2State *s);
+uint64_t qcow2_l1_table_offset(const BDRVQcow2State *s);
+/* Changes one entry and marks its sector dirty. */
+void qcow2_l1_set_locked(BDRVQcow2State *s, uint64_t index, uint64_t entry) QB_REQUIRES(s->lock);
+/* Copies all entries, big-endian; newly allocated. */
+uint64_t *qcow2_l1_dup_be(const BDRVQcow2State *s, uint32_t *ret_size);
+/* Makes room for @size entries: a new table in new clusters, to which the next flush switches.
+ * @exact: no spare. The old clusters go to quarantine. Not under any lock. */
+int qcow2_l1_grow(BlockDriverState *bs, uint64_t size, bool exact);
+/* Replaces the table by @be_entries (stolen) at @offset, as the header on disk already says; the old
+ * table's clusters are the caller's to free. Whole node in the range lock. */
+void qcow2_l1_replace(BDRVQcow2State *s, uint64_t *be_entries, uint32_t size, uint64_t offset);
+
+/* ======================= qcow2-inflight.c: users of host runs ======================= */
+
+/* On the request's stack.  announce: before the look-up, pins everything.  resolve: once the run is
+ * known, pins that run only.  leave: file I/O done; never hold while waiting for a lock or worker. */
+typedef struct Qcow2User {
+    struct Qcow2User *prev, *next;
+    uint64_t seq;
+    uint64_t host, bytes; /* bytes 0: unresolved, pins everything */
+} Qcow2User;
+Qcow2Inflight *qcow2_inflight_new(void);
+void qcow2_inflight_free(Qcow2Inflight *f);
+void qcow2_user_announce(BDRVQcow2State *s, Qcow2User *u);
+void qcow2_user_resolve(BDRVQcow2State *s, Qcow2User *u, uint64_t host, uint64_t bytes);
+void qcow2_user_leave(BDRVQcow2State *s, Qcow2User *u);
+/* Everybody announced before this call has a sequence number below the result. */
+uint64_t qcow2_inflight_seq(BDRVQcow2State *s);
+/* Is a user announced before @seq on the run (or unresolved)? */
+bool qcow2_inflight_busy(BDRVQcow2State *s, uint64_t seq, uint64_t host, uint64_t bytes);
+/* Waits past all users announced before @seq. Caller is not announced and holds no lock. */
+void qcow2_inflight_wait(BDRVQcow2State *s, uint64_t seq);
+
+/* ======================= qcow2-quarantine.c: freed, not yet reusable ======================= */
+
+typedef enum Qcow2DiscardType { /* why it was freed: decides whether the file is punched */
+    QCOW2_DISCARD_NEVER,
+    QCOW2_DISCARD_ALWAYS,   /* shrink, make_empty: the space must go */
+    QCOW2_DISCARD_REQUEST,  /* guest discard or zero */
+    QCOW2_DISCARD_SNAPSHOT,
+    QCOW2_DISCARD_OTHER,
+} Qcow2DiscardType;
+Qcow2Quarantine *qcow2_quarantine_new(void);
+void qcow2_quarantine_free(Qcow2Quarantine *q);
+/*
+ * The references to the host run have been taken out of memory's tables; each cluster it touches loses
+ * one count when the next flush has made that stable and its users have left (invariant 3).  Byte
+ * runs of compressed clusters lose one on every cluster touched.  No lock needed; the metadata lock
+ * may be held.  Poisons cached tables in the run.  Never fails (out of memory: the run leaks, and
+ * the flusher says so).
+ */
+void qcow2_free_run(BlockDriverState *bs, uint64_t offset, uint64_t bytes, Qcow2DiscardType type);
+/* Frees what an L2 entry refers to, by its type; nothing for unallocated ones or a data file. */
+void qcow2_free_entry(BlockDriverState *bs, uint64_t l2_entry, Qcow2DiscardType type);
+/* Bytes waiting, and whether that is more than it should be (64 MiB or 1/16 of the file). */
+uint64_t qcow2_quarantine_bytes(BDRVQcow2State *s);
+bool qcow2_quarantine_full(BDRVQcow2State *s);
+/* Called by the flusher: everything freed before generation @gen ended is unlinked stably. Lowers
+ * counts, then punches merged runs. 0 or first error (the rest leaks, never dangles). */
+int qcow2_quarantine_release(BlockDriverState *bs, uint64_t gen);
+
+/* ======================= qcow2-flush.c: memory becomes disk ======================= */
+
+Qcow2Flusher *qcow2_flusher_new(void);
+void qcow2_flusher_free(Qcow2Flusher *f);
+/*
+ * Makes stable all that was done before the call.  Under the metadata and alloc lock: copy dirty
+ * sectors.  Write new tables and refcount blocks; barrier (covers data; a data file's comes first);
+ * [new refcount blocks: hook up; barrier]; L2 sectors, L1, header switch; barrier; release quarantine.
+ * Flushes are shared: one that arrives during a flush joins the next.  Caller not announced, no lock held.
+ */
+int qcow2_flush(BlockDriverState *bs);
+/* Same, without the last barrier being needed by anybody (cache pressure, quarantine full). */
+int qcow2_write_back(BlockDriverState *bs);
+/* Generation that the next flush will end; a change made now is stable when it is done. */
+uint64_t qcow2_flush_generation(BDRVQcow2State *s);
+/* For whole-node operations: is anything dirty? */
+bool qcow2_is_clean(BDRVQcow2State *s);
+
+/* ======================= qcow2-alloc.c, qcow2-refcount.c ======================= */
+
+Qcow2FreeIndex *qcow2_free_index_new(void);
+void qcow2_free_index_free(Qcow2FreeIndex *ix);
+/* Reads the refcount table named by the header. */
+bool qcow2_refcount_init(BlockDriverState *bs, GError **errp);
+void qcow2_refcount_close(BlockDriverState *bs);
+/* Forgets what is in memory and reads again (after repair or rebuild). Node quiesced. */
+bool qcow2_refcount_reload(BlockDriverState *bs, GError **errp);
+
+/*
+ * Allocation: counts become 1 in memory at once; nothing on disk refers to the clusters yet.  First fit
+ * by lowest host offset.  Before the file grows, and on ENOSPC, quarantine is flushed and released and
+ * the search repeated once.  May block: no lock held, not announced.  Host offset or -errno (-EFBIG:
+ * the file would pass the format's limits).
+ */
+int64_t qcow2_alloc_clusters(BlockDriverState *bs, uint64_t bytes);
+/* Up to *bytes (cluster multiple) in one run, at @want if that is free (0: anywhere); *bytes becomes
+ * what was given, at least one cluster. */
+int64_t qcow2_alloc_run(BlockDriverState *bs, uint64_t want, uint64_t *bytes);
+/* @size bytes (< cluster_size) for a compressed cluster; packs them behind the previous ones. */
+int64_t qcow2_alloc_bytes(BlockDriverState *bs, uint32_t size);
+/* Gives back what alloc_* returned and nothing ever referred to. */
+void qcow2_alloc_undo(BlockDriverState *bs, uint64_t offset, uint64_t bytes);
+
+/* Count of host cluster @index; 0 where there is no block. May block. */
+int qcow2_get_refcount(BlockDriverState *bs, uint64_t index, uint64_t *ret);
+/* Adds @delta (+1 or -1, or any) to every cluster touched by each run. Overflow (-EINVAL) and underflow
+ * (image marked corrupt) of any cluster is found before the first change. Runs are sorted in place.
+ * May block. Only for whole-node operations and quarantine release. */
+int qcow2_update_refcounts(BlockDriverState *bs, Qcow2HostRun *runs, size_t n, int delta);
+/* End of the last host cluster with a count > 0, in bytes. May block. */
+int qcow2_last_used_end(BlockDriverState *bs, uint64_t *ret);
+/* Drops refcount blocks whose counts are all zero (but themselves) at the table's end; for shrink. */
+int qcow2_refcount_shrink(BlockDriverState *bs);
+/* Raw access to one count in a block of @order: used by refcount.c and check.c. */
+uint64_t qcow2_refcount_read(const uint8_t *block, unsigned order, uint64_t slot);
+void qcow2_refcount_write(uint8_t *block, unsigned order, uint64_t slot, uint64_t value);
+
+/* Overlap guard: may [offset, +bytes) of the image file be written as data or by section @ignore?
+ * 0, or -EIO with the image marked corrupt. */
+typedef enum Qcow2Overlap {
+    QCOW2_OL_NONE = 0,
+    QCOW2_OL_MAIN_HEADER = 1 << 0,
+    QCOW2_OL_ACTIVE_L1 = 1 << 1,
+    QCOW2_OL_ACTIVE_L2 = 1 << 2,
+    QCOW2_OL_REFCOUNT_TABLE = 1 << 3,
+    QCOW2_OL_REFCOUNT_BLOCK = 1 << 4,
+    QCOW2_OL_SNAPSHOT_TABLE = 1 << 5,
+    QCOW2_OL_INACTIVE_L1 = 1 << 6,
+    QCOW2_OL_INACTIVE_L2 = 1 << 7,
+    QCOW2_OL_BITMAP_DIRECTORY = 1 << 8,
+} Qcow2Overlap;
+int qcow2_check_overlap(BlockDriverState *bs, int ignore, uint64_t offset, uint64_t bytes);
+
+/* ======================= qcow2-cluster.c: guest offset -> mapping ======================= */
+
+typedef enum Qcow2ClusterType {
+    QCOW2_UNALLOCATED,     /* backing file shows */
+    QCOW2_ZERO_PLAIN,
+    QCOW2_ZERO_ALLOC,      /* zeroes, host cluster kept */
+    QCOW2_NORMAL,
+    QCOW2_COMPRESSED,
+    QCOW2_UNALLOCATED_ALLOC, /* subcluster not allocated inside an allocated cluster */
+    QCOW2_INVALID,
+} Qcow2ClusterType;
+
+/* Both words of an L2 entry, host order; bitmap is 0 without subclusters. */
+typedef struct Qcow2L2Entry {
+    uint64_t entry, bitmap;
+} Qcow2L2Entry;
+
+/* Pure: type of subcluster @sc (0 without subclusters) of @e. */
+Qcow2ClusterType qcow2_entry_type(const BDRVQcow2State *s, Qcow2L2Entry e, unsigned sc);
+/* Pure: byte run of a compressed descriptor. */
+void qcow2_parse_compressed(const BDRVQcow2State *s, uint64_t entry, uint64_t *ret_offset,
+                            uint32_t *ret_bytes);
+
+/* A stretch of guest bytes of one type, host bytes contiguous where it has them. */
+typedef struct Qcow2Mapping {
+    Qcow2ClusterType type;
+    uint64_t guest, bytes;
+    uint64_t host;       /* host byte for @guest; compressed: start of the stream */
+    uint32_t comp_bytes; /* compressed: bytes available to the decoder */
+    bool copied;         /* whole run may be overwritten in place */
+    Qcow2L2Entry first;  /* the entry of @guest as it was read */
+} Qcow2Mapping;
+
+/* Maps [guest, +bytes), as far as one type and one host run go (possibly over several L2 tables).
+ * Blocks on cache misses; takes no metadata lock. Marks the image corrupt on impossible entries. */
+int qcow2_lookup(BlockDriverState *bs, uint64_t guest, uint64_t bytes, Qcow2Mapping *ret);
+
+/* Bulk changes of the map over cluster-aligned guest ranges (ends of the disk excepted). The request
+ * is serialised by the caller. Bounded lock holds; ranges never allocated allocate nothing. */
+typedef enum Qcow2DiscardHow {
+    QCOW2_DISCARD_TO_ZERO, /* reads zeroes afterwards (plain zero; 0 where nothing can shine through) */
+    QCOW2_DISCARD_FULL,    /* entry becomes 0: the backing file shows (shrink, make_empty) */
+} Qcow2DiscardHow;
+int qcow2_discard_clusters(BlockDriverState *bs, uint64_t guest, uint64_t bytes,
+                           Qcow2DiscardHow how, Qcow2DiscardType type);
+/* @flags: BDRV_REQ_MAY_UNMAP. -ENOTSUP on version 2 with a backing file. */
+int qcow2_zero_clusters(BlockDriverState *bs, uint64_t guest, uint64_t bytes, int flags);
+/* Preallocates: every cluster of the range mapped (zero+offset without @data, else normal). */
+int qcow2_preallocate(BlockDriverState *bs, uint64_t guest, uint64_t bytes, QbProgress *progress,
+                      GError **errp);
+
+/* ======================= qcow2-io.c, qcow2-compress.c ======================= */
+
+int qcow2_preadv(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes,
+                 IoVector *qiov, size_t qiov_offset, int flags);
+int qcow2_pwritev(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes,
+                  IoVector *qiov, size_t qiov_offset, int flags);
+int qcow2_pwritev_compressed(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes,
+                             IoVector *qiov, size_t qiov_offset);
+int qcow2_pwrite_zeroes(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes,
+                        int flags);
+int qcow2_pdiscard(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes);
+int qcow2_block_status(BlockDriverState *bs, int64_t offset, int64_t bytes, BdrvStatus *ret);
+int qcow2_save_vmstate(BlockDriverState *bs, IoVector *qiov, int64_t pos);
+int qcow2_load_vmstate(BlockDriverState *bs, IoVector *qiov, int64_t pos);
+int qcow2_map(BlockDriverState *bs, BlkQueue *queue, BdrvMapIntent intent, int64_t offset,
+              int64_t bytes, BdrvMapping *mapping);
+int qcow2_map_done(BlockDriverState *bs, BlkQueue *queue, BdrvMapping *mapping, int result);
+
+/* One cluster. compress: bytes written to @dst (< cluster_size), or -ENOSPC when it does not shrink.
+ * decompress: exactly @dst_len bytes or -EIO. Thread-safe, pure. */
+ssize_t qcow2_compress(uint8_t type, void *dst, size_t dst_len, const void *src, size_t src_len);
+int qcow2_decompress(uint8_t type, void *dst, size_t dst_len, const void *src, size_t src_len);
+
+/* ======================= qcow2-walk.c: THE iterator ======================= */
+
+/* What to walk: the active tables, or a detached L1 (of a snapshot, or one just cut off). */
+typedef struct Qcow2WalkSource {
+    const uint64_t *be_l1; /* big-endian; NULL: the active table through the cache */
+    uint64_t l1_size;
+} Qcow2WalkSource;
+
+/* An L2 table. Return < 0 to stop with that error. */
+typedef struct Qcow2WalkTable {
+    uint64_t l1_index;
+    uint64_t l1_entry;
+    const uint64_t *be;   /* l2_entries entries (l2_entry_size each), big-endian; NULL: not readable */
+    int error;            /* -errno when be is NULL */
+} Qcow2WalkTable;
+typedef int (*Qcow2TableFn)(const Qcow2WalkTable *table, void *opaque);
+/* Calls @fn for each L1 entry != 0 that maps part of [start, end), in L1 order; tables are read many at
+ * a time in file order. Active tables are seen as memory has them. Not under any lock. */
+int qcow2_walk_tables(BlockDriverState *bs, const Qcow2WalkSource *src, uint64_t start,
+                      uint64_t end, Qcow2TableFn fn, void *opaque);
+/* Same, by runs of equal type and contiguous host bytes; unallocated ones are skipped. */
+typedef int (*Qcow2RunFn)(const Qcow2Mapping *run, void *opaque);
+int qcow2_walk_runs(BlockDriverState *bs, const Qcow2WalkSource *src, uint64_t start, uint64_t end,
+                    Qcow2RunFn fn, void *opaque);
+/* Rewrites entries of the active tables: @fn edits @e in place and returns 1 if it changed, 0, or
+ * -errno. Under the metadata lock, one table per hold. */
+typedef int (*Qcow2EditFn)(uint64_t guest, Qcow2L2Entry *e, void *opaque);
+int qcow2_walk_edit(BlockDriverState *bs, uint64_t start, uint64_t end, Qcow2EditFn fn,
+                    void *opaque);
+
+/* ======================= whole-image operations (node serialised by the core) ======================= */
+
+/* qcow2-create.c */
+extern const QbOptDesc qcow2_create_opts[];
+bool qcow2_create(const char *filename, json_t *options, GError **errp);
+/* qcow2-amend.c */
+extern const QbOptDesc qcow2_amend_opts[];
+bool qcow2_change_backing_file(BlockDriverState *bs, const char *file, const char *fmt,
+                               GError **errp);
+/* qcow2-truncate.c */
+bool qcow2_truncate(BlockDriverState *bs, int64_t offset, bool exact, PreallocMode prealloc,
+                    bool zero_new, GError **errp);
+/* qcow2-empty.c */
+bool qcow2_make_empty(BlockDriverState *bs, GError **errp);
+/* qcow2-snapshot.c */
+void qcow2_snapshot_clear(Qcow2Snapshot *sn);
+bool qcow2_snapshots_load(BlockDriverState *bs, bool for_check, GError **errp);
+bool qcow2_snapshot_create(BlockDriverState *bs, const char *name, GError **errp);
+bool qcow2_snapshot_apply(BlockDriverState *bs, const char *id_or_name, GError **errp);
+bool qcow2_snapshot_delete(BlockDriverState *bs, const char *id, const char *name, GError **errp);
+GArray *qcow2_snapshot_list(BlockDriverState *bs, GError **errp);
+bool qcow2_snapshot_load_tmp(BlockDriverState *bs, const char *id_or_name, GError **errp);
+/* Encodes @snapshots as a table; newly allocated. EFBIG over the limits. */
+uint8_t *qcow2_snapshots_encode(const GArray *snapshots, int version, size_t *ret_bytes,
+                                GError **errp);
+/* qcow2-check.c */
+bool qcow2_check(BlockDriverState *bs, const BdrvCheckOptions *opts, BdrvCheckResult *result,
+                 GError **errp);
+/* Repairs a dirty image at a writable open: errors and leaks, then clears the bit. */
+bool qcow2_repair_dirty(BlockDriverState *bs, GError **errp);
+
+#endif
