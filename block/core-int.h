@@ -1,0 +1,97 @@
+/*
+ * What the files of the block core tell one another and nobody else.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#ifndef BLOCK_CORE_INT_H
+#define BLOCK_CORE_INT_H
+
+#include "block/block-backend.h"
+#include "block/driver.h"
+#include "util/error.h"
+
+/* --- registry.c --- */
+/* Looks at the first bytes of @file and returns the best format; NULL and error when they cannot be
+ * read. *ret_guessed: no format knew the content, raw was taken. */
+const BlockDriver *bdrv_probe_format(BlockDriverState *file, const char *filename, GError **errp);
+/* The best probe_device() answer among drivers for plain names; else "file". NULL: not registered. */
+const BlockDriver *bdrv_plain_file_driver(const char *filename);
+/* True when @filename begins with "proto:" and is not a plain name. */
+bool bdrv_has_protocol_prefix(const char *filename);
+
+/* --- graph.c: nodes and edges; every change of a pointer in the graph is here --- */
+/*
+ * Serialises functions that change the graph or permissions.  Taken after a drain and before the
+ * graph lock.  Who holds it may follow graph pointers, because a writer of them holds both this
+ * and the exclusive graph lock.  File locks are taken under it, guest I/O is not.
+ */
+extern QbMutex bdrv_graph_change_lock;
+
+/* A new node: registered by name (@node_name NULL: "#blockN"), no driver state yet, one reference. */
+BlockDriverState *bdrv_new_node(const BlockDriver *drv, const char *node_name, GError **errp);
+/*
+ * Makes @bs a child of @parent, or the root of @blk (exactly one of them is not NULL), and settles
+ * permissions below.  Steals the caller's reference to @bs, also on failure.
+ */
+typedef struct BdrvAttach {
+    BlockDriverState *parent;
+    BlockBackend *blk;
+    const char *name;
+    int role;
+    unsigned perm, shared; /* of a root; a node's edges get theirs from child_perm */
+} BdrvAttach;
+BdrvChild *bdrv_attach(const BdrvAttach *at, BlockDriverState *bs, GError **errp);
+/* True when @needle is @bs or below it. Graph change lock or graph lock held. */
+bool bdrv_is_below(BlockDriverState *bs, const BlockDriverState *needle);
+/* The child that holds the node's own data and metadata ("file"), or NULL. */
+BdrvChild *bdrv_primary_child(const BlockDriverState *bs);
+/* The node below filters. */
+BlockDriverState *bdrv_skip_filters(BlockDriverState *bs);
+/* Recomputes bs->bl from the children and the driver. No request may be in flight. */
+void bdrv_refresh_limits(BlockDriverState *bs);
+
+/*
+ * Quiescing, the part that is about parents.  quiesce() and unquiesce() count at @bs, at all nodes
+ * above it and at their BlockBackends (a parent attached in between inherits the count); new requests
+ * then wait in blk_begin_request().  wait_idle() returns when none is left of those that were begun.
+ * Both take the graph lock shared by themselves; the caller must not be inside a request.
+ */
+void bdrv_parents_quiesce(BlockDriverState *bs);
+void bdrv_parents_unquiesce(BlockDriverState *bs);
+void bdrv_parents_wait_idle(BlockDriverState *bs);
+
+/* --- perm.c --- */
+/* Settles permissions of @bs and below after its parents changed: checks all, then sets all, or
+ * leaves everything as it was. Graph change lock held. */
+bool bdrv_settle_perms(BlockDriverState *bs, GError **errp);
+
+/* --- backend.c --- */
+/* Counts a request; waits while @blk is quiesced. Never under the graph lock. */
+void blk_begin_request(BlockBackend *blk);
+void blk_end_request(BlockBackend *blk);
+/* Used by graph.c for bdrv_parents_*. */
+void blk_quiesce(BlockBackend *blk);
+void blk_unquiesce(BlockBackend *blk);
+void blk_wait_idle(BlockBackend *blk);
+
+/* --- io.c: what backend.c and image.c need of requests --- */
+/*
+ * A request whose place in the order of its node is drawn before it runs.  draw(): in the thread that
+ * submits, with the graph lock held shared; the range is valid (qb_range_valid).  The BlockBackend's
+ * count keeps the graph above the node from changing until exactly one bdrv_*_drawn() has run, in any
+ * thread, with the graph lock held shared; that call ends the request.
+ */
+void bdrv_request_draw(BdrvChild *child, BdrvRequest *req, BdrvRequestType type, int64_t offset,
+                       int64_t bytes);
+int bdrv_preadv_drawn(BdrvChild *child, BdrvRequest *req, int64_t offset, int64_t bytes,
+                      IoVector *qiov, int flags);
+int bdrv_pwritev_drawn(BdrvChild *child, BdrvRequest *req, int64_t offset, int64_t bytes,
+                       IoVector *qiov, int flags);
+int bdrv_pwrite_zeroes_drawn(BdrvChild *child, BdrvRequest *req, int64_t offset, int64_t bytes,
+                             int flags);
+int bdrv_pdiscard_drawn(BdrvChild *child, BdrvRequest *req, int64_t offset, int64_t bytes);
+/* Takes the whole node in the range lock (BDRV_TRACKED_WHOLE); graph lock held shared. */
+void bdrv_request_begin_whole(BlockDriverState *bs, BdrvRequest *req);
+void bdrv_request_end_whole(BdrvRequest *req);
+
+#endif
