@@ -2,9 +2,10 @@
  * File batches: many reads and writes of files, run at depth, done when the call returns.
  *
  * High depth without asynchronous code: the caller fills an array and gets it back with results.
- * io_uring serves it where the kernel allows; else threads.  Short transfers are continued; a read
- * at or past end of file fills the rest of the buffer with zeroes (block layer semantics).
- * Thread safe: each calling thread has its own ring.
+ * io_uring serves it where the kernel allows (QB_DISABLE_IO_URING=1 in the environment forbids it);
+ * native, the kernel's older aio, where all files are open with O_DIRECT; threads otherwise.  Short
+ * transfers are continued; a read at or past end of file fills the rest of the buffer with zeroes
+ * (block layer semantics).  Thread safe: each calling thread has its own ring.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -35,7 +36,8 @@ typedef struct QbIoOp {
     int ret; /* out: 0 or -errno */
 } QbIoOp;
 
-/* Runs all of @ops; the order of effects is not defined. Returns 0 or the first error in array order. */
+/* Runs all of @ops, also after one has failed; the order of effects is not defined. Returns 0 or the
+ * first error in array order. Not for tasks of qb_file_pool(), which serves it. */
 int qb_io_run(QbIoOp *ops, size_t n, QbAioMode mode);
 
 /* One blocking transfer with the same rules. @offset + length must fit int64_t. */
