@@ -1,0 +1,239 @@
+/*
+ * Where a file has data, and how holes and zeroes are made.
+ *
+ * Block status asks the file system with lseek(): SEEK_DATA, and SEEK_HOLE for the end of data.  On
+ * some file systems the second costs time proportional to the extent, and formats ask piece by piece.
+ * So the last data extent is remembered:
+ *
+ *      file    |  hole  |######## data ########|   hole   |######|
+ *                       start                  end
+ *
+ * Only data is remembered, never holes.  "Data" that another process has punched meanwhile is still a
+ * true answer, if not the best one; a "hole" that another process has filled would lose its data.
+ *
+ * Zeroes.                         inside the file                            beyond its end
+ *      may be given back          PUNCH_HOLE, else as below                  longer by ftruncate
+ *      must stay allocated        ZERO_RANGE, else PUNCH_HOLE + fallocate    longer by ftruncate
+ * What the file system has not got is remembered and answered with -ENOTSUP, upon which the core
+ * writes zeroes.
+ *
+ * Invariants
+ *  1. The remembered extent was data at a time when no hole made by this node, and completed, was
+ *     later: "changes" counts holes, and a look-up that began under an older count is not stored.
+ *  2. An extent that is returned is a multiple of request_alignment long, or reaches the end of the
+ *     request.  In doubt it is data.
+ *  3. Discard does not promise zeroes, and never fails for want of support otherwise than -ENOTSUP.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include "block/file-int.h"
+#include "util/checked.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+/* --- the cache --- */
+
+void file_data_cache_init(FileDataCache *c)
+{
+    qb_mutex_init(&c->lock);
+}
+
+void file_data_cache_destroy(FileDataCache *c)
+{
+    qb_mutex_destroy(&c->lock);
+}
+
+void file_data_cache_drop(FileDataCache *c)
+{
+    QB_GUARD(&c->lock);
+    c->start = c->end = 0;
+    c->changes++;
+}
+
+/* End of the remembered extent if @offset is in it, else 0; *changes is for cache_store(). */
+static int64_t cache_find(FileDataCache *c, int64_t offset, uint64_t *changes)
+{
+    QB_GUARD(&c->lock);
+    *changes = c->changes;
+    return offset >= c->start && offset < c->end ? c->end : 0;
+}
+
+static void cache_store(FileDataCache *c, int64_t start, int64_t end, uint64_t changes)
+{
+    QB_GUARD(&c->lock);
+    if (c->changes == changes) {
+        c->start = start;
+        c->end = end;
+    }
+}
+
+/* --- block status --- */
+
+/* [offset, end) is all data or all hole. */
+typedef struct FileExtent {
+    int64_t end;
+    bool data;
+} FileExtent;
+
+/* Asks the file system. Holes that reach the end of the file have no end. */
+static FileExtent find_extent(int fd, int64_t offset)
+{
+    FileExtent all_data = {.end = INT64_MAX, .data = true};
+    off64_t data = lseek(fd, offset, SEEK_DATA);
+    if (data < 0) {
+        return errno == ENXIO ? (FileExtent){.end = INT64_MAX, .data = false} : all_data;
+    }
+    if (data > offset) {
+        return (FileExtent){.end = data, .data = false};
+    }
+    off64_t hole = lseek(fd, offset, SEEK_HOLE);
+    if (hole <= offset) {
+        return all_data; /* it changed between the two questions, or there is no answer */
+    }
+    return (FileExtent){.end = hole, .data = true};
+}
+
+static FileExtent look_up(BDRVFileState *s, int64_t offset)
+{
+    uint64_t changes;
+    int64_t end = cache_find(&s->data, offset, &changes);
+    if (end) {
+        return (FileExtent){.end = end, .data = true};
+    }
+    FileExtent e = find_extent(s->fd, offset);
+    if (e.data && e.end != INT64_MAX) {
+        cache_store(&s->data, offset, e.end, changes);
+    }
+    return e;
+}
+
+/* Cuts the extent to the request and to whole units; a unit that is partly data is data. */
+static int64_t fit(FileExtent *e, int64_t offset, int64_t bytes, uint32_t unit)
+{
+    if (e->end - offset >= bytes) {
+        return bytes;
+    }
+    uint64_t length = (uint64_t)(e->end - offset);
+    length = e->data ? qb_align_up(length, unit) : qb_align_down(length, unit);
+    if (length == 0) {
+        e->data = true;
+        length = unit;
+    }
+    return MIN((int64_t)length, bytes);
+}
+
+int file_block_status(BlockDriverState *bs, int64_t offset, int64_t bytes, BdrvStatus *ret)
+{
+    BDRVFileState *s = file_state(bs);
+    FileExtent e = look_up(s, offset);
+    ret->bytes = fit(&e, offset, bytes, s->request_alignment);
+    ret->flags = BDRV_BLOCK_ALLOCATED | BDRV_BLOCK_OFFSET_VALID |
+                 (e.data ? BDRV_BLOCK_DATA : BDRV_BLOCK_ZERO);
+    ret->host_offset = offset;
+    ret->host_node = bs;
+    return 0;
+}
+
+/* --- fallocate --- */
+
+static bool means_no_such_operation(int err)
+{
+    return err == EOPNOTSUPP || err == ENOSYS || err == ENOTTY || err == ENODEV;
+}
+
+int file_fallocate(int fd, int mode, int64_t offset, int64_t bytes, _Atomic(bool) *lacks)
+{
+    int ret;
+    if (lacks && atomic_load_explicit(lacks, memory_order_relaxed)) {
+        return -ENOTSUP;
+    }
+    do {
+        ret = fallocate(fd, mode, offset, bytes);
+    } while (ret < 0 && errno == EINTR);
+    if (ret == 0) {
+        return 0;
+    }
+    if (!means_no_such_operation(errno)) {
+        /* EINVAL: these numbers do not suit the file system; others may. */
+        return errno == EINVAL ? -ENOTSUP : -errno;
+    }
+    if (lacks) {
+        atomic_store(lacks, true);
+    }
+    return -ENOTSUP;
+}
+
+/* --- zeroes --- */
+
+static int punch(BDRVFileState *s, int64_t offset, int64_t bytes)
+{
+    return file_fallocate(s->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, bytes,
+                          &s->lacks.punch_hole);
+}
+
+/* Zeroes that keep their space. */
+static int zero_allocated(BDRVFileState *s, int64_t offset, int64_t bytes)
+{
+    int ret = file_fallocate(s->fd, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, offset, bytes,
+                             &s->lacks.zero_range);
+    if (ret != -ENOTSUP) {
+        return ret;
+    }
+    ret = punch(s, offset, bytes);
+    if (ret < 0) {
+        return ret;
+    }
+    /* What cannot be reserved again reads as zeroes all the same. */
+    ret = file_fallocate(s->fd, FALLOC_FL_KEEP_SIZE, offset, bytes, NULL);
+    return ret == -ENOTSUP ? 0 : ret;
+}
+
+/* The part of the request that lies inside the file, which other processes may have made longer. */
+static int64_t bytes_inside(const BDRVFileState *s, int64_t offset, int64_t bytes)
+{
+    int64_t length = file_length(s);
+    if (length < 0) {
+        return length;
+    }
+    return CLAMP(length - offset, 0, bytes);
+}
+
+static int zero_regular(BDRVFileState *s, int64_t offset, int64_t bytes, int flags)
+{
+    int64_t inside = bytes_inside(s, offset, bytes);
+    if (inside < 0) {
+        return (int)inside;
+    }
+    int ret = 0;
+    if (inside > 0) {
+        ret = flags & BDRV_REQ_MAY_UNMAP ? punch(s, offset, inside) : -ENOTSUP;
+        ret = ret == -ENOTSUP ? zero_allocated(s, offset, inside) : ret;
+    }
+    return ret < 0 ? ret : file_grow(s, offset + bytes);
+}
+
+int file_pwrite_zeroes(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes,
+                       int flags)
+{
+    BDRVFileState *s = file_state(bs);
+    int ret = s->is_device ? host_device_zero(s, offset, bytes, flags)
+                           : zero_regular(s, offset, bytes, flags);
+    file_data_cache_drop(&s->data);
+    return ret;
+}
+
+static int discard_regular(BDRVFileState *s, int64_t offset, int64_t bytes)
+{
+    int64_t inside = bytes_inside(s, offset, bytes);
+    return inside > 0 ? punch(s, offset, inside) : (int)inside;
+}
+
+int file_pdiscard(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes)
+{
+    BDRVFileState *s = file_state(bs);
+    int ret = s->is_device ? host_device_discard(s, offset, bytes)
+                           : discard_regular(s, offset, bytes);
+    file_data_cache_drop(&s->data);
+    return ret;
+}
