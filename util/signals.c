@@ -23,6 +23,7 @@
 
 #include <glib.h>
 #include <signal.h>
+#include <unistd.h>
 
 #define WAKE_SIGNAL SIGUSR1
 
@@ -59,10 +60,16 @@ static void choose_signals(void)
 static void *signal_thread(void *unused)
 {
     int signum;
-    while (sigwait(&state.waited_for, &signum) == 0 && !atomic_load(&state.stopping)) {
+    while (sigwait(&state.waited_for, &signum) == 0) {
+        if (atomic_load(&state.stopping)) {
+            break;
+        }
         if (sigismember(&state.reported, signum)) {
             state.on_signal(signum, state.opaque);
         }
+    }
+    if (signum != WAKE_SIGNAL) {
+        kill(getpid(), signum); /* too late for the callback: give it back, it stays pending */
     }
     return NULL;
 }
