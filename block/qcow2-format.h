@@ -81,6 +81,11 @@ enum {
 #define QCOW2_MAX_SNAPSHOT_TABLE_BYTES (64u << 20)
 #define QCOW2_MAX_SNAPSHOT_EXTRA 1024u
 #define QCOW2_MAX_BACKING_NAME 1023u
+#define QCOW2_MAX_BACKING_FORMAT 15u
+#define QCOW2_MAX_BITMAPS 65535u
+#define QCOW2_MAX_BITMAP_DIRECTORY_BYTES (1024u * QCOW2_MAX_BITMAPS)
+#define QCOW2_FEATURE_ENTRY_BYTES 48u
+#define QCOW2_HDR_SECTOR 512u /* the fixed fields lie in it and change in one write */
 #define QCOW2_MAX_HOST_OFFSET ((UINT64_C(1) << 56) - 1)
 
 /* L1 and L2 entries. */

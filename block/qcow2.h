@@ -112,6 +112,9 @@ struct BDRVQcow2State {
     bool discard_request, discard_snapshot, discard_other; /* pass-discard-* */
     bool discard_no_unref;
     uint64_t l2_cache_size, refcount_cache_size; /* bytes, 0 = default */
+    uint64_t cache_clean_interval; /* seconds, 0 = never; accepted, the cache trims by itself */
+    bool lazy_refcounts;           /* as shown; counts are written in order all the same */
+    int overlap_check;             /* Qcow2Overlap bits that the overlap guard looks at */
 
     /* --- the header: changed under header_lock, written by qcow2-header.c only --- */
     QbMutex header_lock; /* held across the header's own I/O; taken after the flush lock, before 5..8 */
@@ -119,6 +122,11 @@ struct BDRVQcow2State {
     GArray *extensions;  /* Qcow2Extension, in file order; end marker not included */
     uint8_t *header_tail; /* bytes of the header beyond QCOW2_HDR_V3_LENGTH, kept verbatim */
     _Atomic(bool) corrupt; /* marked at run time: all further I/O fails */
+    _Atomic(bool) corrupt_unsaved;  /* found under a lock: the bit is still to be written */
+    _Atomic(bool) corrupt_reported; /* the warning that is given once is out */
+    const char *corrupt_file;       /* where in this source it was found, for debuggers */
+    int corrupt_line;
+    _Atomic(uint64_t) autoclear_pending; /* autoclear bits to clear before the first change */
 
     /* --- snapshots: changed with the whole node in the range lock --- */
     GArray *snapshots;   /* Qcow2Snapshot */
@@ -195,6 +203,20 @@ void qcow2_header_encode(const Qcow2Header *h, uint8_t *buf);
 /* Pure: all rules of docs/interop/qcow2.md on single fields and their relations. @for_check lets
  * through what check can repair. */
 bool qcow2_header_validate(const Qcow2Header *h, bool for_check, GError **errp);
+/* Pure: the part of it that must hold before extensions and features can be looked at. */
+bool qcow2_header_validate_layout(const Qcow2Header *h, GError **errp);
+/* Pure: rules on known extensions (backing format, crypto, bitmaps) given the header. */
+bool qcow2_extensions_validate(const Qcow2Header *h, const GArray *extensions, GError **errp);
+/* Where the extension area of cluster 0 ends: at the backing name or at the end of the cluster. */
+size_t qcow2_extensions_end(const Qcow2Header *h);
+/* An empty array of Qcow2Extension that frees what it holds. */
+GArray *qcow2_extensions_new(void);
+/* Appends a copy of @length bytes of @data. */
+void qcow2_extensions_add(GArray *extensions, uint32_t type, const void *data, uint32_t length);
+/* Bytes that @extensions take up behind the header, end marker included. */
+size_t qcow2_extensions_length(const GArray *extensions);
+/* Pure: the extensions and the end marker to @buf, which is zeroed as far as padding goes. */
+void qcow2_extensions_encode(const GArray *extensions, uint8_t *buf);
 /* Pure: parses [header_length, end) of cluster 0. Appends to @ret (GArray of Qcow2Extension). */
 bool qcow2_extensions_decode(const uint8_t *cluster0, size_t start, size_t end, GArray *ret,
                              GError **errp);
@@ -210,6 +232,18 @@ char *qcow2_unknown_feature_names(const GArray *extensions, uint64_t unknown);
  */
 int qcow2_header_update(BlockDriverState *bs, void (*fn)(Qcow2Header *h, void *opaque),
                         void *opaque, bool sync);
+/* Reads header and extensions at open, validates them, and fills s->header, s->extensions and
+ * s->header_tail.  Texts as users know them; unknown incompatible features are named. */
+bool qcow2_header_load(BlockDriverState *bs, bool for_check, GError **errp);
+/* Writes the first sector (512 bytes at @sector) in one piece; @sync: and flushes.  When either fails the
+ * old bytes @undo (may be NULL) are put back; if that fails too nobody knows what the disk says, and the
+ * node refuses all further I/O.  Under header_lock. */
+int qcow2_header_write_sector_locked(BDRVQcow2State *s, const uint8_t *sector, const uint8_t *undo,
+                                     bool sync) QB_REQUIRES(s->header_lock);
+/* Before the first change of a session: clears autoclear bits that this driver does not keep true
+ * (@guest: guest content changes too, which makes stored bitmaps stale). Cheap when nothing is
+ * pending. 0 or -errno; -EIO on a node marked corrupt. No lock held, not announced. */
+int qcow2_begin_change(BlockDriverState *bs, bool guest);
 /* Sets or clears feature bits, stable on return; no write when nothing changes. */
 int qcow2_set_incompatible(BlockDriverState *bs, uint64_t set, uint64_t clear);
 int qcow2_set_autoclear(BlockDriverState *bs, uint64_t set, uint64_t clear);
@@ -229,6 +263,8 @@ uint8_t *qcow2_feature_table(uint32_t *ret_length);
     qcow2_signal_corruption_at(bs, fatal, offset, __FILE__, __LINE__, __VA_ARGS__)
 int qcow2_signal_corruption_at(BlockDriverState *bs, bool fatal, int64_t offset, const char *file,
                                int line, const char *fmt, ...) G_GNUC_PRINTF(6, 7);
+/* Writes the corrupt bit if it was found under a lock, where no I/O is allowed. No lock held. */
+int qcow2_corrupt_save(BlockDriverState *bs);
 
 /* ======================= qcow2-cache.c: tables in memory ======================= */
 
