@@ -148,7 +148,7 @@ bool file_locks_take(FileLocks *l, int fd, unsigned perm, unsigned unshared, con
                      GError **errp);
 /* Unlocks all but @perm and @unshared, which must be held. */
 void file_locks_keep(FileLocks *l, int fd, unsigned perm, unsigned unshared);
-/* Locks on @fd, another open of the same file, exactly what @l holds. On failure close @fd. */
+/* Locks on @fd, another open of the same file without locks, what @l holds. */
 bool file_locks_copy(const FileLocks *l, int fd, const char *path, GError **errp);
 bool file_check_perm(BlockDriverState *bs, unsigned perm, unsigned shared, GError **errp);
 void file_set_perm(BlockDriverState *bs, unsigned perm, unsigned shared);

@@ -204,8 +204,6 @@ bool file_locks_copy(const FileLocks *l, int fd, const char *path, GError **errp
         qb_error_set_errno(errp, ret, "Failed to lock byte %d of '%s'", byte, path);
         return false;
     }
-    unlock_bits(fd, USED_BASE, BLK_PERM_ALL & ~l->perm);
-    unlock_bits(fd, UNSHARED_BASE, BLK_PERM_ALL & ~l->unshared);
     return true;
 }
 

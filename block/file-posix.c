@@ -114,14 +114,6 @@ static bool file_parse_filename(const char *filename, json_t *options, GError **
     return file_parse_prefix(filename, "file:", options, errp);
 }
 
-/* The common option; the core leaves it in the node's options. */
-static bool wants_auto_read_only(const BlockDriverState *bs)
-{
-    json_t *value = json_object_get(bs->options, "auto-read-only");
-    const char *text = json_string_value(value);
-    return json_is_true(value) || (text && strcmp(text, "on") == 0);
-}
-
 /* --- what kind of thing it is --- */
 
 static bool check_type(const char *path, mode_t mode, bool device, GError **errp)
@@ -191,7 +183,7 @@ static bool is_permission_error(int err)
 static int open_or_fall_back(BlockDriverState *bs, const char *path, OpenMode *mode, GError **errp)
 {
     int fd = try_open(path, *mode);
-    if (!mode->read_only && is_permission_error(fd) && wants_auto_read_only(bs)) {
+    if (!mode->read_only && is_permission_error(fd) && bs->auto_read_only) {
         int err = fd;
         mode->read_only = true;
         fd = try_open(path, *mode);
@@ -422,7 +414,7 @@ static bool check_unchanged(const BDRVFileState *s, const FileOptions *opts, GEr
     return !changed;
 }
 
-/* Opens r->fd with the locks of the present one, or tells why not. */
+/* Opens r->fd, or tells why not. No locks yet: checks made on the old one would run into them. */
 static bool prepare_fd(const BDRVFileState *s, FileReopen *r, GError **errp)
 {
     r->fd = open_again(s, r->mode);
@@ -430,8 +422,7 @@ static bool prepare_fd(const BDRVFileState *s, FileReopen *r, GError **errp)
         set_open_error(errp, r->fd, s->path, r->mode);
         return false;
     }
-    if (find_alignment(r->fd, r->mode.direct, &r->align, errp) &&
-        file_locks_copy(&s->locks, r->fd, s->path, errp)) {
+    if (find_alignment(r->fd, r->mode.direct, &r->align, errp)) {
         return true;
     }
     close(r->fd);
@@ -457,10 +448,18 @@ bool file_reopen_prepare(BDRVReopenState *state, GError **errp)
     return true;
 }
 
-/* Permissions may have changed since prepare: the new descriptor gets the locks held now. */
+/* There is no way back any more; the kernel can refuse shared locks for want of memory only. */
+static void move_locks(const BDRVFileState *s, int fd)
+{
+    g_autoptr(GError) err = NULL;
+    if (!file_locks_copy(&s->locks, fd, s->path, &err)) {
+        bdrv_warn("%s", err->message);
+    }
+}
+
 static void switch_fd(BDRVFileState *s, const FileReopen *r)
 {
-    file_locks_copy(&s->locks, r->fd, s->path, NULL);
+    move_locks(s, r->fd);
     close(s->fd);
     s->fd = r->fd;
     s->direct = r->mode.direct;
