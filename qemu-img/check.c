@@ -1,0 +1,294 @@
+/*
+ * qemu-img check: consistency of an image, and repair.
+ *
+ * The library gives findings as records; each is a line on stderr.  Counts go to stdout for people or
+ * as JSON, which lists the findings too.
+ *
+ *      check [repair] --fixed something?--> say what, check again without repair --> counts
+ *
+ * Invariants
+ * 1. Exit status: 0 clean, 1 the check could not be done, 2 corruption, 3 leaks only, 63 the format
+ *    has no check.  It speaks of the image as the last pass found it.
+ * 2. Nothing that the image names is opened: no backing file, no data file.
+ * 3. Without -r the image is opened read-only.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include <stdio.h>
+#include <string.h>
+#include "qemu-img/img.h"
+
+typedef struct CheckArgs {
+    const char *format, *cache, *repair, *output;
+    bool image_opts, force_share, quiet;
+    GPtrArray *objects;
+} CheckArgs;
+
+static const ImgOption check_options[] = {
+    {IMG_STRING, 'f', "format", offsetof(CheckArgs, format), "FMT", "image format (not probed)"},
+    {IMG_FLAG, 0, "image-opts", offsetof(CheckArgs, image_opts), NULL, "FILE is an option string"},
+    {IMG_STRING, 'T', "cache", offsetof(CheckArgs, cache), "CACHE", "cache mode [writeback]"},
+    {IMG_STRING, 'r', "repair", offsetof(CheckArgs, repair), "leaks|all", "what to repair"},
+    {IMG_FLAG, 'U', "force-share", offsetof(CheckArgs, force_share), NULL,
+     "open the image while another process writes it"},
+    {IMG_STRING, 0, "output", offsetof(CheckArgs, output), "FORMAT", "human or json"},
+    {IMG_FLAG, 'q', "quiet", offsetof(CheckArgs, quiet), NULL, "print errors only"},
+    {IMG_LIST, 0, "object", offsetof(CheckArgs, objects), "OBJDEF", "object definition"},
+    {IMG_END},
+};
+
+static const ImgUsage check_usage = {"check", "FILE", "Check an image for consistency.",
+                                     check_options};
+
+enum {
+    CHECK_OK = 0,
+    CHECK_FAILED = 1,
+    CHECK_CORRUPT = 2,
+    CHECK_LEAKS = 3,
+    CHECK_UNSUPPORTED = 63,
+};
+
+static const char *const class_names[] = {
+    [BDRV_FINDING_LEAK] = "leak",
+    [BDRV_FINDING_CORRUPTION] = "corruption",
+    [BDRV_FINDING_CHECK_ERROR] = "check-error",
+    [BDRV_FINDING_INFO] = "info",
+};
+
+/* Says a finding and keeps it for JSON. @opaque: json array. */
+static void on_finding(const BdrvCheckFinding *finding, void *opaque)
+{
+    json_t *item = json_object();
+
+    fflush(stdout);
+    fprintf(stderr, "%s\n", finding->text);
+    json_object_set_new(item, "class", json_string(class_names[finding->kind]));
+    json_object_set_new(item, "code", json_string(finding->code));
+    if (finding->offset != UINT64_MAX) {
+        json_object_set_new(item, "offset", json_integer((json_int_t)finding->offset));
+    }
+    json_object_set_new(item, "fixed", json_boolean(finding->fixed));
+    json_object_set_new(item, "text", json_string(finding->text));
+    json_array_append_new(opaque, item);
+}
+
+/* ---- output ---- */
+
+static void set_count(json_t *obj, const char *key, uint64_t value)
+{
+    if (value) {
+        json_object_set_new(obj, key, json_integer((json_int_t)value));
+    }
+}
+
+static void print_json_result(const BdrvCheckResult *r, const char *file, const char *format,
+                              json_t *findings)
+{
+    g_autoptr(json_t) obj = json_object();
+
+    set_count(obj, "image-end-offset", (uint64_t)r->image_end_offset);
+    set_count(obj, "total-clusters", r->total_clusters);
+    set_count(obj, "corruptions", r->corruptions);
+    json_object_set_new(obj, "check-errors", json_integer((json_int_t)r->check_errors));
+    set_count(obj, "leaks", r->leaks);
+    set_count(obj, "corruptions-fixed", r->corruptions_fixed);
+    set_count(obj, "leaks-fixed", r->leaks_fixed);
+    set_count(obj, "fragmented-clusters", r->fragmented_clusters);
+    set_count(obj, "compressed-clusters", r->compressed_clusters);
+    set_count(obj, "allocated-clusters", r->allocated_clusters);
+    json_object_set_new(obj, "filename", json_string(file));
+    json_object_set_new(obj, "format", json_string(format));
+    if (json_array_size(findings) > 0) {
+        json_object_set(obj, "findings", findings);
+    }
+    img_print_json(obj);
+}
+
+static void print_counts(const BdrvCheckResult *r)
+{
+    if (!r->corruptions && !r->leaks && !r->check_errors) {
+        printf("No errors were found on the image.\n");
+        return;
+    }
+    if (r->corruptions) {
+        printf("\n%" PRIu64 " errors were found on the image.\n"
+               "Data may be corrupted, or further writes to the image may corrupt it.\n",
+               r->corruptions);
+    }
+    if (r->leaks) {
+        printf("\n%" PRIu64 " leaked clusters were found on the image.\n"
+               "This means waste of disk space, but no harm to data.\n", r->leaks);
+    }
+    if (r->check_errors) {
+        printf("\n%" PRIu64 " internal errors have occurred during the check.\n", r->check_errors);
+    }
+}
+
+static double percent(uint64_t part, uint64_t whole)
+{
+    return whole ? 100.0 * (double)part / (double)whole : 0.0;
+}
+
+static void print_human_result(const BdrvCheckResult *r)
+{
+    print_counts(r);
+    if (r->total_clusters && r->allocated_clusters) {
+        printf("%" PRIu64 "/%" PRIu64 " = %.2f%% allocated, %.2f%% fragmented, "
+               "%.2f%% compressed clusters\n",
+               r->allocated_clusters, r->total_clusters,
+               percent(r->allocated_clusters, r->total_clusters),
+               percent(r->fragmented_clusters, r->allocated_clusters),
+               percent(r->compressed_clusters, r->allocated_clusters));
+    }
+    if (r->image_end_offset > 0) {
+        printf("Image end offset: %" PRId64 "\n", r->image_end_offset);
+    }
+}
+
+static void print_repaired(const BdrvCheckResult *r)
+{
+    printf("The following inconsistencies were found and repaired:\n\n"
+           "    %" PRIu64 " leaked clusters\n    %" PRIu64 " corruptions\n\n"
+           "Double checking the fixed image now...\n", r->leaks_fixed, r->corruptions_fixed);
+    fflush(stdout);
+}
+
+/* ---- checking ---- */
+
+static int check_status(const BdrvCheckResult *r)
+{
+    if (r->check_errors) {
+        return CHECK_FAILED;
+    }
+    return r->corruptions ? CHECK_CORRUPT : r->leaks ? CHECK_LEAKS : CHECK_OK;
+}
+
+/* A pass; a repaired image gets a second one, whose counts replace the first's. */
+static bool run_check(BlockDriverState *bs, BdrvCheckOptions *opts, bool say, BdrvCheckResult *r,
+                      GError **errp)
+{
+    uint64_t leaks_fixed, corruptions_fixed;
+
+    if (!bdrv_check(bs, opts, r, errp)) {
+        return false;
+    }
+    leaks_fixed = r->leaks_fixed;
+    corruptions_fixed = r->corruptions_fixed;
+    if (!leaks_fixed && !corruptions_fixed) {
+        return true;
+    }
+    if (say) {
+        print_repaired(r);
+    }
+    opts->fix = 0;
+    *r = (BdrvCheckResult){0};
+    if (!bdrv_check(bs, opts, r, errp)) {
+        return false;
+    }
+    r->leaks_fixed = leaks_fixed;
+    r->corruptions_fixed = corruptions_fixed;
+    return true;
+}
+
+static int check_failed(GError *err, bool quiet)
+{
+    if (qb_error_to_errno(err) == -ENOTSUP) {
+        if (!quiet) {
+            img_error("This image format does not support checks");
+        }
+        g_clear_error(&err);
+        return CHECK_UNSUPPORTED;
+    }
+    return img_report_prefixed(err, CHECK_FAILED, "Check failed: ");
+}
+
+static int check_blk(BlockBackend *blk, const char *file, const CheckArgs *args, unsigned fix,
+                     bool json)
+{
+    g_autoptr(json_t) findings = json_array();
+    BdrvCheckOptions opts = {.fix = fix, .finding = on_finding, .opaque = findings};
+    BdrvCheckResult result = {0};
+    QbProgress progress;
+    GError *err = NULL;
+    bool ok;
+
+    qb_progress_init(&progress, 0);
+    opts.progress = &progress;
+    img_progress_start(&progress, false);
+    ok = run_check(blk_bs(blk), &opts, !json && !args->quiet, &result, &err);
+    img_progress_end(ok);
+    if (!ok) {
+        return check_failed(err, args->quiet);
+    }
+    if (json) {
+        print_json_result(&result, file, bdrv_get_format_name(blk_bs(blk)), findings);
+    } else if (!args->quiet) {
+        print_human_result(&result);
+    }
+    return check_status(&result);
+}
+
+static bool parse_repair(const char *what, unsigned *ret_fix)
+{
+    *ret_fix = 0;
+    if (!what) {
+        return true;
+    }
+    if (!strcmp(what, "leaks")) {
+        *ret_fix = BDRV_FIX_LEAKS;
+    } else if (!strcmp(what, "all")) {
+        *ret_fix = BDRV_FIX_LEAKS | BDRV_FIX_ERRORS;
+    } else {
+        img_usage_error("check", "--repair (-r) expects 'leaks' or 'all', not '%s'", what);
+        return false;
+    }
+    return true;
+}
+
+static int open_and_check(const char *file, const CheckArgs *args, unsigned fix, bool json)
+{
+    ImgOpen how = {.format = args->format, .image_opts = args->image_opts, .cache = args->cache,
+                   .force_share = args->force_share,
+                   .flags = BDRV_O_CHECK | BDRV_O_NO_BACKING | BDRV_O_NO_IO};
+    BlockBackend *blk;
+    int status;
+
+    if (fix) {
+        how.flags = BDRV_O_CHECK | BDRV_O_NO_BACKING | BDRV_O_RDWR | BDRV_O_RESIZE;
+    }
+    blk = img_open(file, &how);
+    if (!blk) {
+        return CHECK_FAILED;
+    }
+    status = check_blk(blk, file, args, fix, json);
+    return img_close(blk) ? CHECK_FAILED : status;
+}
+
+int img_check(int argc, char **argv)
+{
+    g_autoptr(GPtrArray) operands = g_ptr_array_new();
+    CheckArgs args = {0};
+    unsigned fix;
+    bool json;
+
+    switch (img_parse_args(&check_usage, argc, argv, &args, operands)) {
+    case IMG_PARSE_HELP:
+        return 0;
+    case IMG_PARSE_ERROR:
+        return CHECK_FAILED;
+    case IMG_PARSE_OK:
+        break;
+    }
+    g_autoptr(GPtrArray) objects = args.objects;
+    if (!parse_repair(args.repair, &fix) || !img_parse_output("check", args.output, &json)) {
+        return CHECK_FAILED;
+    }
+    if (operands->len != 1) {
+        return img_usage_error("check", "Expecting one image file name");
+    }
+    if (!img_check_open_args("check", args.format, args.image_opts) ||
+        !img_check_objects(objects)) {
+        return CHECK_FAILED;
+    }
+    return open_and_check(operands->pdata[0], &args, fix, json);
+}

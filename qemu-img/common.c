@@ -1,0 +1,184 @@
+/*
+ * What all verbs of qemu-img do alike: messages, opening and closing, sizes.
+ *
+ * Every diagnostic goes to stderr with the prefix "qemu-img: "; data go to stdout.  A message is made
+ * where the cause is known (mostly in the library); here it is printed, once.
+ *
+ * Not done here: deciding exit codes; each verb knows its own.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "qemu-img/img.h"
+
+static const char *argv0 = "qemu-img";
+
+void img_set_argv0(const char *name)
+{
+    argv0 = name;
+}
+
+const char *img_argv0(void)
+{
+    return argv0;
+}
+
+void img_error(const char *fmt, ...)
+{
+    va_list ap;
+
+    va_start(ap, fmt);
+    g_autofree char *text = g_strdup_vprintf(fmt, ap);
+    va_end(ap);
+    fflush(stdout);
+    fprintf(stderr, "qemu-img: %s\n", text);
+}
+
+void img_warn(const char *fmt, ...)
+{
+    va_list ap;
+
+    va_start(ap, fmt);
+    g_autofree char *text = g_strdup_vprintf(fmt, ap);
+    va_end(ap);
+    fflush(stdout);
+    fprintf(stderr, "qemu-img: warning: %s\n", text);
+}
+
+int img_report(GError *err, int status)
+{
+    img_error("%s", err ? err->message : "unknown error");
+    g_clear_error(&err);
+    return status;
+}
+
+int img_report_prefixed(GError *err, int status, const char *fmt, ...)
+{
+    va_list ap;
+
+    va_start(ap, fmt);
+    g_autofree char *prefix = g_strdup_vprintf(fmt, ap);
+    va_end(ap);
+    g_prefix_error(&err, "%s", prefix);
+    return img_report(err, status);
+}
+
+bool img_check_open_args(const char *verb, const char *format, bool image_opts)
+{
+    if (format && image_opts) {
+        img_usage_error(verb, "--image-opts and --format are mutually exclusive");
+        return false;
+    }
+    return true;
+}
+
+static void set_default_bool(json_t *options, const char *key, bool value)
+{
+    if (!json_object_get(options, key)) {
+        json_object_set_new(options, key, json_boolean(value));
+    }
+}
+
+/* Options that the verb's switches stand for; what --image-opts says itself wins. */
+static json_t *open_options(const char *name, const ImgOpen *how, const BlkCacheMode *cache,
+                            GError **errp)
+{
+    json_t *options = how->image_opts ? qb_opts_parse(name, NULL, errp) : json_object();
+
+    if (!options) {
+        return NULL;
+    }
+    if (how->format) {
+        json_object_set_new(options, "driver", json_string(how->format));
+    }
+    if (cache->direct) {
+        set_default_bool(options, "cache.direct", true);
+    }
+    if (cache->no_flush) {
+        set_default_bool(options, "cache.no-flush", true);
+    }
+    if (how->unmap && !json_object_get(options, "discard")) {
+        json_object_set_new(options, "discard", json_string("unmap"));
+    }
+    if (how->force_share) {
+        json_object_set_new(options, "force-share", json_true());
+    }
+    return options;
+}
+
+BlockBackend *img_open(const char *name, const ImgOpen *how)
+{
+    BlkCacheMode cache = {0};
+    GError *err = NULL;
+    BlockBackend *blk;
+    json_t *options;
+
+    if (how->cache && !blk_parse_cache_mode(how->cache, &cache)) {
+        img_error("Invalid cache option: %s", how->cache);
+        return NULL;
+    }
+    options = open_options(name, how, &cache, &err);
+    if (!options) {
+        img_report_prefixed(err, 1, "Could not open '%s': ", name);
+        return NULL;
+    }
+    blk = blk_new_open(how->image_opts ? NULL : name, options, how->flags, &err);
+    if (!blk) {
+        img_report(err, 1);
+        return NULL;
+    }
+    blk_set_write_cache(blk, !cache.writethrough);
+    return blk;
+}
+
+int img_close(BlockBackend *blk)
+{
+    int ret = 0;
+
+    if (blk && blk_is_writable(blk)) {
+        ret = blk_flush(blk);
+    }
+    if (ret < 0) {
+        img_error("Error while closing the image: %s", g_strerror(-ret));
+    }
+    blk_unref(blk);
+    return ret < 0;
+}
+
+/* Objects serve secrets, TLS, throttling and threads, none of which a verb here uses; their syntax is
+ * judged so that a typing error does not pass. */
+bool img_check_objects(const GPtrArray *objects)
+{
+    for (guint i = 0; objects && i < objects->len; i++) {
+        GError *err = NULL;
+        g_autoptr(json_t) opts = qb_opts_parse(objects->pdata[i], "qom-type", &err);
+        if (!opts) {
+            img_report(err, 1);
+            return false;
+        }
+        if (!json_object_get(opts, "qom-type") || !json_object_get(opts, "id")) {
+            img_error("Parameter '%s' is missing",
+                      json_object_get(opts, "qom-type") ? "id" : "qom-type");
+            return false;
+        }
+    }
+    return true;
+}
+
+bool img_parse_size(const char *text, uint64_t *ret)
+{
+    switch (qb_size_parse(text, 'b', ret)) {
+    case 0:
+        return true;
+    case -ERANGE:
+        img_error("Invalid image size specified. Must be between 0 and %" PRId64 ".", INT64_MAX);
+        return false;
+    default:
+        img_error("Invalid image size specified: '%s'", text);
+        fprintf(stderr, "You may use k, M, G, T, P or E suffixes for \n"
+                        "kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.\n");
+        return false;
+    }
+}

@@ -1,0 +1,366 @@
+/*
+ * The copying engine of convert: extents of the sources to the target, on all cores.
+ *
+ *       cursor (under lock) --> unit {offset, bytes, kind, turn} --> worker
+ *
+ *       worker:  DATA   read -- wait for the turn -- write what is not zero
+ *                ZERO   wait for the turn -- write zeroes unless the target is known to be zero
+ *                SKIP   the target's backing file has it
+ *
+ * Reads run in parallel; writes happen in the order of the turns, so that the target is laid out in
+ * guest order, unless -W allows any order.  A unit of compressed data is many clusters long: the
+ * driver compresses them in parallel inside one write.
+ *
+ * Invariants
+ * 1. Units partition [0, size); a DATA unit is at most CONVERT_UNIT long and begins and ends on a
+ *    cluster of the target (but for the end of the image).
+ * 2. After the first error, or a signal, no new unit is handed out; turns are still passed on, so no
+ *    worker waits for ever.
+ *
+ * Not done here: opening, creating and judging; convert.c does.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include <stdlib.h>
+#include <string.h>
+#include "block/locks.h"
+#include "qemu-img/convert.h"
+#include "util/checked.h"
+#include "util/iov.h"
+#include "util/thread.h"
+
+#define CONVERT_UNIT (2 * 1024 * 1024)
+#define CONVERT_SECTOR 512
+
+typedef enum UnitKind { UNIT_SKIP, UNIT_ZERO, UNIT_DATA } UnitKind;
+
+typedef struct Unit {
+    int64_t offset, bytes;
+    UnitKind kind;
+    uint64_t turn;
+} Unit;
+
+typedef struct Engine {
+    const ConvertPlan *plan;
+    QbMutex lock;
+    QbCond turn_passed;
+    int64_t cursor;     /* guarded by lock, as are all below */
+    uint64_t next_turn, write_turn;
+    UnitKind known_kind; /* what lies at the cursor ... */
+    int64_t known_end;   /* ... up to here */
+    bool failed;
+    BlockRateLimit limit;
+} Engine;
+
+/* ---- what lies where ---- */
+
+static ConvertSource *source_at(const ConvertPlan *plan, int64_t offset)
+{
+    for (unsigned i = 0; i < plan->nb_sources; i++) {
+        ConvertSource *src = &plan->sources[i];
+        if (offset < src->start + src->size) {
+            return src;
+        }
+    }
+    return NULL;
+}
+
+static UnitKind classify(const ConvertPlan *plan, const BdrvStatus *st)
+{
+    if (plan->target_has_backing && !(st->flags & BDRV_BLOCK_ALLOCATED)) {
+        return UNIT_SKIP;
+    }
+    return st->flags & BDRV_BLOCK_ZERO ? UNIT_ZERO : UNIT_DATA;
+}
+
+/* With a backing file below the target only the source's top layer counts: what it does not have
+ * is expected in that backing file. */
+static int query_source(const ConvertPlan *plan, const ConvertSource *src, int64_t pos,
+                        BdrvStatus *st)
+{
+    BDRV_GRAPH_GUARD();
+    BlockDriverState *bs = blk_bs(src->blk);
+    BlockDriverState *base = plan->target_has_backing ? bdrv_backing_chain_next(bs) : NULL;
+
+    return bdrv_block_status_above(bs, base, pos, src->size - pos, st);
+}
+
+/* Learns what lies at the cursor. A status that cannot be told counts as data with --salvage. */
+static int learn_locked(Engine *e, const ConvertSource *src)
+{
+    const ConvertPlan *plan = e->plan;
+    int64_t pos = e->cursor - src->start;
+    BdrvStatus st = {0};
+    int ret = query_source(plan, src, pos, &st);
+
+    if (ret < 0 && plan->salvage) {
+        st = (BdrvStatus){.flags = BDRV_BLOCK_DATA | BDRV_BLOCK_ALLOCATED,
+                          .bytes = MIN(src->size - pos, CONVERT_UNIT)};
+        ret = 0;
+    }
+    if (ret < 0) {
+        img_error("error while reading block status at offset %" PRId64 ": %s", e->cursor,
+                  g_strerror(-ret));
+        return ret;
+    }
+    e->known_kind = classify(plan, &st);
+    e->known_end = e->cursor + st.bytes;
+    if (e->known_kind == UNIT_ZERO && !plan->min_sparse) {
+        e->known_kind = UNIT_DATA;
+    }
+    return 0;
+}
+
+/* Data goes in whole clusters of the target, so that none is written (or compressed) twice: a data
+ * unit may swallow zeroes or a hole at its ends, which are then found by content. */
+static void shape_unit(const Engine *e, Unit *u)
+{
+    int64_t align = e->plan->target_alignment, end = u->offset + u->bytes;
+
+    if (u->kind != UNIT_DATA) {
+        int64_t down = (int64_t)qb_align_down((uint64_t)end, (uint64_t)align);
+        if (end < e->plan->size && down > u->offset) {
+            u->bytes = down - u->offset;
+        } else if (end < e->plan->size && u->kind == UNIT_ZERO) {
+            u->kind = UNIT_DATA; /* shares its cluster with what follows */
+            u->bytes = align;
+        }
+    }
+    if (u->kind == UNIT_DATA) {
+        end = (int64_t)qb_align_up((uint64_t)(u->offset + MIN(u->bytes, CONVERT_UNIT)),
+                                   (uint64_t)align);
+        u->bytes = end - u->offset;
+    }
+    u->bytes = MIN(u->bytes, e->plan->size - u->offset);
+}
+
+/* Takes the next unit. False: none left, or the copy has failed or was interrupted. */
+static bool next_unit(Engine *e, Unit *u)
+{
+    QB_GUARD(&e->lock);
+    if (e->failed || e->cursor >= e->plan->size) {
+        return false;
+    }
+    if (qb_progress_cancelled(e->plan->progress)) {
+        img_error("Interrupted at offset %" PRId64 " of %" PRId64, e->cursor, e->plan->size);
+        e->failed = true;
+        return false;
+    }
+    if (e->cursor >= e->known_end && learn_locked(e, source_at(e->plan, e->cursor)) < 0) {
+        e->failed = true;
+        return false;
+    }
+    *u = (Unit){.offset = e->cursor, .bytes = e->known_end - e->cursor, .kind = e->known_kind,
+                .turn = e->next_turn++};
+    shape_unit(e, u);
+    e->cursor += u->bytes;
+    return true;
+}
+
+/* ---- turns ---- */
+
+static void wait_turn(Engine *e, const Unit *u)
+{
+    if (e->plan->out_of_order) {
+        return;
+    }
+    QB_GUARD(&e->lock);
+    while (e->write_turn != u->turn) {
+        qb_cond_wait(&e->turn_passed, &e->lock);
+    }
+}
+
+static void pass_turn(Engine *e, bool ok)
+{
+    QB_GUARD(&e->lock);
+    e->write_turn++;
+    e->failed |= !ok;
+    qb_cond_broadcast(&e->turn_passed);
+}
+
+/* ---- reading ---- */
+
+/* Reads what can be read, sector by sector; the rest becomes zeroes. */
+static void salvage_sectors(BlockBackend *blk, int64_t pos, int64_t bytes, uint8_t *buf, bool quiet)
+{
+    for (int64_t done = 0; done < bytes; done += CONVERT_SECTOR) {
+        int64_t n = MIN(CONVERT_SECTOR, bytes - done);
+        int ret = blk_pread(blk, pos + done, n, buf + done, 0);
+        if (ret < 0) {
+            memset(buf + done, 0, (size_t)n);
+            if (!quiet) {
+                img_warn("error while reading offset %" PRId64 ": %s", pos + done, g_strerror(-ret));
+            }
+        }
+    }
+}
+
+static int read_piece(const ConvertPlan *plan, const ConvertSource *src, int64_t pos,
+                      int64_t bytes, uint8_t *buf)
+{
+    int ret = blk_pread(src->blk, pos, bytes, buf, 0);
+
+    if (ret < 0 && plan->salvage) {
+        salvage_sectors(src->blk, pos, bytes, buf, plan->quiet);
+        return 0;
+    }
+    if (ret < 0) {
+        img_error("error while reading at byte %" PRId64 ": %s", src->start + pos,
+                  g_strerror(-ret));
+    }
+    return ret;
+}
+
+/* A unit may span several sources. */
+static int read_unit(const ConvertPlan *plan, const Unit *u, uint8_t *buf)
+{
+    int64_t offset = u->offset, end = u->offset + u->bytes;
+
+    while (offset < end) {
+        ConvertSource *src = source_at(plan, offset);
+        int64_t n = MIN(end, src->start + src->size) - offset;
+        int ret = read_piece(plan, src, offset - src->start, n, buf + (offset - u->offset));
+        if (ret < 0) {
+            return ret;
+        }
+        offset += n;
+    }
+    return 0;
+}
+
+/* ---- writing ---- */
+
+static int said_write_error(int ret, int64_t offset)
+{
+    if (ret < 0) {
+        img_error("error while writing at byte %" PRId64 ": %s", offset, g_strerror(-ret));
+    }
+    return ret;
+}
+
+static int write_zeroes(const ConvertPlan *plan, int64_t offset, int64_t bytes)
+{
+    if (plan->target_is_zero) {
+        return 0;
+    }
+    return said_write_error(blk_pwrite_zeroes(plan->target, offset, bytes, BDRV_REQ_MAY_UNMAP),
+                            offset);
+}
+
+/* Length of the run at @buf that is all zero, or all not zero, in steps of @step. */
+static int64_t uniform_run(const uint8_t *buf, int64_t bytes, int64_t step, bool *ret_zero)
+{
+    int64_t n = MIN(step, bytes);
+
+    *ret_zero = qb_buffer_is_zero(buf, (size_t)n);
+    while (n < bytes) {
+        int64_t piece = MIN(step, bytes - n);
+        if (qb_buffer_is_zero(buf + n, (size_t)piece) != *ret_zero) {
+            break;
+        }
+        n += piece;
+    }
+    return n;
+}
+
+/* Compression works on whole clusters; otherwise zeroes are looked for in steps of -S. */
+static int64_t sparse_step(const ConvertPlan *plan)
+{
+    return plan->compress ? MAX(plan->target_alignment, plan->min_sparse) : plan->min_sparse;
+}
+
+static int write_data(const ConvertPlan *plan, const Unit *u, const uint8_t *buf)
+{
+    int flags = plan->compress ? BDRV_REQ_COMPRESSED : 0;
+    int64_t n;
+
+    if (!plan->min_sparse) {
+        return said_write_error(blk_pwrite(plan->target, u->offset, u->bytes, buf, flags),
+                                u->offset);
+    }
+    for (int64_t pos = 0; pos < u->bytes; pos += n) {
+        bool zero;
+        int ret;
+        n = uniform_run(buf + pos, u->bytes - pos, sparse_step(plan), &zero);
+        ret = zero ? write_zeroes(plan, u->offset + pos, n)
+                   : said_write_error(blk_pwrite(plan->target, u->offset + pos, n, buf + pos,
+                                                 flags), u->offset + pos);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    return 0;
+}
+
+static bool has_failed(Engine *e)
+{
+    QB_GUARD(&e->lock);
+    return e->failed;
+}
+
+static void copy_unit(Engine *e, const Unit *u, uint8_t *buf)
+{
+    const ConvertPlan *plan = e->plan;
+    int ret = u->kind == UNIT_DATA ? read_unit(plan, u, buf) : 0;
+
+    wait_turn(e, u);
+    if (ret == 0 && !has_failed(e)) {
+        if (u->kind == UNIT_DATA) {
+            ret = write_data(plan, u, buf);
+        } else if (u->kind == UNIT_ZERO) {
+            ret = write_zeroes(plan, u->offset, u->bytes);
+        }
+    }
+    pass_turn(e, ret == 0);
+    qb_progress_add(plan->progress, (uint64_t)u->bytes);
+}
+
+static void throttle(Engine *e, const Unit *u)
+{
+    if (e->limit.speed && u->kind != UNIT_SKIP) {
+        BlockRateLimit *limit = &e->limit;
+        QB_GUARD(&e->lock);
+        block_rate_limit_wait(limit, (uint64_t)u->bytes);
+    }
+}
+
+static void *worker_main(void *opaque)
+{
+    Engine *e = opaque;
+    size_t size = CONVERT_UNIT + (size_t)e->plan->target_alignment;
+    QB_AUTO_FREE uint8_t *buf = bdrv_try_blockalign(blk_bs(e->plan->target), size);
+    Unit u;
+
+    if (!buf) {
+        QB_GUARD(&e->lock);
+        img_error("Not enough memory for a buffer of %zu bytes", size);
+        e->failed = true;
+        return NULL;
+    }
+    while (next_unit(e, &u)) {
+        throttle(e, &u);
+        copy_unit(e, &u, buf);
+    }
+    return NULL;
+}
+
+bool convert_copy(const ConvertPlan *plan)
+{
+    Engine e = {.plan = plan, .limit = {.speed = plan->rate_limit}};
+    g_autofree pthread_t *threads = g_new0(pthread_t, plan->workers);
+    unsigned started = 0;
+
+    qb_mutex_init(&e.lock);
+    qb_cond_init(&e.turn_passed);
+    while (started + 1 < plan->workers &&
+           qb_thread_start(&threads[started], "convert", worker_main, &e)) {
+        started++;
+    }
+    worker_main(&e);
+    while (started > 0) {
+        pthread_join(threads[--started], NULL);
+    }
+    qb_cond_destroy(&e.turn_passed);
+    qb_mutex_destroy(&e.lock);
+    return !e.failed;
+}

@@ -1,0 +1,36 @@
+/*
+ * convert's private header: what convert.c (what to do) and convert-copy.c (doing it) agree on.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#ifndef QEMU_IMG_CONVERT_H
+#define QEMU_IMG_CONVERT_H
+
+#include "block/job.h"
+#include "qemu-img/img.h"
+
+typedef struct ConvertSource {
+    BlockBackend *blk;
+    const char *name;
+    int64_t start, size; /* place in the concatenation */
+} ConvertSource;
+
+typedef struct ConvertPlan {
+    ConvertSource *sources; /* in order, contiguous */
+    unsigned nb_sources;
+    BlockBackend *target;
+    int64_t size;              /* bytes to copy */
+    int64_t target_alignment;  /* cluster size of the target, or 1 sector */
+    bool target_is_zero;       /* what is not written reads as zeroes */
+    bool target_has_backing;   /* what the sources' top layers do not have shines through */
+    bool compress, out_of_order, salvage, quiet;
+    int64_t min_sparse;        /* shortest run of zeroes to look for in data; 0: write everything */
+    unsigned workers;
+    uint64_t rate_limit;
+    QbProgress *progress;
+} ConvertPlan;
+
+/* Copies all of it; false: said. */
+bool convert_copy(const ConvertPlan *plan);
+
+#endif

@@ -1,0 +1,141 @@
+/*
+ * qemu-img's private header: what the verbs share.
+ *
+ *   main.c      finds the verb                    args.c    the one option parser
+ *   common.c    opening, messages, exit codes     progress.c  -p, SIGUSR1, SIGINT
+ *   output.c    JSON and sizes as users know them VERB.c    one file per verb
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#ifndef QEMU_IMG_IMG_H
+#define QEMU_IMG_IMG_H
+
+#include <stdbool.h>
+#include <inttypes.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <glib.h>
+#include <jansson.h>
+#include "block/block-backend.h"
+#include "block/block.h"
+#include "util/error.h"
+#include "util/options.h"
+#include "util/progress.h"
+#include "util/size.h"
+
+typedef struct ImgVerb {
+    const char *name;
+    int (*run)(int argc, char **argv); /* argv[0] is the verb; returns the exit status */
+    const char *summary;
+} ImgVerb;
+
+int img_amend(int argc, char **argv);
+int img_check(int argc, char **argv);
+int img_commit(int argc, char **argv);
+int img_compare(int argc, char **argv);
+int img_convert(int argc, char **argv);
+int img_create(int argc, char **argv);
+int img_info(int argc, char **argv);
+int img_map(int argc, char **argv);
+int img_rebase(int argc, char **argv);
+int img_resize(int argc, char **argv);
+int img_snapshot(int argc, char **argv);
+
+/* ---- args.c ---- */
+
+typedef enum ImgOptionKind {
+    IMG_END = 0,
+    IMG_FLAG,   /* bool, set to true */
+    IMG_STRING, /* const char *, the last one wins */
+    IMG_LIST,   /* GPtrArray * of const char *, made at the first */
+    IMG_JOINED, /* char *, repeated values joined with commas (-o) */
+    IMG_SIZE,   /* uint64_t */
+    IMG_UINT,   /* uint64_t */
+    IMG_IGNORED /* accepted with an argument, without effect */
+} ImgOptionKind;
+
+/* One option of a verb: where its value goes in the verb's argument struct. */
+typedef struct ImgOption {
+    ImgOptionKind kind;
+    int letter;       /* 0: long form only */
+    const char *name; /* NULL: short form only */
+    size_t field;     /* offsetof() */
+    const char *value; /* how --help names the argument */
+    const char *help;
+} ImgOption;
+
+typedef struct ImgUsage {
+    const char *verb;
+    const char *operands; /* "FILE [SIZE]" */
+    const char *summary;
+    const ImgOption *options;
+} ImgUsage;
+
+typedef enum ImgParseResult {
+    IMG_PARSE_OK,
+    IMG_PARSE_HELP, /* --help was printed */
+    IMG_PARSE_ERROR /* said; exit 1 */
+} ImgParseResult;
+
+/* Parses @argv into @args by the table. Operands go to @operands (borrowed strings) in order; a word
+ * that looks like a negative number is an operand. */
+ImgParseResult img_parse_args(const ImgUsage *usage, int argc, char **argv, void *args,
+                              GPtrArray *operands);
+/* "qemu-img: MSG" and the hint to try --help; returns 1. */
+int img_usage_error(const char *verb, const char *fmt, ...) G_GNUC_PRINTF(2, 3);
+/* --output: "human" or "json"; false: said. */
+bool img_parse_output(const char *verb, const char *text, bool *ret_json);
+
+/* ---- common.c ---- */
+
+void img_set_argv0(const char *argv0);
+const char *img_argv0(void);
+/* "qemu-img: TEXT" on stderr. */
+void img_error(const char *fmt, ...) G_GNUC_PRINTF(1, 2);
+void img_warn(const char *fmt, ...) G_GNUC_PRINTF(1, 2);
+/* Says @err (freed) after an optional prefix, and returns @status. */
+int img_report(GError *err, int status);
+int img_report_prefixed(GError *err, int status, const char *fmt, ...) G_GNUC_PRINTF(3, 4);
+
+/* How an image is to be opened; zero-initialised means: read-only, writeback, probe. */
+typedef struct ImgOpen {
+    const char *format;
+    bool image_opts;
+    const char *cache; /* NULL: writeback */
+    bool force_share;
+    bool unmap;        /* zeroes and discards may give space back */
+    int flags;         /* BdrvOpenFlags */
+} ImgOpen;
+/* NULL: said. */
+BlockBackend *img_open(const char *name, const ImgOpen *how);
+/* --image-opts and -f exclude each other; false: said. */
+bool img_check_open_args(const char *verb, const char *format, bool image_opts);
+/* Closes; a failing flush is said and returned as 1. */
+int img_close(BlockBackend *blk);
+/* --object is accepted for kinds that change nothing here; false: said. */
+bool img_check_objects(const GPtrArray *objects);
+/* A size operand; false: said as users know it. */
+bool img_parse_size(const char *text, uint64_t *ret);
+
+/* ---- output.c ---- */
+
+/* Pretty JSON, 4 spaces, empty lists over two lines, newline at the end. */
+void img_print_json(const json_t *value);
+/* Nested facts for people: "key: value", dashes as spaces, lists as "[0]:". */
+void img_print_facts(const json_t *value, unsigned indent);
+/* Same style as img_print_json() as a string. */
+char *img_json_text(const json_t *value);
+
+/* ---- progress.c ---- */
+
+/* Before the first thread: blocks the signals that progress.c takes. */
+void img_progress_init(void);
+/* From now on @p is reported: with @show every change, else on SIGUSR1. SIGINT and SIGTERM set
+ * p->cancel. One at a time. */
+void img_progress_start(QbProgress *p, bool show);
+/* Prints the end (100 % if @success) and stops reporting. */
+void img_progress_end(bool success);
+/* True when a signal asked to stop. */
+bool img_interrupted(void);
+
+#endif
