@@ -90,7 +90,6 @@ bool file_reopen_prepare(BDRVReopenState *state, GError **errp);
 void file_reopen_commit(BDRVReopenState *state);
 void file_reopen_abort(BDRVReopenState *state);
 void file_refresh_limits(BlockDriverState *bs);
-char *file_gather_filename(BlockDriverState *bs);
 int64_t file_get_allocated_size(BlockDriverState *bs);
 /* Length of a regular file, block device or seekable character device, or -errno. */
 int64_t file_length(const BDRVFileState *s);

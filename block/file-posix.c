@@ -20,9 +20,11 @@
  * A reopen opens the same inode again through /proc/self/fd, so that it also works for files that
  * were renamed or unlinked in between; without /proc by name, if that is still the same inode.
  *
- * Not done: persistent reservations (pr-manager) are refused.  drop-cache matters for live migration
- * over shared storage only, which these tools do not do; it is accepted, as is aio-max-batch, which
- * a program without an event loop has no use for.
+ * Not done: a length that others change is not noticed before the node is opened again.
+ * auto-read-only is the core's: it opens again, read-only, upon EACCES, EPERM and EROFS.
+ * Persistent reservations (pr-manager) are refused.  drop-cache matters for live migration over
+ * shared storage only, which these tools do not do; it is accepted, as is aio-max-batch, which a
+ * program without an event loop has no use for.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -174,29 +176,6 @@ static void set_open_error(GError **errp, int err, const char *path, OpenMode mo
     }
 }
 
-static bool is_permission_error(int err)
-{
-    return err == -EACCES || err == -EPERM || err == -EROFS;
-}
-
-/* Opens for writing if asked to and possible; *mode tells what came out. -1 and error on failure. */
-static int open_or_fall_back(BlockDriverState *bs, const char *path, OpenMode *mode, GError **errp)
-{
-    int fd = try_open(path, *mode);
-    if (!mode->read_only && is_permission_error(fd) && bs->auto_read_only) {
-        int err = fd;
-        mode->read_only = true;
-        fd = try_open(path, *mode);
-        mode->read_only = fd >= 0;
-        fd = fd >= 0 ? fd : err;
-    }
-    if (fd < 0) {
-        set_open_error(errp, fd, path, *mode);
-        return -1;
-    }
-    return fd;
-}
-
 /* --- alignment of direct I/O --- */
 
 typedef struct FileAlignment {
@@ -314,8 +293,9 @@ static bool open_state(BlockDriverState *bs, BDRVFileState *s, GError **errp)
     if (!check_type_by_name(s->path, s->is_device, errp)) {
         return false;
     }
-    s->fd = open_or_fall_back(bs, s->path, &mode, errp);
+    s->fd = try_open(s->path, mode);
     if (s->fd < 0) {
+        set_open_error(errp, s->fd, s->path, mode);
         return false;
     }
     s->direct = mode.direct;
@@ -341,7 +321,6 @@ bool file_open_common(BlockDriverState *bs, json_t *options, bool device, GError
         state_destroy(s);
         return false;
     }
-    bs->read_only = s->read_only; /* auto-read-only may have decided so */
     return true;
 }
 
@@ -502,11 +481,6 @@ void file_refresh_limits(BlockDriverState *bs)
     }
 }
 
-char *file_gather_filename(BlockDriverState *bs)
-{
-    return g_strdup(file_state(bs)->path);
-}
-
 int64_t file_length(const BDRVFileState *s)
 {
     struct stat st;
@@ -537,7 +511,6 @@ const BlockDriver bdrv_file = {
     .format_name = "file",
     .protocol_name = "file",
     .instance_size = sizeof(BDRVFileState),
-    .has_variable_length = true,
     .needs_filename = true,
     .parse_filename = file_parse_filename,
     .open = file_open,
@@ -549,7 +522,6 @@ const BlockDriver bdrv_file = {
     .set_perm = file_set_perm,
     .abort_perm = file_abort_perm,
     .refresh_limits = file_refresh_limits,
-    .gather_filename = file_gather_filename,
     .create_opts = file_create_opts,
     .create = file_create,
     .preadv = file_preadv,

@@ -226,7 +226,6 @@ const BlockDriver bdrv_host_device = {
     .set_perm = file_set_perm,
     .abort_perm = file_abort_perm,
     .refresh_limits = file_refresh_limits,
-    .gather_filename = file_gather_filename,
     .create_opts = device_create_opts,
     .create = device_create,
     .preadv = file_preadv,

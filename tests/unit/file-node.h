@@ -23,7 +23,7 @@
 enum { KIB = 1024, MIB = 1024 * 1024 };
 
 typedef struct NodeMode {
-    bool read_only, direct, force_share, no_flush, auto_read_only;
+    bool read_only, direct, force_share, no_flush;
 } NodeMode;
 
 /* Opens @path with "k=v,..." more options (may be NULL). NULL and error when the driver refuses. */
@@ -43,7 +43,6 @@ static inline BlockDriverState *node_open(const BlockDriver *drv, const char *pa
     bs->cache_direct = mode.direct;
     bs->cache_no_flush = mode.no_flush;
     bs->force_share = mode.force_share;
-    bs->auto_read_only = mode.auto_read_only;
     if (!drv->open(bs, options, mode.read_only ? 0 : BDRV_O_RDWR, errp)) {
         json_decref(bs->options);
         g_free(bs->opaque);
