@@ -11,15 +11,25 @@
 #include "util/error.h"
 
 /* --- registry.c --- */
-/* Looks at the first bytes of @file and returns the best format; NULL and error when they cannot be
- * read. *ret_guessed: no format knew the content, raw was taken. */
-const BlockDriver *bdrv_probe_format(BlockDriverState *file, const char *filename, GError **errp);
+/* The table in order of registration. */
+unsigned bdrv_driver_count(void);
+const BlockDriver *bdrv_driver_at(unsigned i);
 /* The best probe_device() answer among drivers for plain names; else "file". NULL: not registered. */
 const BlockDriver *bdrv_plain_file_driver(const char *filename);
 /* True when @filename begins with "proto:" and is not a plain name. */
 bool bdrv_has_protocol_prefix(const char *filename);
 
-/* --- graph.c: nodes and edges; every change of a pointer in the graph is here --- */
+/* --- probe.c --- */
+#define BDRV_PROBE_BYTES 2048
+/* Looks at the first bytes of @file and returns the best format, raw when none knows them; NULL and
+ * error when they cannot be read. */
+const BlockDriver *bdrv_probe_format(BlockDriverState *file, const char *filename, GError **errp);
+
+/* --- node.c --- */
+/* A new node: registered by name (@node_name NULL: "#blockN"), nothing opened, one reference. */
+BlockDriverState *bdrv_new_node(const BlockDriver *drv, const char *node_name, GError **errp);
+
+/* --- graph.c: edges; every change of a pointer in the graph is here --- */
 /*
  * Serialises functions that change the graph or permissions.  Taken after a drain and before the
  * graph lock.  Who holds it may follow graph pointers, because a writer of them holds both this
@@ -27,11 +37,9 @@ bool bdrv_has_protocol_prefix(const char *filename);
  */
 extern QbMutex bdrv_graph_change_lock;
 
-/* A new node: registered by name (@node_name NULL: "#blockN"), no driver state yet, one reference. */
-BlockDriverState *bdrv_new_node(const BlockDriver *drv, const char *node_name, GError **errp);
 /*
  * Makes @bs a child of @parent, or the root of @blk (exactly one of them is not NULL), and settles
- * permissions below.  Steals the caller's reference to @bs, also on failure.
+ * permissions below.  Steals the caller's reference to @bs, also on failure.  Neither lock held.
  */
 typedef struct BdrvAttach {
     BlockDriverState *parent;
@@ -41,14 +49,26 @@ typedef struct BdrvAttach {
     unsigned perm, shared; /* of a root; a node's edges get theirs from child_perm */
 } BdrvAttach;
 BdrvChild *bdrv_attach(const BdrvAttach *at, BlockDriverState *bs, GError **errp);
+/* Takes the edge out and frees it; its reference to the node returned is now the caller's. */
+BlockDriverState *bdrv_unlink_child(BdrvChild *child);
 /* True when @needle is @bs or below it. Graph change lock or graph lock held. */
 bool bdrv_is_below(BlockDriverState *bs, const BlockDriverState *needle);
-/* The child that holds the node's own data and metadata ("file"), or NULL. */
+/* The child that holds the node's own data and metadata ("file"), or NULL. Locks as above. */
 BdrvChild *bdrv_primary_child(const BlockDriverState *bs);
-/* The node below filters. */
+/* The node below filters. Locks as above. */
 BlockDriverState *bdrv_skip_filters(BlockDriverState *bs);
+
+/* --- refresh.c: what a node derives from its children --- */
 /* Recomputes bs->bl from the children and the driver. No request may be in flight. */
 void bdrv_refresh_limits(BlockDriverState *bs);
+/* Recomputes bs->filename. */
+void bdrv_refresh_filename(BlockDriverState *bs);
+/* Those options of @bs that decide what it shows; new reference. */
+json_t *bdrv_strong_options(const BlockDriverState *bs);
+/* {"driver": ..., strong options, children}: what json:{} names of @bs are made of; new reference. */
+json_t *bdrv_describe(const BlockDriverState *bs);
+/* Asks the driver for the length and remembers it: the length or -errno. */
+int64_t bdrv_refresh_length(BlockDriverState *bs);
 
 /*
  * Quiescing, the part that is about parents.  quiesce() and unquiesce() count at @bs, at all nodes
@@ -62,13 +82,20 @@ void bdrv_parents_wait_idle(BlockDriverState *bs);
 
 /* --- perm.c --- */
 /* Settles permissions of @bs and below after its parents changed: checks all, then sets all, or
- * leaves everything as it was. Graph change lock held. */
+ * leaves everything as it was. Graph change lock held, here and below. */
 bool bdrv_settle_perms(BlockDriverState *bs, GError **errp);
+/* The same in steps, for a set of nodes: all of @roots and below, parents before children. */
+GPtrArray *bdrv_nodes_below(GPtrArray *roots);
+bool bdrv_check_perms(GPtrArray *nodes, GError **errp); /* false: everything is as it was */
+void bdrv_commit_perms(GPtrArray *nodes);
+void bdrv_abort_perms(GPtrArray *nodes);
 
 /* --- backend.c --- */
 /* Counts a request; waits while @blk is quiesced. Never under the graph lock. */
 void blk_begin_request(BlockBackend *blk);
 void blk_end_request(BlockBackend *blk);
+/* A reference unless the last one is gone already. */
+bool blk_try_ref(BlockBackend *blk);
 /* Used by graph.c for bdrv_parents_*. */
 void blk_quiesce(BlockBackend *blk);
 void blk_unquiesce(BlockBackend *blk);

@@ -44,6 +44,8 @@ struct BdrvChild {
     char *name;               /* "file", "backing", "data-file", "root" */
     int role;                 /* BdrvChildRole */
     unsigned perm, shared;    /* BLK_PERM_*: what the parent does, and lets others do */
+    unsigned new_perm, new_shared; /* while permissions are being settled (block/perm.c) */
+    bool quiesced;            /* the parent counts the quiescing of @bs (block/graph.c) */
 };
 
 /* A request while it is inside a node. Lives on the submitter's stack. */
@@ -65,6 +67,10 @@ typedef struct BdrvRequest {
  * The request is about to allocate or to change map entries: order it against all others that do, over
  * [offset, offset + bytes), which contains its range.  May wait: the caller must not be announced, nor
  * hold any lock.  Whatever was looked up before must be looked up again.
+ * Requests that the core made serialising already (zero, discard, compressed, read-modify-write,
+ * copy-on-read) have a range that is rounded out to the largest of bl.request_alignment,
+ * pwrite_zeroes_alignment and pdiscard_alignment; a range granted cannot grow, so drivers must not ask
+ * for more than that rounding gives.
  */
 void bdrv_request_serialise(BdrvRequest *req, int64_t offset, int64_t bytes);
 
@@ -78,12 +84,21 @@ typedef struct BdrvMapExtent {
     int64_t host_offset; /* in fd */
     int64_t bytes;
 } BdrvMapExtent;
+#define BDRV_MAP_MAX_LAYERS (BDRV_MAP_MAX_EXTENTS + 3)
+/* What a mapping is to one node on the way down; filled in by bdrv_map(), but for the token. */
+typedef struct BdrvMapLayer {
+    BlockDriverState *bs;
+    BdrvRequest req;
+    void *token; /* the driver's, from its map to its map_done */
+} BdrvMapLayer;
+/* Rules in block/queue.h. Must stay where it is from bdrv_map() to bdrv_map_done(). */
 typedef struct BdrvMapping {
     unsigned n;
     BdrvMapExtent ext[BDRV_MAP_MAX_EXTENTS]; /* cover the range from its start, in order */
     int64_t bytes;     /* covered in all; the rest is mapped by another call */
-    void *token[4];    /* one per layer that must hear of the end; a layer uses the slot of its depth */
-    unsigned depth;    /* layers passed so far */
+    BdrvMapLayer layer[BDRV_MAP_MAX_LAYERS]; /* in the order of the calls of bdrv_map() */
+    unsigned layers;
+    unsigned depth;    /* in callbacks: the driver's own layer is layer[depth] */
 } BdrvMapping;
 
 typedef struct BDRVReopenState {
@@ -103,6 +118,9 @@ struct BlockDriver {
     bool supports_backing;
     bool has_variable_length;  /* others may change its length: ask again */
     bool needs_filename;
+    /* Options that decide what the node shows (raw's "offset"); NULL-terminated, or NULL. A node that
+     * has one set is not described by a plain file name. */
+    const char *const *strong_options;
 
     /* --- opening --- */
     /* 0..100; @buf holds the first @len (up to 2048) bytes, the rest is zero. */
@@ -156,7 +174,7 @@ struct BlockDriver {
     unsigned supported_write_flags; /* FUA: else the core flushes after the write */
     unsigned supported_zero_flags;
 
-    /* --- fast lane: see design; -EAGAIN means "use a worker" --- */
+    /* --- fast lane: see block/queue.h; -EAGAIN means "use a worker" --- */
     int (*map)(BlockDriverState *bs, BlkQueue *queue, BdrvMapIntent intent, int64_t offset,
                int64_t bytes, BdrvMapping *mapping);
     int (*map_done)(BlockDriverState *bs, BlkQueue *queue, BdrvMapping *mapping, int result);
@@ -203,17 +221,22 @@ struct BlockDriverState {
     char *filename;         /* as shown to users */
     json_t *options;        /* flat, all that make the node what it is; changed by reopen */
     json_t *explicit_options; /* flat, those the user said */
+    bool opened;            /* drv->open has succeeded */
     bool probed;            /* format was guessed: raw restricts block 0 */
     bool has_backing_override; /* "backing" was given at run time (or backing: null) */
+    bool filename_exact;    /* the name alone, opened again, gives the same content */
+    const struct BdrvOpenContext *open_context; /* while it is being opened (block/open.c) */
 
     /* changed by reopen, with the node drained */
     int open_flags; /* BdrvOpenFlags */
     bool read_only;
+    bool auto_read_only; /* becomes read-only where its storage is, rather than fail */
     bool force_share;
     bool cache_direct, cache_no_flush;
     bool discard_unmap;
     int detect_zeroes; /* 0 off, 1 on, 2 unmap */
     BlockLimits bl;
+    BDRVReopenState *reopening; /* prepared, not committed; graph change lock (block/core-int.h) */
 
     /* graph: changed under the exclusive graph lock, read under the shared one */
     BdrvChild *file, *backing;
@@ -238,10 +261,18 @@ BdrvChild *bdrv_open_child(BlockDriverState *bs, const char *filename, json_t *o
 bool bdrv_open_file_child(BlockDriverState *bs, const char *filename, json_t *options, int role,
                           GError **errp);
 void bdrv_detach_child(BdrvChild *child); /* drops the reference; not under the graph lock */
+/* The default of child_perm, for drivers that change it a little. */
+void bdrv_default_perms(BlockDriverState *bs, int role, unsigned perm, unsigned shared,
+                        unsigned *ret_perm, unsigned *ret_shared);
 /* The child's node changed length; refresh the cache and tell parents that depend on it. */
 void bdrv_set_length(BlockDriverState *bs, int64_t length);
 /* The backing names the header holds; called by open and change_backing_file. */
 void bdrv_set_backing_names(BlockDriverState *bs, const char *file, const char *fmt);
+
+/* For a format's create: makes the protocol file @filename, empty ("size" is not looked at), and takes
+ * the options its protocol knows out of @options. A file that exists is emptied: check everything else
+ * before. */
+bool bdrv_create_file(const char *filename, json_t *options, GError **errp);
 
 /* Event named as in qapi (underscores); blkdebug nodes below may fail or suspend at it. */
 void bdrv_debug_event(BdrvChild *child, const char *event);

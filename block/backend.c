@@ -1,0 +1,540 @@
+/*
+ * BlockBackend: a user of the block layer.
+ *
+ *     user thread                          BlockBackend                 node
+ *     blk_pread() ---- begin_request --->  in_flight++  ---root edge--> bdrv_preadv()
+ *                                          quiesce > 0: wait here
+ *     blk_submit() --- begin, draw ticket, hand to a worker; the worker runs it, calls done(), ends
+ *
+ * Invariants
+ *  1. A request is counted before it takes anything (graph lock, ticket) and until it holds nothing.
+ *  2. A request raises in_flight before it looks at quiesce, a drainer raises quiesce before it looks
+ *     at in_flight, sequentially consistent: a request either waits or is waited for.
+ *  3. The root edge changes only while nothing is in flight; so whoever is counted may use it.
+ *  4. With the write cache off, no write is reported before it is stable.
+ *
+ * Not done: no throttling, no retry policy; those wait here too when they come, before the count.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include <string.h>
+#include "block/core-int.h"
+#include "util/checked.h"
+#include "util/pool.h"
+
+struct BlockBackend {
+    _Atomic(int) refcnt;
+    BdrvChild *root; /* set at making */
+    _Atomic(unsigned) in_flight, quiesce;
+    _Atomic(bool) write_cache;
+    QbMutex lock; /* leaf: only for waiting */
+    QbCond changed;
+};
+
+/* --- life --- */
+
+/* Steals the caller's reference to @bs. */
+static BlockBackend *new_backend(BlockDriverState *bs, unsigned perm, unsigned shared,
+                                 GError **errp)
+{
+    BlockBackend *blk = g_new0(BlockBackend, 1);
+    atomic_init(&blk->refcnt, 1);
+    atomic_init(&blk->write_cache, true);
+    qb_mutex_init(&blk->lock);
+    qb_cond_init(&blk->changed);
+    const BdrvAttach at = {.blk = blk, .name = "root", .perm = perm, .shared = shared,
+                           .role = BDRV_CHILD_FILTERED | BDRV_CHILD_PRIMARY};
+    blk->root = bdrv_attach(&at, bs, errp);
+    if (!blk->root) {
+        blk_unref(blk);
+        return NULL;
+    }
+    return blk;
+}
+
+BlockBackend *blk_new_with_bs(BlockDriverState *bs, unsigned perm, unsigned shared, GError **errp)
+{
+    bdrv_ref(bs);
+    return new_backend(bs, perm, shared, errp);
+}
+
+static unsigned perms_of_flags(int flags)
+{
+    unsigned perm = flags & BDRV_O_NO_IO ? 0 : BLK_PERM_CONSISTENT_READ;
+    perm |= flags & BDRV_O_RDWR ? BLK_PERM_WRITE : 0;
+    perm |= flags & BDRV_O_RESIZE ? BLK_PERM_RESIZE : 0;
+    return perm;
+}
+
+BlockBackend *blk_new_open(const char *filename, json_t *options, int flags, GError **errp)
+{
+    BlockDriverState *bs = bdrv_open(filename, options, flags, errp);
+    if (!bs) {
+        return NULL;
+    }
+    if (bs->read_only) { /* an option said so */
+        flags &= ~(BDRV_O_RDWR | BDRV_O_RESIZE);
+    }
+    return new_backend(bs, perms_of_flags(flags), BLK_PERM_ALL, errp);
+}
+
+void blk_ref(BlockBackend *blk)
+{
+    int before = atomic_fetch_add(&blk->refcnt, 1);
+    assert(before > 0);
+    (void)before;
+}
+
+bool blk_try_ref(BlockBackend *blk)
+{
+    int n = atomic_load(&blk->refcnt);
+    while (n > 0) {
+        if (atomic_compare_exchange_weak(&blk->refcnt, &n, n + 1)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Users that want to know whether it worked have flushed before. */
+static void flush_root(BlockBackend *blk)
+{
+    BDRV_GRAPH_GUARD();
+    if (blk->root->perm & BLK_PERM_WRITE) {
+        (void)bdrv_flush(blk->root->bs);
+    }
+}
+
+static void end_backend(BlockBackend *blk)
+{
+    assert(!bdrv_graph_held());
+    blk_drain(blk);
+    if (blk->root) {
+        flush_root(blk);
+        bdrv_detach_child(blk->root);
+    }
+    qb_cond_destroy(&blk->changed);
+    qb_mutex_destroy(&blk->lock);
+    g_free(blk);
+}
+
+void blk_unref(BlockBackend *blk)
+{
+    if (!blk) {
+        return;
+    }
+    int before = atomic_fetch_sub(&blk->refcnt, 1);
+    assert(before > 0);
+    if (before == 1) {
+        end_backend(blk);
+    }
+}
+
+BlockDriverState *blk_bs(BlockBackend *blk)
+{
+    return blk->root->bs;
+}
+
+BdrvChild *blk_root(BlockBackend *blk)
+{
+    return blk->root;
+}
+
+bool blk_set_perm(BlockBackend *blk, unsigned perm, unsigned shared, GError **errp)
+{
+    QB_GUARD(&bdrv_graph_change_lock);
+    blk->root->new_perm = perm;
+    blk->root->new_shared = shared;
+    return bdrv_settle_perms(blk->root->bs, errp);
+}
+
+/* --- counting --- */
+
+static void wake_waiters(BlockBackend *blk)
+{
+    QB_GUARD(&blk->lock);
+    qb_cond_broadcast(&blk->changed);
+}
+
+void blk_end_request(BlockBackend *blk)
+{
+    unsigned n = atomic_load(&blk->in_flight);
+    while (n > 1) {
+        if (atomic_compare_exchange_weak(&blk->in_flight, &n, n - 1)) {
+            return;
+        }
+    }
+    /* Who waits for the last one may free @blk once it sees 0, which it looks for under the lock:
+     * unlocking is the last touch. */
+    QB_GUARD(&blk->lock);
+    if (atomic_fetch_sub(&blk->in_flight, 1) == 1) {
+        qb_cond_broadcast(&blk->changed);
+    }
+}
+
+void blk_begin_request(BlockBackend *blk)
+{
+    assert(!bdrv_graph_held());
+    for (;;) {
+        atomic_fetch_add(&blk->in_flight, 1);
+        if (atomic_load(&blk->quiesce) == 0) {
+            return;
+        }
+        blk_end_request(blk);
+        QB_GUARD(&blk->lock);
+        while (atomic_load(&blk->quiesce) > 0) {
+            qb_cond_wait(&blk->changed, &blk->lock);
+        }
+    }
+}
+
+void blk_quiesce(BlockBackend *blk)
+{
+    atomic_fetch_add(&blk->quiesce, 1);
+}
+
+void blk_unquiesce(BlockBackend *blk)
+{
+    if (atomic_fetch_sub(&blk->quiesce, 1) == 1) {
+        wake_waiters(blk);
+    }
+}
+
+void blk_wait_idle(BlockBackend *blk)
+{
+    QB_GUARD(&blk->lock);
+    while (atomic_load(&blk->in_flight) > 0) {
+        qb_cond_wait(&blk->changed, &blk->lock);
+    }
+}
+
+void blk_drain(BlockBackend *blk)
+{
+    blk_wait_idle(blk);
+}
+
+/* --- modes --- */
+
+bool blk_parse_cache_mode(const char *mode, BlkCacheMode *ret)
+{
+    static const struct {
+        const char *name;
+        BlkCacheMode mode; /* direct, no_flush, writethrough */
+    } modes[] = {
+        {"none", {true, false, false}},       {"off", {true, false, false}},
+        {"directsync", {true, false, true}},  {"writeback", {false, false, false}},
+        {"writethrough", {false, false, true}}, {"unsafe", {false, true, false}},
+    };
+    for (size_t i = 0; i < G_N_ELEMENTS(modes); i++) {
+        if (!strcmp(mode, modes[i].name)) {
+            *ret = modes[i].mode;
+            return true;
+        }
+    }
+    return false;
+}
+
+bool blk_parse_discard(const char *mode, bool *ret_unmap)
+{
+    bool unmap = !strcmp(mode, "unmap") || !strcmp(mode, "on");
+    if (!unmap && strcmp(mode, "ignore") && strcmp(mode, "off")) {
+        return false;
+    }
+    *ret_unmap = unmap;
+    return true;
+}
+
+void blk_set_write_cache(BlockBackend *blk, bool writeback)
+{
+    atomic_store(&blk->write_cache, writeback);
+}
+
+bool blk_write_cache(const BlockBackend *blk)
+{
+    return atomic_load(&blk->write_cache);
+}
+
+/* --- facts --- */
+
+int64_t blk_getlength(BlockBackend *blk)
+{
+    return bdrv_getlength(blk->root->bs);
+}
+
+bool blk_is_writable(BlockBackend *blk)
+{
+    return !blk->root->bs->read_only && (blk->root->perm & BLK_PERM_WRITE);
+}
+
+/* --- requests --- */
+
+static int write_flags(const BlockBackend *blk, int flags)
+{
+    return blk_write_cache(blk) ? flags : flags | BDRV_REQ_FUA;
+}
+
+/* A range inside the image; a transfer no longer than one request may be. */
+static int check_range(BlockBackend *blk, int64_t offset, int64_t bytes, int64_t max)
+{
+    int64_t length = blk_getlength(blk);
+    if (length < 0) {
+        return (int)length;
+    }
+    bool inside = qb_range_valid(offset, bytes) && offset + bytes <= length;
+    return inside && bytes <= max ? 0 : -EIO;
+}
+
+static int check_change(BlockBackend *blk, int64_t offset, int64_t bytes, int64_t max)
+{
+    if (!blk_is_writable(blk)) {
+        return -EPERM;
+    }
+    return check_range(blk, offset, bytes, max);
+}
+
+int blk_preadv(BlockBackend *blk, int64_t offset, int64_t bytes, IoVector *qiov, int flags)
+{
+    blk_begin_request(blk);
+    int ret = check_range(blk, offset, bytes, BDRV_REQUEST_MAX_BYTES);
+    if (ret == 0) {
+        BDRV_GRAPH_GUARD();
+        ret = bdrv_preadv(blk->root, offset, bytes, qiov, flags);
+    }
+    blk_end_request(blk);
+    return ret;
+}
+
+int blk_pwritev(BlockBackend *blk, int64_t offset, int64_t bytes, IoVector *qiov, int flags)
+{
+    blk_begin_request(blk);
+    int ret = check_change(blk, offset, bytes, BDRV_REQUEST_MAX_BYTES);
+    if (ret == 0) {
+        BDRV_GRAPH_GUARD();
+        ret = bdrv_pwritev(blk->root, offset, bytes, qiov, write_flags(blk, flags));
+    }
+    blk_end_request(blk);
+    return ret;
+}
+
+int blk_pread(BlockBackend *blk, int64_t offset, int64_t bytes, void *buf, int flags)
+{
+    if (bytes < 0) {
+        return -EIO;
+    }
+    IoVector qiov;
+    iov_vector_init_buf(&qiov, buf, (size_t)bytes);
+    return blk_preadv(blk, offset, bytes, &qiov, flags);
+}
+
+int blk_pwrite(BlockBackend *blk, int64_t offset, int64_t bytes, const void *buf, int flags)
+{
+    if (bytes < 0) {
+        return -EIO;
+    }
+    IoVector qiov;
+    iov_vector_init_buf(&qiov, (void *)buf, (size_t)bytes);
+    return blk_pwritev(blk, offset, bytes, &qiov, flags);
+}
+
+/* Long ones are cut by io.c, each piece with its own entry of the graph lock. */
+int blk_pwrite_zeroes(BlockBackend *blk, int64_t offset, int64_t bytes, int flags)
+{
+    blk_begin_request(blk);
+    int ret = check_change(blk, offset, bytes, INT64_MAX);
+    if (ret == 0) {
+        ret = bdrv_pwrite_zeroes(blk->root, offset, bytes, write_flags(blk, flags));
+    }
+    blk_end_request(blk);
+    return ret;
+}
+
+int blk_pdiscard(BlockBackend *blk, int64_t offset, int64_t bytes)
+{
+    blk_begin_request(blk);
+    int ret = check_change(blk, offset, bytes, INT64_MAX);
+    if (ret == 0) {
+        ret = bdrv_pdiscard(blk->root, offset, bytes);
+    }
+    blk_end_request(blk);
+    return ret;
+}
+
+int blk_flush(BlockBackend *blk)
+{
+    blk_begin_request(blk);
+    int ret;
+    {
+        BDRV_GRAPH_GUARD();
+        ret = bdrv_flush(blk->root->bs);
+    }
+    blk_end_request(blk);
+    return ret;
+}
+
+bool blk_truncate(BlockBackend *blk, int64_t offset, bool exact, PreallocMode prealloc,
+                  bool zero_new, GError **errp)
+{
+    blk_begin_request(blk);
+    bool ok;
+    {
+        BDRV_GRAPH_GUARD();
+        ok = bdrv_truncate(blk->root, offset, exact, prealloc, zero_new, errp);
+    }
+    blk_end_request(blk);
+    return ok;
+}
+
+static int check_batch(BlockBackend *blk, const BdrvBatchOp *ops, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        bool moves_data = ops[i].kind == BDRV_BATCH_READ || ops[i].kind == BDRV_BATCH_WRITE;
+        int64_t max = moves_data ? BDRV_REQUEST_MAX_BYTES : INT64_MAX;
+        int ret = ops[i].kind == BDRV_BATCH_READ
+                      ? check_range(blk, ops[i].offset, ops[i].bytes, max)
+                      : check_change(blk, ops[i].offset, ops[i].bytes, max);
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    return 0;
+}
+
+int blk_run_batch(BlockBackend *blk, BdrvBatchOp *ops, size_t n)
+{
+    blk_begin_request(blk);
+    int ret = check_batch(blk, ops, n);
+    for (size_t i = 0; ret == 0 && i < n && !blk_write_cache(blk); i++) {
+        if (ops[i].kind == BDRV_BATCH_WRITE || ops[i].kind == BDRV_BATCH_ZERO) {
+            ops[i].flags |= BDRV_REQ_FUA;
+        }
+    }
+    if (ret == 0) {
+        BDRV_GRAPH_GUARD();
+        ret = bdrv_run_batch(blk->root, ops, n);
+    }
+    blk_end_request(blk);
+    return ret;
+}
+
+int blk_save_vmstate(BlockBackend *blk, IoVector *qiov, int64_t pos)
+{
+    if (!blk_is_writable(blk)) {
+        return -EPERM;
+    }
+    blk_begin_request(blk);
+    int ret;
+    {
+        BDRV_GRAPH_GUARD();
+        ret = bdrv_save_vmstate(blk->root->bs, qiov, pos);
+        if (ret >= 0 && !blk_write_cache(blk)) {
+            ret = bdrv_flush(blk->root->bs);
+        }
+    }
+    blk_end_request(blk);
+    return ret;
+}
+
+int blk_load_vmstate(BlockBackend *blk, IoVector *qiov, int64_t pos)
+{
+    blk_begin_request(blk);
+    int ret;
+    {
+        BDRV_GRAPH_GUARD();
+        ret = bdrv_load_vmstate(blk->root->bs, qiov, pos);
+    }
+    blk_end_request(blk);
+    return ret;
+}
+
+bool blk_make_empty(BlockBackend *blk, GError **errp)
+{
+    return bdrv_make_empty(blk->root->bs, errp);
+}
+
+/* --- requests that run in the pool --- */
+
+typedef struct Task {
+    BlockBackend *blk;
+    BdrvRequest req; /* drawn at submission, but for a flush and for requests that fail at once */
+    BlkOp op;
+    int64_t offset, bytes;
+    IoVector *qiov;
+    int flags, failed;
+    void (*done)(void *opaque, int ret);
+    void *opaque;
+} Task;
+
+static int run_drawn(Task *t)
+{
+    BDRV_GRAPH_GUARD();
+    BdrvChild *root = t->blk->root;
+    switch (t->op) {
+    case BLK_OP_READ:
+        return bdrv_preadv_drawn(root, &t->req, t->offset, t->bytes, t->qiov, t->flags);
+    case BLK_OP_WRITE:
+        return bdrv_pwritev_drawn(root, &t->req, t->offset, t->bytes, t->qiov, t->flags);
+    case BLK_OP_ZERO:
+        return bdrv_pwrite_zeroes_drawn(root, &t->req, t->offset, t->bytes, t->flags);
+    case BLK_OP_DISCARD:
+        return bdrv_pdiscard_drawn(root, &t->req, t->offset, t->bytes);
+    case BLK_OP_FLUSH:
+        return bdrv_flush(root->bs);
+    }
+    g_assert_not_reached();
+}
+
+static void run_task(void *opaque)
+{
+    Task *t = opaque;
+    int ret = t->failed ? t->failed : run_drawn(t);
+    t->done(t->opaque, ret);
+    blk_end_request(t->blk);
+    g_free(t);
+}
+
+static int check_task(const Task *t)
+{
+    switch (t->op) {
+    case BLK_OP_READ:
+        return check_range(t->blk, t->offset, t->bytes, BDRV_REQUEST_MAX_BYTES);
+    case BLK_OP_WRITE:
+        return check_change(t->blk, t->offset, t->bytes, BDRV_REQUEST_MAX_BYTES);
+    case BLK_OP_ZERO:
+    case BLK_OP_DISCARD:
+        return check_change(t->blk, t->offset, t->bytes, INT64_MAX);
+    case BLK_OP_FLUSH:
+        return 0;
+    }
+    g_assert_not_reached();
+}
+
+static void draw_ticket(Task *t)
+{
+    static const BdrvRequestType types[] = {
+        [BLK_OP_READ] = BDRV_TRACKED_READ,
+        [BLK_OP_WRITE] = BDRV_TRACKED_WRITE,
+        [BLK_OP_ZERO] = BDRV_TRACKED_ZERO,
+        [BLK_OP_DISCARD] = BDRV_TRACKED_DISCARD,
+    };
+    if (t->op != BLK_OP_FLUSH) {
+        BDRV_GRAPH_GUARD();
+        bdrv_request_draw(t->blk->root, &t->req, types[t->op], t->offset, t->bytes);
+    }
+}
+
+void blk_submit(BlockBackend *blk, BlkOp op, int64_t offset, int64_t bytes, IoVector *qiov,
+                int flags, void (*done)(void *opaque, int ret), void *opaque)
+{
+    blk_begin_request(blk);
+    Task *t = g_new0(Task, 1);
+    *t = (Task){.blk = blk, .op = op, .offset = offset, .bytes = bytes, .qiov = qiov,
+                .flags = flags, .done = done, .opaque = opaque};
+    if (op == BLK_OP_WRITE || op == BLK_OP_ZERO) {
+        t->flags = write_flags(blk, flags);
+    }
+    t->failed = check_task(t);
+    if (!t->failed) {
+        draw_ticket(t);
+    }
+    qb_pool_submit(qb_request_pool(), run_task, t);
+}
