@@ -1,0 +1,108 @@
+/*
+ * The core's part of the fast lane: who may pass, who is counted, who hears of the end.
+ *
+ *      layer[0] = node A     layer[1] = node B        layers = 2
+ *      done:    then A       first B
+ *
+ * The contract is in block/queue.h.
+ *
+ * Invariants
+ *  1. Each layer has a request that has begun, and entered if it writes; a layer that declines is
+ *     undone before bdrv_map() returns, with the extents its children added.
+ *  2. Nothing here waits: a range is only tried.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include "block/queue.h"
+#include "block/io-int.h"
+
+/* Everything that needs more of the core than a look: a worker has it. */
+static bool lane_is_open(BlockDriverState *bs, BdrvMapIntent intent)
+{
+    if (!bs->drv->map || atomic_load(&bs->quiesce) > 0) {
+        return false;
+    }
+    if (intent == BDRV_MAP_WRITE) {
+        return !bs->read_only && !bs->detect_zeroes;
+    }
+    return !(bs->open_flags & BDRV_O_COPY_ON_READ);
+}
+
+static bool range_fits(BlockDriverState *bs, int64_t offset, int64_t bytes)
+{
+    bool aligned = qb_is_aligned((uint64_t)(offset | bytes), bs->bl.request_alignment);
+    return bytes > 0 && qb_range_valid(offset, bytes) && aligned
+           && offset + bytes <= bdrv_getlength(bs);
+}
+
+/* Counts the request in the node; false when it would have to wait. */
+static bool begin_layer(BdrvMapLayer *layer, BdrvMapIntent intent, int64_t offset, int64_t bytes)
+{
+    bool writes = intent == BDRV_MAP_WRITE;
+    bdrv_request_begin(&layer->req, layer->bs, writes ? BDRV_TRACKED_WRITE : BDRV_TRACKED_READ,
+                       offset, bytes);
+    if (!writes || qb_range_try_enter(&layer->bs->ranges, &layer->req.range)) {
+        return true;
+    }
+    bdrv_request_end(&layer->req);
+    return false;
+}
+
+/* Takes the topmost layer off, its driver told. */
+static int finish_layer(BlkQueue *queue, BdrvMapping *mapping, int result)
+{
+    unsigned depth = --mapping->layers;
+    BdrvMapLayer *layer = &mapping->layer[depth];
+    mapping->depth = depth;
+    if (layer->bs->drv->map_done) {
+        result = layer->bs->drv->map_done(layer->bs, queue, mapping, result);
+    }
+    bdrv_request_end(&layer->req);
+    return result;
+}
+
+/* The driver of layer[depth] declined; children it had mapped by then are told that nothing happens. */
+static void undo_layer(BlkQueue *queue, BdrvMapping *mapping, unsigned depth)
+{
+    while (mapping->layers > depth + 1) {
+        (void)finish_layer(queue, mapping, -ECANCELED);
+    }
+    bdrv_request_end(&mapping->layer[depth].req);
+    mapping->layers = depth;
+}
+
+int bdrv_map(BdrvChild *child, BlkQueue *queue, BdrvMapIntent intent, int64_t offset,
+             int64_t bytes, BdrvMapping *mapping)
+{
+    BlockDriverState *bs = child->bs;
+    unsigned depth = mapping->layers, n_before = mapping->n, depth_before = mapping->depth;
+    int64_t bytes_before = mapping->bytes;
+    assert(bdrv_graph_held());
+    if (depth == BDRV_MAP_MAX_LAYERS || !lane_is_open(bs, intent)
+        || !range_fits(bs, offset, bytes)) {
+        return -EAGAIN;
+    }
+    mapping->layer[depth] = (BdrvMapLayer){.bs = bs};
+    if (!begin_layer(&mapping->layer[depth], intent, offset, bytes)) {
+        return -EAGAIN;
+    }
+    mapping->layers++;
+    mapping->depth = depth;
+    int ret = bs->drv->map(bs, queue, intent, offset, bytes, mapping);
+    if (ret < 0) {
+        undo_layer(queue, mapping, depth);
+        mapping->n = n_before;
+        mapping->bytes = bytes_before;
+    }
+    mapping->depth = depth_before;
+    return ret;
+}
+
+int bdrv_map_done(BlkQueue *queue, BdrvMapping *mapping, int result)
+{
+    assert(bdrv_graph_held() && mapping->layers > 0);
+    while (mapping->layers > 0) {
+        result = finish_layer(queue, mapping, result);
+    }
+    return result;
+}

@@ -1,0 +1,106 @@
+/*
+ * Tracked requests: a request while it is inside a node.
+ *
+ *   begin ----> [counted, ticket drawn] --enter-------------------> runs plain ------.
+ *                          \                                          |               > end
+ *                           \--enter_serialising--> runs serialising <-' serialise --'
+ *
+ * Being counted (bs->in_flight) is what a drain waits for; the ticket in bs->ranges is what puts
+ * overlapping requests in order.  Both are taken at begin, which for the requests of blk_submit() is
+ * long before a worker picks them up.
+ *
+ * The unit.  A request that was granted a range cannot ask for a wider one: two such requests could
+ * wait for one another.  So the core grants ranges that are rounded out to the widest unit the driver
+ * changes as one (its cluster), which drivers show in their limits: bdrv_serialising_unit().  A driver
+ * that upgrades a request that was serialising from the start asks for nothing new then.
+ *
+ * Invariants
+ *  1. in_flight counts every request between begin and end, and is changed under the graph lock only.
+ *  2. A read has no ticket, its range is IDLE from begin to end.
+ *  3. A request is granted at most one range, which never changes then.  It goes there from PLAIN, or
+ *     from ENTERED as long as it has not begun to change anything.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include "block/io-int.h"
+
+void bdrv_request_begin(BdrvRequest *req, BlockDriverState *bs, BdrvRequestType type,
+                        int64_t offset, int64_t bytes)
+{
+    assert(bdrv_graph_held());
+    assert(offset >= 0 && bytes >= 0);
+    *req = (BdrvRequest){.bs = bs, .type = type};
+    atomic_fetch_add(&bs->in_flight, 1);
+    if (type != BDRV_TRACKED_READ) {
+        qb_range_submit(&bs->ranges, &req->range, (uint64_t)offset, (uint64_t)bytes);
+    }
+}
+
+void bdrv_request_draw(BdrvChild *child, BdrvRequest *req, BdrvRequestType type, int64_t offset,
+                       int64_t bytes)
+{
+    bdrv_request_begin(req, child->bs, type, offset, bytes);
+}
+
+void bdrv_request_enter(BdrvRequest *req)
+{
+    assert(req->type != BDRV_TRACKED_READ);
+    qb_range_enter(&req->bs->ranges, &req->range);
+}
+
+uint32_t bdrv_serialising_unit(const BlockDriverState *bs)
+{
+    uint32_t unit = MAX(bs->bl.request_alignment, 1);
+    const uint32_t wider[] = {bs->bl.pwrite_zeroes_alignment, bs->bl.pdiscard_alignment};
+    for (size_t i = 0; i < G_N_ELEMENTS(wider); i++) {
+        if (wider[i] > unit && qb_is_power_of_2(wider[i])) {
+            unit = wider[i];
+        }
+    }
+    return unit;
+}
+
+void bdrv_request_enter_serialising(BdrvRequest *req, bool wait_plain)
+{
+    assert(req->type != BDRV_TRACKED_READ && req->range.state != QB_RANGE_GRANTED);
+    uint32_t unit = bdrv_serialising_unit(req->bs);
+    uint64_t start = qb_align_down(req->range.offset, unit);
+    uint64_t last = req->range.end;
+    if (last <= INT64_MAX) { /* else it is the whole rest, which has no end to round */
+        last = qb_align_up(last, unit);
+    }
+    qb_range_serialise(&req->bs->ranges, &req->range, start, last - start, wait_plain);
+}
+
+void bdrv_request_serialise(BdrvRequest *req, int64_t offset, int64_t bytes)
+{
+    assert(req->type != BDRV_TRACKED_READ);
+    assert(offset >= 0 && bytes >= 0);
+    qb_range_serialise(&req->bs->ranges, &req->range, (uint64_t)offset, (uint64_t)bytes, false);
+}
+
+void bdrv_request_end(BdrvRequest *req)
+{
+    BlockDriverState *bs = req->bs;
+    assert(bdrv_graph_held());
+    if (req->type != BDRV_TRACKED_READ) {
+        qb_range_leave(&bs->ranges, &req->range);
+    }
+    /* The graph lock keeps the node alive over the second look at it. A drainer raises quiesce before
+     * it reads in_flight, both sequentially consistent, so one of the two sees the other. */
+    if (atomic_fetch_sub(&bs->in_flight, 1) == 1 && atomic_load(&bs->quiesce) > 0) {
+        bdrv_drain_wake();
+    }
+}
+
+void bdrv_request_begin_whole(BlockDriverState *bs, BdrvRequest *req)
+{
+    bdrv_request_begin(req, bs, BDRV_TRACKED_WHOLE, 0, INT64_MAX);
+    qb_range_serialise(&bs->ranges, &req->range, 0, UINT64_MAX, true);
+}
+
+void bdrv_request_end_whole(BdrvRequest *req)
+{
+    assert(req->type == BDRV_TRACKED_WHOLE);
+    bdrv_request_end(req);
+}
