@@ -7,8 +7,8 @@
  *      full              written with zeroes, and made stable
  *
  * The length is set first and the grown part filled then, so that a failure has one undo: the old
- * length.  fallocate() is called itself rather than the C library's posix_fallocate(), whose fallback
- * reads and writes a byte of every block, beneath whoever writes there at the time.
+ * length.  fallocate() is called itself rather than the C library's posix_fallocate(), whose
+ * fallback reads and writes a byte of every block, beneath whoever writes there at the time.
  *
  * Creating:
  *      options checked -> file made or opened -> locked -> new length tried -> emptied -> filled
@@ -257,7 +257,7 @@ static bool set_extent_size(int fd, const CreateOptions *o, GError **errp)
     return true;
 }
 
-/* The file is ours alone from here on: new length tried, old content dropped, attributes, content. */
+/* Nobody else is in the way: new length tried, old content dropped, attributes, new content. */
 static bool fill_new_file(int fd, const CreateOptions *o, GError **errp)
 {
     Resize r = {.fd = fd, .to = (int64_t)o->size, .unit = 1, .prealloc = (PreallocMode)o->prealloc};

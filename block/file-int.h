@@ -140,8 +140,9 @@ bool file_truncate(BlockDriverState *bs, int64_t offset, bool exact, PreallocMod
 /* Finds out whether locks work on @fd. False and error only with locking=on. */
 bool file_locks_init(FileLocks *l, int fd, int locking, const char *path, GError **errp);
 /*
- * Locks the bytes of @perm and @unshared that are not held yet and looks for other processes that are
- * in the way of them. On failure what was held before is held, no more. @fd: where the locks live.
+ * Locks the bytes of @perm and @unshared that are not held yet and looks for other processes that
+ * are in the way of them. On failure what was held before is held, no more. @fd: where the locks
+ * live.
  */
 bool file_locks_take(FileLocks *l, int fd, unsigned perm, unsigned unshared, const char *path,
                      GError **errp);

@@ -2,10 +2,10 @@
  * Reading, writing and making stable.
  *
  * Growth.  A file may grow in two ways: a write beyond its end, and ftruncate() for zeroes
- * (file-status.c).  The second reads the length and sets a larger one; a write that grows the file in
- * between would be cut off.  So writes that end beyond "eof", a lower bound of the length, hold the
- * grow lock shared, and growth by ftruncate() holds it exclusively.  Writes inside eof, nearly all,
- * take nothing:
+ * (file-status.c).  The second reads the length and sets a larger one; a write that grows the file
+ * in between would be cut off.  So writes that end beyond "eof", a lower bound of the length, hold
+ * the grow lock shared, and growth by ftruncate() holds it exclusively.  Writes inside eof, nearly
+ * all, take nothing:
  *
  *      0                        eof        length
  *      |  writes take no lock    |  shared   |
@@ -20,17 +20,17 @@
  *      B ---------^--------|  joins 2      |        finished >= wanted  =>  done
  *      C ----------^-------|               |
  *
- * Rounds have a second purpose.  The kernel reports lost pages of a cached file once per descriptor.
- * With one round at a time, nobody can be told "stable" by a later fdatasync() before the failure of
- * the earlier one is known to all.
+ * Rounds have a second purpose.  The kernel reports lost pages of a cached file once per
+ * descriptor. With one round at a time, nobody can be told "stable" by a later fdatasync() before
+ * the failure of the earlier one is known to all.
  *
  * Invariants
  *  1. eof never exceeds the length while no truncate is running (the core keeps requests out of the
  *     range of a truncate).
- *  2. After a failed fdatasync() of a cached file every later flush fails: the kernel has dropped the
- *     pages, success would be a lie.  Direct I/O has no pages to lose.
- *  3. For the same reason FUA on a cached file is a write and a shared round; RWF_DSYNC, whose error
- *     would be consumed outside of the rounds, is used with direct I/O only.
+ *  2. After a failed fdatasync() of a cached file every later flush fails: the kernel has dropped
+ *     the pages, success would be a lie.  Direct I/O has no pages to lose.
+ *  3. For the same reason FUA on a cached file is a write and a shared round; RWF_DSYNC, whose
+ *     error would be consumed outside of the rounds, is used with direct I/O only.
  *
  * Not done: reads and writes of unaligned memory with direct I/O; the core has aligned them.
  *

@@ -23,10 +23,12 @@
  * Invariants
  *  1. perm and unshared tell exactly which bytes the descriptor holds, or are 0 without locking.
  *  2. final_perm and final_unshared are subsets of them; they differ only between check and set.
- *  3. Only bytes that are newly taken are checked: whoever came after the others had to pass theirs.
+ *  3. Only bytes that are newly taken are checked: whoever came after the others had to pass
+ *     theirs.
  *
  * Not done: file systems without such locks get none (locking=auto) or an error (locking=on).  The
- * older kind, which belongs to the process and is lost at any close() of the file, protects nothing.
+ * older kind, which belongs to the process and is lost at any close() of the file, protects
+ * nothing.
  *
  * SPDX-License-Identifier: MIT
  */

@@ -6,13 +6,13 @@
  *                                     | flush   shared rounds of fdatasync  (file-io.c)
  *                                     | data    the data extent seen last   (file-status.c)
  *
- * This file opens, closes and reopens; host-device.c shares it, since a device differs in its length
- * and its zero and discard calls only.
+ * This file opens, closes and reopens; host-device.c shares it, since a device differs in its
+ * length and its zero and discard calls only.
  *
  * Invariants
  *  1. fd changes only in open, close and reopen_commit, when no request is in flight.
- *  2. The locks live on fd; a reopen has them on the new descriptor before the old one is closed, so
- *     that there is no moment without them.
+ *  2. The locks live on fd; a reopen has them on the new descriptor before the old one is closed,
+ *     so that there is no moment without them.
  *  3. With direct set, request_alignment and mem_alignment are such that the kernel takes every
  *     request that keeps to them; without, both are 1.
  *  4. O_SYNC and O_DSYNC are never used: stability is asked for with flush and FUA.
@@ -151,7 +151,7 @@ typedef struct OpenMode {
     bool read_only, direct;
 } OpenMode;
 
-/* A descriptor, or -errno. A device whose medium is read-only may open and fail at the first write. */
+/* A descriptor, or -errno. A read-only device may open well and fail at the first write. */
 static int try_open(const char *path, OpenMode mode)
 {
     int flags = O_CLOEXEC | (mode.read_only ? O_RDONLY : O_RDWR) | (mode.direct ? O_DIRECT : 0);

@@ -2,14 +2,14 @@
  * Where a file has data, and how holes and zeroes are made.
  *
  * Block status asks the file system with lseek(): SEEK_DATA, and SEEK_HOLE for the end of data.  On
- * some file systems the second costs time proportional to the extent, and formats ask piece by piece.
- * So the last data extent is remembered:
+ * some file systems the second costs time proportional to the extent, and formats ask piece by
+ * piece. So the last data extent is remembered:
  *
  *      file    |  hole  |######## data ########|   hole   |######|
  *                       start                  end
  *
- * Only data is remembered, never holes.  "Data" that another process has punched meanwhile is still a
- * true answer, if not the best one; a "hole" that another process has filled would lose its data.
+ * Only data is remembered, never holes.  "Data" that another process has punched meanwhile is still
+ * a true answer, if not the best one; a "hole" that another process has filled would lose its data.
  *
  * Zeroes.                         inside the file                            beyond its end
  *      may be given back          PUNCH_HOLE, else as below                  longer by ftruncate

@@ -5,14 +5,14 @@
  * another way to tell its length, cannot grow, and takes zero and discard requests in whole logical
  * blocks:
  *
- *      zeroes, may be given back    fallocate(PUNCH_HOLE): what the device offloads, discarding or not
+ *      zeroes, may be given back    fallocate(PUNCH_HOLE): what the device offloads
  *      zeroes, must be quick        -ENOTSUP unless the line above did it
  *      zeroes                       fallocate(ZERO_RANGE), BLKZEROOUT on kernels without
  *      discard                      BLKDISCARD; says nothing about what is read afterwards
  *
  * Invariants
- *  1. The kernel's own zeroing and discarding keep the page cache of the device right, so these calls
- *     mix with buffered reads and writes.
+ *  1. The kernel's own zeroing and discarding keep the page cache of the device right, so these
+ *     calls mix with buffered reads and writes.
  *  2. A request that is not made of whole logical blocks is answered with -ENOTSUP, and the core
  *     writes instead.
  *

@@ -80,7 +80,8 @@ static inline void expect_error(GError **err, int code, const char *text)
     g_clear_error(err);
 }
 
-static inline int node_write(BlockDriverState *bs, int64_t offset, int64_t bytes, int byte, int flags)
+static inline int node_write(BlockDriverState *bs, int64_t offset, int64_t bytes, int byte,
+                             int flags)
 {
     QB_AUTO_FREE void *buf = qb_try_memalign(4096, (size_t)bytes);
     IoVector v;

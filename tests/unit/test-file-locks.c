@@ -49,8 +49,8 @@ static void take_ok(BlockDriverState *bs, unsigned perm, unsigned unshared)
     g_assert_no_error(err);
 }
 
-static void expect_conflict(const char *path, BlockDriverState *bs, unsigned perm, unsigned unshared,
-                            const char *what)
+static void expect_conflict(const char *path, BlockDriverState *bs, unsigned perm,
+                            unsigned unshared, const char *what)
 {
     GError *err = NULL;
     g_autofree char *text = g_strdup_printf(
