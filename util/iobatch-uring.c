@@ -195,11 +195,11 @@ void qb_uring_run(QbIoOp *ops, size_t n)
         return;
     }
     size_t next = 0;
-    do {
+    while (!ring->broken && (next < n || ring->prepared + ring->under_way > 0)) {
         next += fill(ring, ops + next, n - next);
         submit_and_wait(ring);
         reap(ring);
-    } while (!ring->broken && (next < n || ring->prepared + ring->under_way > 0));
+    }
     if (ring->broken) {
         give_up(ring);
     }
