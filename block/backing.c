@@ -52,6 +52,42 @@ static char *join_directory(const char *file, const char *name)
                                           : g_steal_pointer(&path);
 }
 
+/* The options inside "json:{...}" in place of a name: the file name in them, or NULL. */
+static char *filename_in_json(const char *name)
+{
+    g_autoptr(json_t) nested = qb_json_parse_object(name + strlen("json:"), NULL);
+    g_autoptr(json_t) flat = nested ? qb_opts_flatten(nested) : json_object();
+    for (;;) {
+        char *filename = qb_opt_take_string(flat, "filename");
+        if (filename || !qb_opts_has_prefix(flat, "file")) {
+            return filename;
+        }
+        g_autoptr(json_t) below = qb_opts_take_prefix(flat, "file");
+        json_t *above = flat;
+        flat = g_steal_pointer(&below);
+        json_decref(above);
+    }
+}
+
+char *bdrv_resolve_name_against(const char *image, const char *name, GError **errp)
+{
+    if (is_whole_name(name)) {
+        return g_strdup(name);
+    }
+    g_autofree char *inner =
+        g_str_has_prefix(image, "json:") ? filename_in_json(image) : g_strdup(image);
+    if (!inner) {
+        qb_error_set(errp, ENOTSUP, "Cannot generate a base directory for '%s'", image);
+        return NULL;
+    }
+    bool has_prefix = bdrv_has_protocol_prefix(inner);
+    if (has_prefix && !g_str_has_prefix(inner, "file:")) {
+        const char *rest = strrchr(inner, ':') + 1; /* "blkdebug::dir/a.img" */
+        return join_directory(rest, name);
+    }
+    return join_directory(has_prefix ? inner + strlen("file:") : inner, name);
+}
+
 char *bdrv_resolve_backing_name(BlockDriverState *bs, const char *name, GError **errp)
 {
     if (is_whole_name(name)) {

@@ -70,19 +70,6 @@ static bool check_names(const BlockDriver *drv, const BlockDriver *proto, json_t
 
 /* --- size --- */
 
-/* The backing file as the new image will find it: relative to the directory of @filename. */
-static char *backing_path(const char *filename, const char *backing)
-{
-    const char *slash = strrchr(filename, '/');
-    bool relative = backing[0] != '/' && !g_str_has_prefix(backing, "json:") &&
-                    !bdrv_has_protocol_prefix(backing);
-    if (!relative || !slash || g_str_has_prefix(filename, "json:")) {
-        return g_strdup(backing);
-    }
-    const char *start = g_str_has_prefix(filename, "file:") ? filename + strlen("file:") : filename;
-    return g_strdup_printf("%.*s%s", (int)(slash + 1 - start), start, backing);
-}
-
 static int64_t backing_length(const char *path, const char *format, GError **errp)
 {
     json_t *options = json_object();
@@ -107,8 +94,8 @@ static bool take_size_from_backing(const char *filename, json_t *options, GError
         qb_error_set(errp, EINVAL, "Image creation needs a size parameter");
         return false;
     }
-    g_autofree char *path = backing_path(filename, backing);
-    int64_t length = backing_length(path, qb_opt_peek_string(options, "backing_fmt"), errp);
+    g_autofree char *path = bdrv_resolve_name_against(filename, backing, errp);
+    int64_t length = !path ? -1 : backing_length(path, qb_opt_peek_string(options, "backing_fmt"), errp);
     if (length < 0) {
         return false;
     }

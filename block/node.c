@@ -237,3 +237,8 @@ bool bdrv_can_snapshot(const BlockDriverState *bs)
 {
     return bs->drv->snapshot_create != NULL;
 }
+
+bool bdrv_supports_compression(const BlockDriverState *bs)
+{
+    return bs->drv->pwritev_compressed != NULL;
+}

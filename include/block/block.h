@@ -90,6 +90,8 @@ const char *bdrv_backing_name(const BlockDriverState *bs);
 const char *bdrv_backing_format(const BlockDriverState *bs);
 /* Resolves @name relative to the directory of @bs's file. Newly allocated. */
 char *bdrv_resolve_backing_name(BlockDriverState *bs, const char *name, GError **errp);
+/* The same for an image that is not open: @name as it would stand in the header of image @image. */
+char *bdrv_resolve_name_against(const char *image, const char *name, GError **errp);
 /* The node in @bs's backing chain that users call @name (file name or node-name), or NULL. */
 BlockDriverState *bdrv_find_backing_image(BlockDriverState *bs, const char *name);
 
@@ -151,6 +153,8 @@ bool bdrv_change_backing_file(BlockDriverState *bs, const char *backing_file,
 bool bdrv_set_backing(BlockDriverState *bs, BlockDriverState *backing, GError **errp);
 /* Drops all guest data of an overlay so that it reads as its backing file. */
 bool bdrv_make_empty(BlockDriverState *bs, GError **errp);
+/* True when compressed writes are possible. */
+bool bdrv_supports_compression(const BlockDriverState *bs);
 /* True when the driver has make_empty. */
 bool bdrv_can_make_empty(const BlockDriverState *bs);
 /* @options: flat, by `qemu-img amend -o` names, reference stolen. */
