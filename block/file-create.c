@@ -70,22 +70,30 @@ static int fill(int fd, int64_t from, int64_t to, uint32_t unit)
         return -EFBIG;
     }
     int ret = write_zeroes(fd, start, end);
-    if (ret == 0 && end != to && ftruncate(fd, to) < 0) {
-        ret = -errno;
-    }
-    if (ret == 0 && fsync(fd) < 0) {
-        ret = -errno;
-    }
-    return ret;
+    return ret == 0 && end != to && ftruncate(fd, to) < 0 ? -errno : ret;
 }
 
 /* A change of length: what to do and where. */
 typedef struct Resize {
+    BDRVFileState *node; /* NULL: a file in the making */
     int fd;
     int64_t from, to;
     uint32_t unit; /* of writes */
     PreallocMode prealloc;
 } Resize;
+
+/* A node's barriers all go one way, so that none of them hides the failure of another. */
+static int fill_stable(const Resize *r)
+{
+    int ret = fill(r->fd, r->from, r->to, r->unit);
+    if (ret < 0) {
+        return ret;
+    }
+    if (r->node) {
+        return file_make_stable(r->node);
+    }
+    return fdatasync(r->fd) < 0 ? -errno : 0;
+}
 
 static bool preallocate(const Resize *r, GError **errp)
 {
@@ -99,7 +107,7 @@ static bool preallocate(const Resize *r, GError **errp)
     }
     if (ret == -ENOTSUP) {
         what = "Could not write zeros for preallocation";
-        ret = fill(r->fd, r->from, r->to, r->unit);
+        ret = fill_stable(r);
     }
     if (ret < 0) {
         qb_error_set_errno(errp, ret, "%s", what);
@@ -153,8 +161,8 @@ bool file_truncate(BlockDriverState *bs, int64_t offset, bool exact, PreallocMod
         qb_error_set_errno(errp, (int)length, "Could not get the length of '%s'", s->path);
         return false;
     }
-    Resize r = {.fd = s->fd, .from = length, .to = offset, .unit = s->request_alignment,
-                .prealloc = prealloc};
+    Resize r = {.node = s, .fd = s->fd, .from = length, .to = offset,
+                .unit = s->request_alignment, .prealloc = prealloc};
     bool ok = resize(&r, errp);
     length = file_length(s);
     atomic_store(&s->eof, length > 0 ? length : 0);

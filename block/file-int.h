@@ -106,6 +106,8 @@ int file_pwritev(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t
                  IoVector *qiov, size_t qiov_offset, int flags);
 int file_run_batch(BlockDriverState *bs, BdrvBatchOp *ops, size_t n);
 int file_flush(BlockDriverState *bs);
+/* As file_flush(), whatever cache.no-flush says: what was written before the call is stable. */
+int file_make_stable(BDRVFileState *s);
 int file_copy_range(BlockDriverState *src, int64_t src_offset, BlockDriverState *dst,
                     int64_t dst_offset, int64_t bytes);
 int file_map(BlockDriverState *bs, BlkQueue *queue, BdrvMapIntent intent, int64_t offset,

@@ -142,8 +142,7 @@ static void run_round_locked(BDRVFileState *s) QB_NO_TSA
     qb_cond_broadcast(&f->done);
 }
 
-/* Everything written before the call is stable at return. */
-static int make_stable(BDRVFileState *s) QB_NO_TSA
+int file_make_stable(BDRVFileState *s) QB_NO_TSA
 {
     FileFlush *f = &s->flush;
     QB_GUARD(&f->lock);
@@ -166,7 +165,7 @@ static int make_stable(BDRVFileState *s) QB_NO_TSA
 
 int file_flush(BlockDriverState *bs)
 {
-    return bs->cache_no_flush ? 0 : make_stable(file_state(bs));
+    return bs->cache_no_flush ? 0 : file_make_stable(file_state(bs));
 }
 
 /* --- transfers --- */
@@ -245,7 +244,7 @@ int file_pwritev(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t
         ret = transfer(s, QB_IO_WRITE, offset, bytes, qiov, qiov_offset);
     }
     write_leave(s, end, grows, ret);
-    return ret == 0 && fua && !stable ? make_stable(s) : ret;
+    return ret == 0 && fua && !stable ? file_make_stable(s) : ret;
 }
 
 /* --- batches --- */

@@ -523,6 +523,17 @@ static void test_truncate(TestDir *t, gconstpointer root)
     node_close(bs);
 }
 
+/* The barrier of a preallocation is one of the node's: it does not succeed after one has failed. */
+static void test_truncate_after_lost_data(TestDir *t, gconstpointer root)
+{
+    make_file(t->file, 1000, 6);
+    BlockDriverState *bs = node_open_ok(t->file, RDWR);
+    file_state(bs)->flush.broken = true;
+    expect_truncate_error(bs, 100000, PREALLOC_MODE_FULL,
+                          "Could not write zeros for preallocation: Input/output error");
+    node_close(bs);
+}
+
 static void test_truncate_direct_full(TestDir *t, gconstpointer root)
 {
     GError *err = NULL;
@@ -815,6 +826,7 @@ int main(int argc, char **argv)
     add("status-units", test_status_units);
     add("grow-race", test_grow_race);
     add("truncate", test_truncate);
+    add("truncate-after-lost-data", test_truncate_after_lost_data);
     add("truncate-direct-full", test_truncate_direct_full);
     add("file-size-limit", test_file_size_limit);
     add("no-space", test_no_space);
