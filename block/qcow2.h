@@ -83,6 +83,7 @@ typedef struct Qcow2Snapshot {
     uint64_t icount;
     uint32_t extra_size;  /* bytes on disk, known ones included */
     uint8_t *extra;       /* owned: all extra_size bytes as read; unknown ones are kept verbatim */
+    bool extra_cut;       /* more extra bytes than allowed on disk, seen by check only: dropped */
 } Qcow2Snapshot;
 
 /* A run of host clusters or bytes. */
@@ -129,7 +130,8 @@ struct BDRVQcow2State {
     _Atomic(uint64_t) autoclear_pending; /* autoclear bits to clear before the first change */
 
     /* --- snapshots: changed with the whole node in the range lock --- */
-    GArray *snapshots;   /* Qcow2Snapshot */
+    GArray *snapshots;   /* Qcow2Snapshot; fewer than header.nb_snapshots only when opened for check */
+    uint64_t snapshots_bytes; /* length of the table on disk */
 
     /* --- metadata lock: changes of L1 and L2 (see qcow2-l1.c, qcow2-cluster.c) --- */
     QbMutex lock;
@@ -265,6 +267,30 @@ int qcow2_signal_corruption_at(BlockDriverState *bs, bool fatal, int64_t offset,
                                int line, const char *fmt, ...) G_GNUC_PRINTF(6, 7);
 /* Writes the corrupt bit if it was found under a lock, where no I/O is allowed. No lock held. */
 int qcow2_corrupt_save(BlockDriverState *bs);
+
+/* ======================= qcow2-options.c, qcow2-info.c: run time ======================= */
+
+/* What the options of a node say, before they take effect. */
+typedef struct Qcow2Options {
+    bool lazy_refcounts;
+    bool discard_request, discard_snapshot, discard_other, discard_no_unref;
+    int overlap_check; /* Qcow2Overlap bits */
+    uint64_t l2_cache_size, refcount_cache_size, cache_clean_interval;
+} Qcow2Options;
+/* Takes the driver's own options out of @options; those not named have their defaults. Header known. */
+bool qcow2_options_take(BlockDriverState *bs, json_t *options, Qcow2Options *ret, GError **errp);
+/* Node drained or not yet open. */
+void qcow2_options_apply(BDRVQcow2State *s, const Qcow2Options *o);
+/* Bytes of tables to keep in memory, from the options or the size of the image. */
+uint64_t qcow2_cache_limit(const BDRVQcow2State *s);
+bool qcow2_reopen_prepare(BDRVReopenState *state, GError **errp);
+void qcow2_reopen_commit(BDRVReopenState *state);
+void qcow2_reopen_abort(BDRVReopenState *state);
+/* Pending autoclear bits, by what the header says now; for a node that is or becomes writable. */
+void qcow2_set_autoclear_pending(BDRVQcow2State *s);
+bool qcow2_get_info(BlockDriverState *bs, BlockDriverInfo *info, GError **errp);
+json_t *qcow2_get_specific_info(BlockDriverState *bs, GError **errp);
+void qcow2_refresh_limits(BlockDriverState *bs);
 
 /* ======================= qcow2-cache.c: tables in memory ======================= */
 
@@ -580,10 +606,22 @@ bool qcow2_change_backing_file(BlockDriverState *bs, const char *file, const cha
 /* qcow2-truncate.c */
 bool qcow2_truncate(BlockDriverState *bs, int64_t offset, bool exact, PreallocMode prealloc,
                     bool zero_new, GError **errp);
+/* A new image: gives its external data file the right length and preallocates. Node not in use. */
+bool qcow2_fill_new(BlockDriverState *bs, PreallocMode prealloc, GError **errp);
 /* qcow2-empty.c */
 bool qcow2_make_empty(BlockDriverState *bs, GError **errp);
 /* qcow2-snapshot.c */
 void qcow2_snapshot_clear(Qcow2Snapshot *sn);
+/* An empty array that frees what it holds. */
+GArray *qcow2_snapshots_new(void);
+/* Deep copy. */
+GArray *qcow2_snapshots_dup(const GArray *snapshots);
+/* Pure: one entry of the table from @len bytes at @buf; *ret_bytes: its length without padding.
+ * @disk_size: what an entry without that field means. EINVAL when it is cut off, EFBIG over limits. */
+bool qcow2_snapshot_decode(const uint8_t *buf, size_t len, uint64_t disk_size, Qcow2Snapshot *ret,
+                           size_t *ret_bytes, GError **errp);
+/* Reads the table the header names into s->snapshots. @for_check: what check can repair (too many
+ * entries, too much or too little extra data) is let through, cut to the limits. */
 bool qcow2_snapshots_load(BlockDriverState *bs, bool for_check, GError **errp);
 bool qcow2_snapshot_create(BlockDriverState *bs, const char *name, GError **errp);
 bool qcow2_snapshot_apply(BlockDriverState *bs, const char *id_or_name, GError **errp);
@@ -593,6 +631,11 @@ bool qcow2_snapshot_load_tmp(BlockDriverState *bs, const char *id_or_name, GErro
 /* Encodes @snapshots as a table; newly allocated. EFBIG over the limits. */
 uint8_t *qcow2_snapshots_encode(const GArray *snapshots, int version, size_t *ret_bytes,
                                 GError **errp);
+/* Writes @snapshots (stolen, also on failure) as a table into new clusters, makes that stable and
+ * switches the header to it in one write, in which @fn (may be NULL) changes other fields too. The old
+ * table is freed, s->snapshots replaced. Failure leaves the old one. Whole node in the range lock. */
+bool qcow2_snapshots_store(BlockDriverState *bs, GArray *snapshots,
+                           void (*fn)(Qcow2Header *h, void *opaque), void *opaque, GError **errp);
 /* qcow2-check.c */
 bool qcow2_check(BlockDriverState *bs, const BdrvCheckOptions *opts, BdrvCheckResult *result,
                  GError **errp);
