@@ -192,7 +192,8 @@ static bool ask_alignment(int fd, FileAlignment *ret)
         (stx.stx_mask & STATX_DIOALIGN) && qb_is_power_of_2(stx.stx_dio_offset_align) &&
         qb_is_power_of_2(stx.stx_dio_mem_align)) {
         ret->request = stx.stx_dio_offset_align;
-        ret->memory = stx.stx_dio_mem_align;
+        /* The length of each element must be whole blocks, too, which this alignment implies. */
+        ret->memory = MAX(stx.stx_dio_mem_align, stx.stx_dio_offset_align);
         return true;
     }
 #endif

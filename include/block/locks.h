@@ -12,10 +12,13 @@
  *                           never across a cache miss
  *   6. qcow2 alloc lock     BDRVQcow2State.alloc_lock: refcounts and the free-space index.  Never across I/O
  *   7. qcow2 cache lock     inside qcow2-cache.c
- *   8. leaf locks           in-flight table, quarantine list, worker pool queue, blkdebug rules,
- *                           range lock's own mutex, BlockBackend's counters
+ *   8. file grow lock       shared by writes that end beyond the known end of a file, exclusive for
+ *                           growth by ftruncate; held across that one operation (block/file-io.c)
+ *   9. leaf locks           in-flight table, quarantine list, worker pool queue, blkdebug rules,
+ *                           range lock's own mutex, BlockBackend's counters, a file's flush rounds
+ *                           and data extent
  *
- * The qcow2 flush lock (one flush at a time, others join) is taken before 5 and never while 5..8 are
+ * The qcow2 flush lock (one flush at a time, others join) is taken before 5 and never while 5..9 are
  * held; it is the only mutex held across I/O, and nobody who is announced in the in-flight table waits for it.
  *
  * SPDX-License-Identifier: MIT
