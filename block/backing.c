@@ -259,6 +259,7 @@ static bool open_one(BlockDriverState *bs, const BdrvBackingSpec *spec,
         g_prefix_error(errp, "Could not open backing file: ");
         return false;
     }
+    backing->implicit |= !spec->reference;
     bdrv_refresh_limits(bs);
     return true;
 }

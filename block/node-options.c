@@ -140,6 +140,18 @@ int bdrv_node_flags(int flags, const BdrvNodeOptions *no)
     return no->copy_on_read ? flags | BDRV_O_COPY_ON_READ : flags;
 }
 
+void bdrv_apply_node_options(BlockDriverState *bs, const BdrvNodeOptions *no, int flags)
+{
+    bs->read_only = no->read_only;
+    bs->auto_read_only = no->auto_read_only;
+    bs->force_share = no->force_share;
+    bs->cache_direct = no->cache_direct;
+    bs->cache_no_flush = no->cache_no_flush;
+    bs->discard_unmap = no->discard_unmap;
+    bs->detect_zeroes = no->detect_zeroes;
+    bs->open_flags = bdrv_node_flags(flags, no);
+}
+
 int bdrv_inherit_flags(int flags, int role, bool parent_is_format)
 {
     int down = flags & (BDRV_O_NO_IO | BDRV_O_NO_BACKING | BDRV_O_CHECK | BDRV_O_PROTOCOL);

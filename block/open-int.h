@@ -26,6 +26,8 @@ void bdrv_set_default_string(json_t *options, const char *key, const char *value
 void bdrv_inherit_options(json_t *child, const json_t *parent, int role);
 /* open_flags of a node with @no: BDRV_O_RDWR and what depends on it follow the options. */
 int bdrv_node_flags(int flags, const BdrvNodeOptions *no);
+/* Copies @no into the node, which is new or drained. */
+void bdrv_apply_node_options(BlockDriverState *bs, const BdrvNodeOptions *no, int flags);
 int bdrv_inherit_flags(int flags, int role, bool parent_is_format);
 
 /* --- filename.c --- */

@@ -58,7 +58,11 @@ static BlockDriverState *open_wanted(const char *name, json_t *left, BdrvOpenArg
     args->options = qb_opts_take_prefix(left, name);
     bool said = json_object_size(args->options) || args->filename;
     if (!reference && said) {
-        return bdrv_open_tree(args, errp);
+        BlockDriverState *bs = bdrv_open_tree(args, errp);
+        if (bs) {
+            bs->implicit = true;
+        }
+        return bs;
     }
     g_clear_pointer(&args->options, json_decref);
     if (reference && said) {
@@ -192,18 +196,6 @@ static bool prepare(Opening *o, BdrvBackingSpec *ret_spec, GError **errp)
 }
 
 /* --- one node: making it --- */
-
-static void apply_node_options(BlockDriverState *bs, const BdrvNodeOptions *no, int flags)
-{
-    bs->read_only = no->read_only;
-    bs->auto_read_only = no->auto_read_only;
-    bs->force_share = no->force_share;
-    bs->cache_direct = no->cache_direct;
-    bs->cache_no_flush = no->cache_no_flush;
-    bs->discard_unmap = no->discard_unmap;
-    bs->detect_zeroes = no->detect_zeroes;
-    bs->open_flags = bdrv_node_flags(flags, no);
-}
 
 /* The name errors and the driver's open know the node by, until it has its own. */
 static void set_working_filename(BlockDriverState *bs, const BlockDriverState *file)
@@ -354,7 +346,7 @@ static BlockDriverState *instantiate(Opening *o, GError **errp)
     if (!bs) {
         return NULL;
     }
-    apply_node_options(bs, &no, o->args->flags);
+    bdrv_apply_node_options(bs, &no, o->args->flags);
     if (!open_new_node(bs, o, driver_options, errp)) {
         bdrv_unref(bs);
         return NULL;

@@ -69,7 +69,10 @@ BlockDriverState *bdrv_find_node(const char *node_name);
 
 /*
  * Changes options of an open node (all of "its" options: those not named go back to their
- * defaults unless @keep_old). Prepare on the whole subtree, then commit; a failure leaves the old state.
+ * defaults unless @keep_old; read-only stays as it is unless it is named).  @options: flat, reference
+ * stolen; "file.*" and the like go to children that were opened for this node.  What is inherited
+ * changes below, too.  Prepare on the whole subtree, then commit; a failure leaves the old state.
+ * Drains the nodes: not inside a request, not under the graph lock.
  */
 bool bdrv_reopen(BlockDriverState *bs, json_t *options, bool keep_old, GError **errp);
 bool bdrv_reopen_set_read_only(BlockDriverState *bs, bool read_only, GError **errp);

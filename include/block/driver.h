@@ -222,6 +222,7 @@ struct BlockDriverState {
     json_t *options;        /* flat, all that make the node what it is; changed by reopen */
     json_t *explicit_options; /* flat, those the user said */
     bool opened;            /* drv->open has succeeded */
+    bool implicit;          /* opened for its parent, not referenced: follows the parent's options */
     bool probed;            /* format was guessed: raw restricts block 0 */
     bool has_backing_override; /* "backing" was given at run time (or backing: null) */
     bool filename_exact;    /* the name alone, opened again, gives the same content */
