@@ -14,6 +14,7 @@
 #define BLOCK_FILE_INT_H
 
 #include "block/driver.h"
+#include "util/checked.h"
 #include "util/iobatch.h"
 #include "util/thread.h"
 
@@ -77,6 +78,14 @@ typedef struct BDRVFileState {
 static inline BDRVFileState *file_state(BlockDriverState *bs)
 {
     return bs->opaque;
+}
+
+/* What the core promises of every request. */
+static inline void file_assert_request(const BDRVFileState *s, int64_t offset, int64_t bytes)
+{
+    assert(s->fd >= 0);
+    assert(bytes > 0 && qb_range_valid(offset, bytes));
+    assert(qb_is_aligned((uint64_t)(offset | bytes), s->request_alignment));
 }
 
 /* --- file-posix.c --- */

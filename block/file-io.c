@@ -37,7 +37,6 @@
  * SPDX-License-Identifier: MIT
  */
 #include "block/file-int.h"
-#include "util/checked.h"
 #include "util/iov.h"
 
 #include <limits.h>
@@ -173,6 +172,7 @@ int file_flush(BlockDriverState *bs)
 static int transfer(BDRVFileState *s, QbIoKind kind, int64_t offset, int64_t bytes,
                     const IoVector *qiov, size_t qiov_offset)
 {
+    file_assert_request(s, offset, bytes);
     if (qiov_offset == 0 && (uint64_t)bytes == qiov->size) {
         return qb_io_one(kind, s->fd, (uint64_t)offset, qiov->iov, qiov->niov);
     }
@@ -220,6 +220,7 @@ static int write_dsync(BDRVFileState *s, int64_t offset, int64_t bytes, const Io
 static int try_write_dsync(BDRVFileState *s, int64_t offset, int64_t bytes, const IoVector *qiov,
                            size_t qiov_offset)
 {
+    file_assert_request(s, offset, bytes);
     if (!s->direct || atomic_load(&s->lacks.dsync)) {
         return -ENOTSUP;
     }

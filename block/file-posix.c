@@ -29,7 +29,6 @@
  * SPDX-License-Identifier: MIT
  */
 #include "block/file-int.h"
-#include "util/checked.h"
 #include "util/error.h"
 #include "util/iov.h"
 

@@ -27,7 +27,6 @@
  * SPDX-License-Identifier: MIT
  */
 #include "block/file-int.h"
-#include "util/checked.h"
 
 #include <fcntl.h>
 #include <unistd.h>
@@ -126,6 +125,7 @@ static int64_t fit(FileExtent *e, int64_t offset, int64_t bytes, uint32_t unit)
 int file_block_status(BlockDriverState *bs, int64_t offset, int64_t bytes, BdrvStatus *ret)
 {
     BDRVFileState *s = file_state(bs);
+    assert(bytes > 0 && qb_range_valid(offset, bytes));
     FileExtent e = look_up(s, offset);
     ret->bytes = fit(&e, offset, bytes, s->request_alignment);
     ret->flags = BDRV_BLOCK_ALLOCATED | BDRV_BLOCK_OFFSET_VALID |
@@ -217,6 +217,7 @@ int file_pwrite_zeroes(BlockDriverState *bs, BdrvRequest *req, int64_t offset, i
                        int flags)
 {
     BDRVFileState *s = file_state(bs);
+    file_assert_request(s, offset, bytes);
     int ret = s->is_device ? host_device_zero(s, offset, bytes, flags)
                            : zero_regular(s, offset, bytes, flags);
     file_data_cache_drop(&s->data);
@@ -232,6 +233,7 @@ static int discard_regular(BDRVFileState *s, int64_t offset, int64_t bytes)
 int file_pdiscard(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes)
 {
     BDRVFileState *s = file_state(bs);
+    file_assert_request(s, offset, bytes);
     int ret = s->is_device ? host_device_discard(s, offset, bytes)
                            : discard_regular(s, offset, bytes);
     file_data_cache_drop(&s->data);

@@ -21,7 +21,6 @@
  * SPDX-License-Identifier: MIT
  */
 #include "block/file-int.h"
-#include "util/checked.h"
 #include "util/error.h"
 
 #include <fcntl.h>
