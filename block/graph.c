@@ -179,7 +179,9 @@ static BdrvChild **shortcut_of(const BdrvChild *c)
     if (!c->parent) {
         return NULL;
     }
-    if (!strcmp(c->name, "file")) {
+    /* a filter calls it what it likes (blkdebug: "image") */
+    bool filtered = c->parent->drv->is_filter && (c->role & BDRV_CHILD_PRIMARY);
+    if (filtered || !strcmp(c->name, "file")) {
         return &c->parent->file;
     }
     return !strcmp(c->name, "backing") ? &c->parent->backing : NULL;

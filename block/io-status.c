@@ -181,8 +181,8 @@ static int look_at_driver(const Look *look, BdrvStatus *ret)
     if (err == 0 && (ret->flags & BDRV_BLOCK_RECURSE)) {
         err = follow(look, ret);
     }
-    if (err < 0) {
-        return err;
+    if (err < 0 || look->bs->drv->is_filter) {
+        return err; /* a filter's own answer is that of the layer it shows, settled there */
     }
     if ((ret->flags & (BDRV_BLOCK_DATA | BDRV_BLOCK_ZERO)) || !look->bs->drv->supports_backing) {
         ret->flags |= BDRV_BLOCK_ALLOCATED;
@@ -223,10 +223,15 @@ static ChainEnd chain_end(BlockDriverState *base, bool include_base)
     return (ChainEnd){.base = base ? bdrv_skip_filters(base) : NULL, .include_base = include_base};
 }
 
+static bool is_base(const ChainEnd *end, BlockDriverState *bs)
+{
+    return end->base && bdrv_skip_filters(bs) == end->base;
+}
+
 /* True when @bs is the layer to stop before. */
 static bool is_past_end(const ChainEnd *end, BlockDriverState *bs)
 {
-    return !bs || (bs == end->base && !end->include_base);
+    return !bs || (is_base(end, bs) && !end->include_base);
 }
 
 /* One look through the chain. Each layer that does not decide may shorten the range for the next. */
@@ -234,7 +239,6 @@ static int look_through_chain(const Look *look, void *opaque, BdrvStatus *ret)
 {
     const ChainEnd *end = opaque;
     Look layer = *look;
-    layer.bs = bdrv_skip_filters(look->bs);
     *ret = (BdrvStatus){.bytes = look->bytes};
     for (int depth = 0; !is_past_end(end, layer.bs); depth++) {
         int err = look_at_layer(&layer, NULL, ret);
@@ -242,7 +246,7 @@ static int look_through_chain(const Look *look, void *opaque, BdrvStatus *ret)
             return err;
         }
         BlockDriverState *next =
-            layer.bs == end->base ? NULL : bdrv_backing_chain_next(layer.bs);
+            is_base(end, layer.bs) ? NULL : bdrv_backing_chain_next(layer.bs);
         /* Zeroes because the next layer is too short: this one decides. */
         bool outgrown = (ret->flags & BDRV_BLOCK_ZERO) && !is_past_end(end, next);
         if ((ret->flags & BDRV_BLOCK_ALLOCATED) || outgrown) {
