@@ -28,6 +28,8 @@ const BlockDriver *bdrv_probe_format(BlockDriverState *file, const char *filenam
 /* --- node.c --- */
 /* A new node: registered by name (@node_name NULL: "#blockN"), nothing opened, one reference. */
 BlockDriverState *bdrv_new_node(const BlockDriver *drv, const char *node_name, GError **errp);
+/* A new reference to the node named @name, or NULL and error. */
+BlockDriverState *bdrv_ref_node(const char *name, GError **errp);
 
 /* --- graph.c: edges; every change of a pointer in the graph is here --- */
 /*

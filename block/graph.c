@@ -297,8 +297,12 @@ BlockDriverState *bdrv_unlink_child(BdrvChild *child)
     unlink_locked(child);
     bdrv_graph_wrunlock();
     free_edge(child);
-    /* fewer users need no more than before: this lets go of locks and cannot fail */
-    (void)bdrv_settle_perms(bs, NULL);
+    /* Fewer users need no more than before: this lets go of locks and cannot fail. A node that only
+     * the caller still holds is about to end, with all its locks (or to be settled when it is
+     * attached again); for a long chain that ends, settling at each layer would be quadratic. */
+    if (atomic_load(&bs->refcnt) > 1) {
+        (void)bdrv_settle_perms(bs, NULL);
+    }
     return bs;
 }
 

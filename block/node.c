@@ -87,6 +87,29 @@ BlockDriverState *bdrv_find_node(const char *node_name)
     return names ? g_hash_table_lookup(names, node_name) : NULL;
 }
 
+/* A reference unless the last one is gone already. */
+static bool try_ref(BlockDriverState *bs)
+{
+    int n = atomic_load(&bs->refcnt);
+    while (n > 0) {
+        if (atomic_compare_exchange_weak(&bs->refcnt, &n, n + 1)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+BlockDriverState *bdrv_ref_node(const char *name, GError **errp)
+{
+    QB_GUARD(&names_lock);
+    BlockDriverState *bs = names ? g_hash_table_lookup(names, name) : NULL;
+    if (!bs || !try_ref(bs)) {
+        qb_error_set(errp, ENODEV, "Cannot find device='%s' nor node-name='%s'", name, name);
+        return NULL;
+    }
+    return bs;
+}
+
 static void free_node(BlockDriverState *bs)
 {
     unregister_name(bs);

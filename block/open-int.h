@@ -69,8 +69,6 @@ typedef struct BdrvOpenContext {
 BlockDriverState *bdrv_open_node(BdrvOpenArgs *args, BdrvBackingSpec *ret_spec, GError **errp);
 /* A node, its children, its backing chain. Takes args->options. */
 BlockDriverState *bdrv_open_tree(BdrvOpenArgs *args, GError **errp);
-/* A new reference to the node named @name, or NULL and error. */
-BlockDriverState *bdrv_ref_node(const char *name, GError **errp);
 
 /* --- backing.c --- */
 /* Opens all that is below @bs by the names in the headers; @spec is about the first one. */

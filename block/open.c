@@ -36,17 +36,6 @@ void bdrv_backing_spec_clear(BdrvBackingSpec *spec)
     g_clear_pointer(&spec->options, json_decref);
 }
 
-BlockDriverState *bdrv_ref_node(const char *name, GError **errp)
-{
-    BlockDriverState *bs = bdrv_find_node(name);
-    if (!bs) {
-        qb_error_set(errp, ENODEV, "Cannot find device='%s' nor node-name='%s'", name, name);
-        return NULL;
-    }
-    bdrv_ref(bs);
-    return bs;
-}
-
 /* --- children --- */
 
 /* Opens what @left says about child @name of a parent, or what @filename says; takes that out of
