@@ -142,6 +142,7 @@ BdrvChild *blk_root(BlockBackend *blk)
 
 bool blk_set_perm(BlockBackend *blk, unsigned perm, unsigned shared, GError **errp)
 {
+    assert(!bdrv_graph_held());
     QB_GUARD(&bdrv_graph_change_lock);
     blk->root->new_perm = perm;
     blk->root->new_shared = shared;

@@ -264,12 +264,25 @@ static bool open_one(BlockDriverState *bs, const BdrvBackingSpec *spec,
     return true;
 }
 
+/* Options may also say what the header says: then the file name alone still says it all. */
+static bool differs_from_header(BlockDriverState *bs)
+{
+    if (!bs->backing || !bs->backing_name[0]) {
+        return bs->backing || bs->backing_name[0];
+    }
+    const BlockDriverState *backing = bs->backing->bs;
+    g_autofree char *resolved = bdrv_resolve_backing_name(bs, bs->backing_name, NULL);
+    bool same_format = !bs->backing_fmt[0] || !strcmp(bs->backing_fmt, backing->drv->format_name);
+    return !resolved || strcmp(resolved, backing->filename) || !same_format;
+}
+
 /* Names that mention the backing file can be made when all of the chain is there. */
 static void refresh_names(GPtrArray *chain)
 {
     for (unsigned i = chain->len; i > 0; i--) {
         BlockDriverState *bs = g_ptr_array_index(chain, i - 1);
         if (bs->has_backing_override) {
+            bs->has_backing_override = differs_from_header(bs);
             bdrv_refresh_filename(bs);
         }
     }

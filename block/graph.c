@@ -280,6 +280,7 @@ static BdrvChild *attach_locked(const BdrvAttach *at, BlockDriverState *bs, GErr
 
 BdrvChild *bdrv_attach(const BdrvAttach *at, BlockDriverState *bs, GError **errp)
 {
+    assert(!bdrv_graph_held());
     qb_mutex_lock(&bdrv_graph_change_lock);
     BdrvChild *c = attach_locked(at, bs, errp);
     qb_mutex_unlock(&bdrv_graph_change_lock);
@@ -292,6 +293,7 @@ BdrvChild *bdrv_attach(const BdrvAttach *at, BlockDriverState *bs, GError **errp
 BlockDriverState *bdrv_unlink_child(BdrvChild *child)
 {
     BlockDriverState *bs = child->bs;
+    assert(!bdrv_graph_held());
     QB_GUARD(&bdrv_graph_change_lock);
     bdrv_graph_wrlock();
     unlink_locked(child);

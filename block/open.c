@@ -119,6 +119,9 @@ static void add_defaults(BdrvOpenArgs *args)
     }
     bdrv_set_default_string(args->options, "read-only",
                             args->flags & BDRV_O_RDWR ? "off" : "on");
+    if (args->flags & BDRV_O_COPY_ON_READ) {
+        bdrv_set_default_string(args->options, "copy-on-read", "on");
+    }
 }
 
 static void take_backing_spec(json_t *options, BdrvBackingSpec *ret)

@@ -224,7 +224,7 @@ struct BlockDriverState {
     bool opened;            /* drv->open has succeeded */
     bool implicit;          /* opened for its parent, not referenced: follows the parent's options */
     bool probed;            /* format was guessed: raw restricts block 0 */
-    bool has_backing_override; /* "backing" was given at run time (or backing: null) */
+    bool has_backing_override; /* options named another backing file than the header, or none */
     bool filename_exact;    /* the name alone, opened again, gives the same content */
     const struct BdrvOpenContext *open_context; /* while it is being opened (block/open.c) */
 

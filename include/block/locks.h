@@ -2,6 +2,8 @@
  * The order of locks, in one place.  A thread that holds a lock may take only locks further down.
  *
  *   1. drain            (a counter, not a mutex: new requests wait at the BlockBackend)
+ *   -  graph change lock  one change of edges or permissions at a time (block/graph.c); taken after a
+ *                       drain and never under the graph lock.  Locks of files are taken under it
  *   2. graph lock       shared: from the outermost call of a request to its end; nested calls and
  *                       workers acting for the request borrow its entry.  exclusive: pointer switches
  *                       only; no I/O, no waiting, no join under it
