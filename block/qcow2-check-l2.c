@@ -1,0 +1,344 @@
+/*
+ * Check: L2 tables and their entries.
+ *
+ *      table (refs times)                        map
+ *      [ data | 0 | zero | compressed | ... ]     +refs per entry on each host cluster touched
+ *           |                                     flags: DATA or COMP; of active tables also
+ *           ACTIVE, and `-> check_entry()                            COPIED or SHARED
+ *
+ * What is wrong with an entry is told at once, unless it can be repaired: then its repair is put on
+ * a list and told when it is done, because only when everything is counted is it known whether the
+ * table lies in a cluster of its own.  An entry that is to be repaired is counted as it will be.
+ *
+ * Repaired here, with BDRV_FIX_ERRORS: a preallocated zero cluster at an impossible place loses the
+ * place; bits that no reader looks at are cleared (reserved ones, COPIED on compressed clusters);
+ * the subcluster bitmap of a compressed cluster becomes zero, as the format has it.
+ *
+ * Invariants
+ *   1. A data entry that is not aligned keeps the cluster it points into from being freed.
+ *   2. With an external data file no data cluster is counted.
+ *   3. The list of repairs is bounded; what does not fit stays an error until the next repair.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include "block/qcow2-check.h"
+
+#include <inttypes.h>
+#include <stdarg.h>
+
+enum {
+    TABLES_PER_WALK = 1024,
+    MAX_ENTRY_FIXES = 65536,
+};
+
+/* ---------------------------------------------------------------- walking */
+
+typedef struct TableWalk {
+    Qcow2Check *c;
+    guint first;
+    Qcow2CheckTableFn fn;
+    void *opaque;
+} TableWalk;
+
+static void report_unreadable(Qcow2Check *c, uint64_t offset, int error)
+{
+    c->incomplete = true;
+    qcow2_check_report(c, BDRV_FINDING_CHECK_ERROR, false, "l2-read", offset,
+                       "ERROR: Could not read L2 table: %s", g_strerror(-error));
+}
+
+static int walk_table(const Qcow2WalkTable *table, void *opaque)
+{
+    TableWalk *w = opaque;
+    const Qcow2CheckTable *t =
+        &g_array_index(w->c->tables, Qcow2CheckTable, w->first + table->l1_index);
+    if (!table->be) {
+        report_unreadable(w->c, t->offset, table->error);
+    } else {
+        w->fn(w->c, t, (const uint8_t *)table->be, w->opaque);
+    }
+    qb_progress_add(w->c->opts->progress, w->c->s->cluster_size);
+    return qcow2_check_cancelled(w->c) ? -EINTR : 0;
+}
+
+void qcow2_check_for_tables(Qcow2Check *c, guint first, guint n, Qcow2CheckTableFn fn,
+                            void *opaque)
+{
+    BDRVQcow2State *s = c->s;
+    uint64_t be_l1[TABLES_PER_WALK];
+    for (guint end = first + n; first < end; first += MIN(TABLES_PER_WALK, end - first)) {
+        guint count = MIN(TABLES_PER_WALK, end - first);
+        for (guint i = 0; i < count; i++) {
+            be_l1[i] = htobe64(g_array_index(c->tables, Qcow2CheckTable, first + i).offset);
+        }
+        Qcow2WalkSource src = {.be_l1 = be_l1, .l1_size = count};
+        TableWalk w = {.c = c, .first = first, .fn = fn, .opaque = opaque};
+        uint64_t end_guest = (uint64_t)count << (s->cluster_bits + s->l2_bits);
+        int ret = qcow2_walk_tables(c->bs, &src, 0, end_guest, walk_table, &w);
+        if (ret == -EINTR && qcow2_check_cancelled(c)) {
+            return;
+        }
+        if (ret < 0) {
+            report_unreadable(c, UINT64_MAX, ret);
+        }
+    }
+}
+
+Qcow2L2Entry qcow2_check_entry(const BDRVQcow2State *s, const uint8_t *entries, uint32_t index)
+{
+    const uint8_t *p = entries + (size_t)index * s->l2_entry_size;
+    return (Qcow2L2Entry){
+        .entry = qb_ldbe64(p),
+        .bitmap = s->has_subclusters ? qb_ldbe64(p + 8) : 0,
+    };
+}
+
+/* ---------------------------------------------------------------- what can be repaired */
+
+/* An entry under examination. */
+typedef struct EntryCheck {
+    Qcow2Check *c;
+    const Qcow2CheckTable *t;
+    uint32_t index;
+    Qcow2L2Entry e;          /* as it is, or will be */
+    uint64_t next_contiguous; /* host offset where the run of data would go on, 0: no run yet */
+} EntryCheck;
+
+/*
+ * Something is wrong with x->e; @becomes would be right.  @fmt follows "ERROR" or "Repairing". Told
+ * now, or when repaired. @times: references that the repair takes away.
+ */
+static void G_GNUC_PRINTF(5, 6) fixable(EntryCheck *x, Qcow2L2Entry becomes, uint64_t times,
+                                        const char *code, const char *fmt, ...)
+{
+    Qcow2Check *c = x->c;
+    va_list ap;
+    va_start(ap, fmt);
+    g_autofree char *text = g_strdup_vprintf(fmt, ap);
+    va_end(ap);
+    if (!(c->fix & BDRV_FIX_ERRORS) || c->entry_fixes->len >= MAX_ENTRY_FIXES) {
+        qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, code, x->t->offset, "ERROR%s", text);
+        return;
+    }
+    Qcow2EntryFix fix = {
+        .table = x->t->offset, .index = x->index, .was = x->e, .becomes = becomes, .code = code,
+        .text = g_steal_pointer(&text), .times = times};
+    g_array_append_val(c->entry_fixes, fix);
+    x->e = becomes;
+}
+
+/* ---------------------------------------------------------------- one entry */
+
+static bool is_active(const EntryCheck *x)
+{
+    return x->t->active_refs > 0;
+}
+
+static void check_compressed(EntryCheck *x)
+{
+    Qcow2Check *c = x->c;
+    uint64_t host;
+    uint32_t bytes;
+    qcow2_parse_compressed(c->s, x->e.entry & ~QCOW2_ENTRY_COPIED, &host, &bytes);
+    if (x->e.entry & QCOW2_ENTRY_COPIED) {
+        Qcow2L2Entry becomes = {x->e.entry & ~QCOW2_ENTRY_COPIED, x->e.bitmap};
+        fixable(x, becomes, 0, "compressed-copied",
+                ": coffset=0x%" PRIx64 ": copied flag must never be set for compressed clusters",
+                host);
+    }
+    if (c->s->has_data_file) {
+        qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "compressed-with-data-file", host,
+                           "ERROR compressed cluster %" PRIu32 " with data file, entry=0x%" PRIx64,
+                           x->index, x->e.entry & ~QCOW2_ENTRY_COPIED);
+        return;
+    }
+    if (x->e.bitmap) {
+        Qcow2L2Entry becomes = {x->e.entry, 0};
+        fixable(x, becomes, 0, "compressed-bitmap",
+                " compressed cluster %" PRIu32 " with non-zero subcluster allocation bitmap, "
+                "entry=0x%" PRIx64,
+                x->index, x->e.entry);
+    }
+    c->res->allocated_clusters += x->t->active_refs;
+    c->res->compressed_clusters += x->t->active_refs;
+    c->res->fragmented_clusters += x->t->active_refs;
+    qcow2_check_count(c, host, bytes, x->t->refs, QCOW2_REF_COMP);
+}
+
+/* Readers mask reserved bits, so clearing them changes nothing; but the zero bit of version 2,
+ * which some read as damage. */
+static void check_reserved_bits(EntryCheck *x)
+{
+    const BDRVQcow2State *s = x->c->s;
+    uint64_t mask = QCOW2_L2_STD_RESERVED_MASK;
+    if (s->version < 3 || s->has_subclusters) {
+        mask |= QCOW2_ENTRY_ZERO;
+    }
+    uint64_t wrong = x->e.entry & mask;
+    if (!wrong) {
+        return;
+    }
+    if (s->version < 3 && (wrong & QCOW2_ENTRY_ZERO)) {
+        qcow2_check_report(x->c, BDRV_FINDING_CORRUPTION, false, "l2-entry-reserved-bits",
+                           x->t->offset, "ERROR found l2 entry with reserved bits set: %" PRIx64,
+                           x->e.entry);
+        return;
+    }
+    Qcow2L2Entry becomes = {x->e.entry & ~mask, x->e.bitmap};
+    fixable(x, becomes, 0, "l2-entry-reserved-bits",
+            " found l2 entry with reserved bits set: %" PRIx64, x->e.entry);
+}
+
+static void check_subclusters(EntryCheck *x, uint64_t offset, bool allocated)
+{
+    uint32_t alloc = (uint32_t)x->e.bitmap, zero = x->e.bitmap >> 32;
+    if (!allocated && alloc) {
+        qcow2_check_report(x->c, BDRV_FINDING_CORRUPTION, false, "subcluster-bitmap", x->t->offset,
+                           "ERROR: Unallocated cluster has non-zero subcluster allocation map");
+    } else if (alloc & zero) {
+        qcow2_check_report(x->c, BDRV_FINDING_CORRUPTION, false, "subcluster-bitmap", x->t->offset,
+                           "ERROR offset=%" PRIx64
+                           ": Allocated cluster has corrupted subcluster allocation bitmap",
+                           offset);
+    }
+}
+
+static void count_fragments(EntryCheck *x, uint64_t offset)
+{
+    BdrvCheckResult *res = x->c->res;
+    res->allocated_clusters += x->t->active_refs;
+    if (x->next_contiguous && offset != x->next_contiguous) {
+        res->fragmented_clusters += x->t->active_refs;
+    }
+    x->next_contiguous = offset + x->c->s->cluster_size;
+}
+
+/* An entry whose offset is none (invariant 1). */
+static void check_misaligned(EntryCheck *x, uint64_t offset)
+{
+    Qcow2Check *c = x->c;
+    BDRVQcow2State *s = c->s;
+    bool data = s->has_subclusters ? (uint32_t)x->e.bitmap : !(x->e.entry & QCOW2_ENTRY_ZERO);
+    uint64_t was = x->e.entry;
+    if (data) {
+        qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "data-unaligned", x->t->offset,
+                           "ERROR offset=%" PRIx64
+                           ": Data cluster is not properly aligned; L2 entry corrupted.",
+                           offset);
+    } else {
+        Qcow2L2Entry becomes = {s->has_subclusters ? 0 : QCOW2_ENTRY_ZERO, x->e.bitmap};
+        fixable(x, becomes, x->t->refs, "zero-unaligned",
+                " offset=%" PRIx64
+                ": Preallocated cluster is not properly aligned; L2 entry corrupted.",
+                offset);
+    }
+    if (!s->has_data_file && x->e.entry == was) {
+        qcow2_check_count(c, qcow2_start_of_cluster(s, offset), s->cluster_size, x->t->refs,
+                          QCOW2_REF_DATA);
+        c->copied_uncounted |= is_active(x);
+    }
+}
+
+/* Guest data lies in the data file where the guest has it. */
+static void check_data_file_entry(EntryCheck *x, uint64_t offset)
+{
+    const BDRVQcow2State *s = x->c->s;
+    if (!is_active(x)) {
+        return;
+    }
+    uint64_t guest = ((uint64_t)x->t->active_index << (s->cluster_bits + s->l2_bits)) +
+                     ((uint64_t)x->index << s->cluster_bits);
+    if (offset != guest) {
+        qcow2_check_report(x->c, BDRV_FINDING_CORRUPTION, false, "data-file-offset", x->t->offset,
+                           "ERROR offset=%" PRIx64 ": External data file cluster does not match "
+                           "guest offset %" PRIx64 "; L2 entry corrupted.",
+                           offset, guest);
+    }
+    x->c->copied_uncounted |= !(x->e.entry & QCOW2_ENTRY_COPIED);
+}
+
+static void count_data(EntryCheck *x, uint64_t offset)
+{
+    Qcow2Check *c = x->c;
+    bool copied = x->e.entry & QCOW2_ENTRY_COPIED;
+    unsigned flags = QCOW2_REF_DATA;
+    if (is_active(x)) {
+        flags |= QCOW2_REF_ACTIVE | (copied ? QCOW2_REF_COPIED : QCOW2_REF_SHARED);
+    }
+    if (!qcow2_check_count(c, offset, c->s->cluster_size, x->t->refs, flags)) {
+        c->copied_uncounted |= is_active(x) && copied;
+    }
+}
+
+static void check_standard(EntryCheck *x)
+{
+    BDRVQcow2State *s = x->c->s;
+    uint64_t offset = x->e.entry & QCOW2_ENTRY_OFFSET_MASK;
+    bool allocated = offset || (s->has_data_file && (x->e.entry & QCOW2_ENTRY_COPIED));
+    check_reserved_bits(x);
+    check_subclusters(x, offset, allocated);
+    if (!allocated) {
+        return;
+    }
+    count_fragments(x, offset);
+    if (qcow2_offset_into_cluster(s, offset)) {
+        check_misaligned(x, offset);
+    } else if (s->has_data_file) {
+        check_data_file_entry(x, offset);
+    } else {
+        count_data(x, offset);
+    }
+}
+
+static void check_table(Qcow2Check *c, const Qcow2CheckTable *t, const uint8_t *entries,
+                        void *opaque)
+{
+    EntryCheck x = {.c = c, .t = t};
+    for (x.index = 0; x.index < c->s->l2_entries; x.index++) {
+        x.e = qcow2_check_entry(c->s, entries, x.index);
+        if (x.e.entry & QCOW2_ENTRY_COMPRESSED) {
+            check_compressed(&x);
+        } else if (x.e.entry || x.e.bitmap) {
+            check_standard(&x);
+        }
+    }
+}
+
+void qcow2_check_l2_tables(Qcow2Check *c)
+{
+    qb_progress_grow(c->opts->progress, (uint64_t)c->tables->len * c->s->cluster_size);
+    qcow2_check_for_tables(c, 0, c->tables->len, check_table, NULL);
+}
+
+/* ---------------------------------------------------------------- repairs put off */
+
+static bool write_entry(Qcow2Check *c, const Qcow2EntryFix *fix)
+{
+    uint8_t buf[16];
+    if (!qcow2_check_exclusive(c, fix->table, c->s->cluster_size, QCOW2_REF_L2)) {
+        return false;
+    }
+    qb_stbe64(buf, fix->becomes.entry);
+    qb_stbe64(buf + 8, fix->becomes.bitmap);
+    uint64_t pos = fix->table + (uint64_t)fix->index * c->s->l2_entry_size;
+    return qcow2_check_write(c, pos, c->s->l2_entry_size, buf) == 0;
+}
+
+void qcow2_check_apply_fixes(Qcow2Check *c)
+{
+    BDRVQcow2State *s = c->s;
+    for (guint i = 0; i < c->entry_fixes->len; i++) {
+        const Qcow2EntryFix *fix = &g_array_index(c->entry_fixes, Qcow2EntryFix, i);
+        bool fixed = write_entry(c, fix);
+        qcow2_check_report(c, BDRV_FINDING_CORRUPTION, fixed, fix->code, fix->table, "%s%s",
+                           fixed ? "Repairing" : "ERROR", fix->text);
+        if (!fixed && fix->times) {
+            uint64_t offset = fix->was.entry & QCOW2_ENTRY_OFFSET_MASK;
+            qcow2_check_count(c, qcow2_start_of_cluster(s, offset), s->cluster_size, fix->times,
+                              QCOW2_REF_DATA);
+        }
+    }
+    if (c->entry_fixes->len && c->touched) {
+        qcow2_check_barrier(c);
+    }
+}

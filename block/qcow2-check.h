@@ -1,0 +1,241 @@
+/*
+ * Check and repair of qcow2 images: what its files tell one another.  See block/qcow2-check.c.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#ifndef BLOCK_QCOW2_CHECK_H
+#define BLOCK_QCOW2_CHECK_H
+
+#include "block/qcow2.h"
+
+/* ======================= qcow2-check-map.c: references to host clusters ======================= */
+
+/* Who refers to a host cluster, and what its active references say; a byte per cluster. */
+typedef enum Qcow2RefFlag {
+    QCOW2_REF_META = 1 << 0,     /* any other metadata than L2: one owner only */
+    QCOW2_REF_L2 = 1 << 1,
+    QCOW2_REF_DATA = 1 << 2,
+    QCOW2_REF_COMP = 1 << 3,     /* compressed streams: they share */
+    QCOW2_REF_ALIAS = 1 << 4,    /* two owners that cannot both be right */
+    QCOW2_REF_ACTIVE = 1 << 5,   /* data of the active tables */
+    QCOW2_REF_COPIED = 1 << 6,   /* an active entry has the COPIED flag */
+    QCOW2_REF_SHARED = 1 << 7,   /* an active entry lacks it */
+} Qcow2RefFlag;
+#define QCOW2_REF_KINDS (QCOW2_REF_META | QCOW2_REF_L2 | QCOW2_REF_DATA | QCOW2_REF_COMP)
+
+/* Clusters per leaf; divides the number of counts in any refcount block. */
+#define QCOW2_REF_LEAF 64
+
+typedef struct Qcow2RefLeaf {
+    uint64_t index;     /* of the leaf: first cluster / QCOW2_REF_LEAF */
+    uint32_t *wide;     /* NULL, or the counts when one of them passed 255 */
+    uint8_t narrow[QCOW2_REF_LEAF];
+    uint8_t flags[QCOW2_REF_LEAF];
+} Qcow2RefLeaf;
+
+typedef struct Qcow2RefMap Qcow2RefMap;
+
+/* An empty map whose counts stop at @cap (at least 1). Not thread safe. */
+Qcow2RefMap *qcow2_refmap_new(uint64_t cap);
+void qcow2_refmap_free(Qcow2RefMap *map);
+/*
+ * Adds @times (at least 1) references of the kind and with the flags in @flags to @n clusters from
+ * @first on. Sets ALIAS where a kind meets one it cannot share with, or active data meets active
+ * data. Calls @overflow (may be NULL) for each cluster whose count would pass the cap; it stays at
+ * the cap.
+ */
+void qcow2_refmap_add(Qcow2RefMap *map, uint64_t first, uint64_t n, uint64_t times, unsigned flags,
+                      void (*overflow)(uint64_t cluster, void *opaque), void *opaque);
+/* Takes @times references back from each cluster; what has none left loses its flags. */
+void qcow2_refmap_sub(Qcow2RefMap *map, uint64_t first, uint64_t n, uint64_t times);
+/* There is no owner of @kind any more; ALIAS goes if one kind is left. */
+void qcow2_refmap_clear_kind(Qcow2RefMap *map, uint64_t first, uint64_t n, unsigned kind);
+uint32_t qcow2_refmap_count(const Qcow2RefMap *map, uint64_t cluster);
+unsigned qcow2_refmap_flags(const Qcow2RefMap *map, uint64_t cluster);
+/* The leaf that holds @cluster, or NULL when all its clusters are free. */
+const Qcow2RefLeaf *qcow2_refmap_leaf(const Qcow2RefMap *map, uint64_t cluster);
+static inline uint32_t qcow2_refleaf_count(const Qcow2RefLeaf *leaf, unsigned slot)
+{
+    return leaf->wide ? leaf->wide[slot] : leaf->narrow[slot];
+}
+/* All leaves by index; borrowed until the next add. Free the array with g_ptr_array_unref(). */
+GPtrArray *qcow2_refmap_sorted(const Qcow2RefMap *map);
+/* One past the highest cluster with a count; 0 for none. */
+uint64_t qcow2_refmap_end(const Qcow2RefMap *map);
+/* Number of leaves: what the map costs. */
+size_t qcow2_refmap_leaves(const Qcow2RefMap *map);
+
+/* ======================= qcow2-check.c: one run ======================= */
+
+/* An L2 table, once, however many L1 entries name it. */
+typedef struct Qcow2CheckTable {
+    uint64_t offset;
+    uint32_t refs;         /* L1 entries of all trees that name it; stops at UINT32_MAX */
+    uint32_t active_refs;  /* those of the active L1 */
+    uint32_t active_index; /* the first of them */
+    unsigned flags;        /* QCOW2_REF_COPIED, QCOW2_REF_SHARED: what active L1 entries say */
+} Qcow2CheckTable;
+
+/* A reference to a refcount block, by index in the refcount table. */
+typedef enum Qcow2BlockState {
+    QCOW2_BLOCK_ABSENT,
+    QCOW2_BLOCK_SOUND,    /* inside the file, nobody else's: kept by a repair */
+    QCOW2_BLOCK_SHARED,   /* readable, but something else lies there too: a repair replaces it */
+    QCOW2_BLOCK_BROKEN,   /* nothing to read there */
+    QCOW2_BLOCK_NEW,      /* made by the repair */
+} Qcow2BlockState;
+enum {
+    QCOW2_BLOCK_RAISE = 1 << 0, /* some counts are too low */
+    QCOW2_BLOCK_LOWER = 1 << 1, /* some counts are too high */
+    QCOW2_BLOCK_ENTRY = 1 << 2, /* the table's entry must be written */
+};
+typedef struct Qcow2CheckBlock {
+    uint64_t offset;
+    uint8_t state; /* Qcow2BlockState */
+    uint8_t todo;
+} Qcow2CheckBlock;
+
+/* An L2 entry that a repair rewrites once all owners are known. */
+typedef struct Qcow2EntryFix {
+    uint64_t table;
+    uint32_t index;
+    Qcow2L2Entry was, becomes;
+    const char *code;
+    char *text;      /* owned; without its first word */
+    uint64_t times;  /* references to take if it cannot be rewritten, 0: none */
+} Qcow2EntryFix;
+
+typedef struct Qcow2Check {
+    BlockDriverState *bs;
+    BDRVQcow2State *s;
+    const BdrvCheckOptions *opts;
+    BdrvCheckResult *res;
+    unsigned fix;            /* BdrvCheckFix */
+    uint64_t file_bytes, nb_clusters;
+    bool incomplete;         /* something could not be read: there may be more references */
+    bool lost;               /* an L1 entry or a snapshot leads nowhere */
+    bool touched;            /* the image was written: caches are stale */
+    bool write_failed;       /* a repair stopped half-way */
+    bool quiet;              /* findings are counted, not told */
+    bool copied_suspect;     /* some COPIED flag is wrong, by the map */
+    bool copied_uncounted;   /* same, of an entry that is not in the map */
+    Qcow2RefMap *map;
+    uint64_t *be_l1;         /* active L1 as on disk */
+    uint32_t l1_size;
+    GArray *tables;          /* Qcow2CheckTable: active ones in L1 order, others by offset */
+    guint nb_active_tables;
+    GHashTable *table_index; /* offset -> position in tables, while they are collected */
+    GArray *entry_fixes;     /* Qcow2EntryFix */
+    bool snapshots_broken;   /* the table is to be written again */
+    uint64_t snapshot_faults;
+    /* refcount structure; see qcow2-check-compare.c and qcow2-rebuild.c */
+    bool reftable_sound;
+    uint64_t nb_blocks;
+    Qcow2CheckBlock *blocks;
+    uint64_t reftable_offset;
+    uint32_t reftable_clusters;
+    bool uncounted;          /* something is referenced where there is no block */
+    uint64_t structure_faults, count_faults, count_leaks; /* found in table and blocks; in counts */
+    uint64_t free_hint;      /* no free cluster below */
+    GHashTable *taken;       /* clusters that the repair took into use */
+    struct {
+        uint64_t index; /* UINT64_MAX: empty */
+        uint8_t *data;
+    } near_blocks[8]; /* refcount blocks read for the COPIED check, direct mapped */
+} Qcow2Check;
+
+/* Counts a finding and tells the caller of it. @code is a literal, @offset UINT64_MAX if none. */
+void qcow2_check_report(Qcow2Check *c, BdrvFindingClass kind, bool fixed, const char *code,
+                        uint64_t offset, const char *fmt, ...) G_GNUC_PRINTF(6, 7);
+/* A finding of this class that was reported before has been repaired. */
+void qcow2_check_mark_fixed(Qcow2Check *c, BdrvFindingClass kind);
+/* Did the user ask to stop? Looked at while nothing has been changed. */
+bool qcow2_check_cancelled(const Qcow2Check *c);
+/* Writes to the image file; a failure is reported as a check error. */
+int qcow2_check_write(Qcow2Check *c, uint64_t offset, size_t bytes, const void *buf);
+/* Barrier; a failure is reported. */
+int qcow2_check_barrier(Qcow2Check *c);
+/* Is every byte of [offset, +bytes) in clusters that belong to one owner of @kind only? */
+bool qcow2_check_exclusive(const Qcow2Check *c, uint64_t offset, uint64_t bytes, unsigned kind);
+
+/* ======================= qcow2-check-refs.c: count what refers to what ======================= */
+
+/* Fills the map, the tables and the findings on everything but refcounts. */
+void qcow2_check_count_all(Qcow2Check *c);
+/* False, and says so, when [offset, +bytes) reaches one cluster or more beyond the end of the file. */
+bool qcow2_check_inside(Qcow2Check *c, uint64_t offset, uint64_t bytes);
+/* Counts @times references to each cluster touched; false when that was refused (see above). */
+bool qcow2_check_count(Qcow2Check *c, uint64_t offset, uint64_t bytes, uint64_t times,
+                       unsigned flags);
+
+/* ======================= qcow2-check-l2.c: L2 entries ======================= */
+
+/* Judges and counts all entries of all tables. */
+void qcow2_check_l2_tables(Qcow2Check *c);
+/* Calls @fn for tables [first, first + n) of c->tables that can be read, in order; @entries holds
+ * the table as on disk. Unreadable ones are reported. */
+typedef void (*Qcow2CheckTableFn)(Qcow2Check *c, const Qcow2CheckTable *t, const uint8_t *entries,
+                                  void *opaque);
+void qcow2_check_for_tables(Qcow2Check *c, guint first, guint n, Qcow2CheckTableFn fn,
+                            void *opaque);
+/* Entry @index of a table as on disk. */
+Qcow2L2Entry qcow2_check_entry(const BDRVQcow2State *s, const uint8_t *entries, uint32_t index);
+/* Rewrites the entries whose repair was put off until all owners were known. */
+void qcow2_check_apply_fixes(Qcow2Check *c);
+
+/* ======================= qcow2-check-bitmaps.c ======================= */
+
+/* Counts the bitmap directory, tables and data, and judges them. */
+void qcow2_check_bitmaps(Qcow2Check *c);
+
+/* ======================= qcow2-check-compare.c: the refcounts ======================= */
+
+/* Looks at the refcount table and its blocks, and counts them. */
+void qcow2_check_refcount_structure(Qcow2Check *c);
+/* Reports every difference and remembers what has to be done to which block. */
+void qcow2_check_compare(Qcow2Check *c);
+/* Reads the blocks @indices (states SOUND or SHARED) one behind the other to @buf. A block that
+ * cannot be read is reported, zeroed and becomes BROKEN. */
+void qcow2_check_read_blocks(Qcow2Check *c, const uint64_t *indices, size_t n, uint8_t *buf);
+/* How many blocks to handle at once. */
+size_t qcow2_check_batch(const Qcow2Check *c);
+/* What the refcounts on disk say of a cluster. */
+uint64_t qcow2_check_disk_count(Qcow2Check *c, uint64_t cluster);
+/* Forgets blocks read for that. */
+void qcow2_check_drop_blocks(Qcow2Check *c);
+
+/* ======================= qcow2-check-copied.c: the COPIED flags ======================= */
+
+/* Reports wrong flags in the active tables; with @repair rewrites them. @clear_only: looks only for
+ * flags that are set and must not be. */
+void qcow2_check_copied(Qcow2Check *c, bool repair, bool clear_only);
+
+/* ======================= qcow2-rebuild.c: make the refcounts right ======================= */
+
+/* Raises counts that are too low, makes missing blocks, and a new table where one is needed; all of
+ * it is stable on return. False when something could not be written. */
+bool qcow2_check_raise(Qcow2Check *c);
+/* Lowers counts that are too high, in sound blocks; stable on return. */
+bool qcow2_check_lower(Qcow2Check *c);
+/* A free host cluster (@n of them in a row) for the repair, counted in the map as @flags says; may
+ * make the file longer. Host offset or -errno. */
+int64_t qcow2_check_take_clusters(Qcow2Check *c, uint64_t n, unsigned flags);
+/* @n clusters from @offset on lose a reference of @kind in the map; lowering follows. */
+void qcow2_check_give_clusters(Qcow2Check *c, uint64_t offset, uint64_t n, unsigned kind);
+/* Takes what cannot stay of the old structure out of the map: who shared its clusters is alone. */
+void qcow2_check_release_structure(Qcow2Check *c);
+/* Compares again, silently: what is no longer found moves to the fixed counters. @hooked_up: the
+ * structure is as planned. Afterwards c->copied_suspect speaks of the counts as they are now. */
+void qcow2_check_verify(Qcow2Check *c, bool hooked_up);
+
+/* ======================= qcow2-check-alias.c: two owners of one cluster ======================= */
+
+typedef struct Qcow2Moves Qcow2Moves;
+/* Copies guest data that lies in a cluster with another owner to clusters of its own. Nothing
+ * refers to the copies yet, but the map counts as if. NULL when there is nothing to do. */
+Qcow2Moves *qcow2_check_copy_aliases(Qcow2Check *c);
+/* Makes the entries point to the copies, stable on return. @go: copies and counts are stable; else
+ * only frees @moves, which may be NULL. */
+void qcow2_check_relink_aliases(Qcow2Check *c, Qcow2Moves *moves, bool go);
+
+#endif
