@@ -75,7 +75,12 @@ BlockBackend *blk_new_open(const char *filename, json_t *options, int flags, GEr
     if (bs->read_only) { /* an option said so */
         flags &= ~(BDRV_O_RDWR | BDRV_O_RESIZE);
     }
-    return new_backend(bs, perms_of_flags(flags), BLK_PERM_ALL, errp);
+    g_autofree char *name = g_strdup(filename ? filename : bs->filename);
+    BlockBackend *blk = new_backend(bs, perms_of_flags(flags), BLK_PERM_ALL, errp);
+    if (!blk) {
+        g_prefix_error(errp, "Could not open '%s': ", name);
+    }
+    return blk;
 }
 
 void blk_ref(BlockBackend *blk)
