@@ -309,6 +309,8 @@ void qcow2_cache_set_limit(Qcow2Cache *cache, uint64_t limit_bytes);
 int qcow2_cache_get(Qcow2Cache *cache, Qcow2TableKind kind, uint64_t offset, Qcow2Table **ret);
 /* Pins it only if it is in memory; NULL otherwise. Never blocks. */
 Qcow2Table *qcow2_cache_peek(Qcow2Cache *cache, uint64_t offset);
+/* Is a table at @offset in memory (or being loaded), and of what kind? For the overlap guard. */
+bool qcow2_cache_has(Qcow2Cache *cache, uint64_t offset, Qcow2TableKind *ret_kind);
 /* A table for a cluster just allocated: zeroes or a copy of @init, all dirty, "unlinked": no stable
  * pointer names it yet, so the next flush writes it before the pointer. NULL: no memory. */
 Qcow2Table *qcow2_cache_add(Qcow2Cache *cache, Qcow2TableKind kind, uint64_t offset,
@@ -359,6 +361,17 @@ uint32_t qcow2_l1_size(const BDRVQcow2State *s);
 uint64_t qcow2_l1_table_offset(const BDRVQcow2State *s);
 /* Changes one entry and marks its sector dirty. */
 void qcow2_l1_set_locked(BDRVQcow2State *s, uint64_t index, uint64_t entry) QB_REQUIRES(s->lock);
+/* What a flush writes of it: dirty sectors in place, or all of a table at its new place. Metadata lock
+ * held. done() tells how it went: after a failure it is dirty as before. */
+typedef struct Qcow2L1Copy {
+    bool moved;      /* the header must switch to {offset, size} */
+    uint64_t offset;
+    uint32_t size;
+} Qcow2L1Copy;
+int qcow2_l1_collect_locked(BDRVQcow2State *s, GArray *pieces, Qcow2L1Copy *ret)
+    QB_REQUIRES(s->lock);
+void qcow2_l1_done(BDRVQcow2State *s, const GArray *pieces, const Qcow2L1Copy *copy, bool failed);
+bool qcow2_l1_is_clean(const BDRVQcow2State *s);
 /* Copies all entries, big-endian; newly allocated. */
 uint64_t *qcow2_l1_dup_be(const BDRVQcow2State *s, uint32_t *ret_size);
 /* Makes room for @size entries: a new table in new clusters, to which the next flush switches.
@@ -432,6 +445,9 @@ int qcow2_flush(BlockDriverState *bs);
 int qcow2_write_back(BlockDriverState *bs);
 /* Generation that the next flush will end; a change made now is stable when it is done. */
 uint64_t qcow2_flush_generation(BDRVQcow2State *s);
+/* Gets space back that quarantine holds: flush and release. True when some came free. Not announced,
+ * no lock held. For callers that met ENOSPC, once. */
+bool qcow2_reclaim(BlockDriverState *bs);
 /* For whole-node operations: is anything dirty? */
 bool qcow2_is_clean(BDRVQcow2State *s);
 
@@ -462,12 +478,27 @@ void qcow2_alloc_undo(BlockDriverState *bs, uint64_t offset, uint64_t bytes);
 
 /* Count of host cluster @index; 0 where there is no block. May block. */
 int qcow2_get_refcount(BlockDriverState *bs, uint64_t index, uint64_t *ret);
+/* Count of the cluster at host @offset, and in *ret_bytes how far (at most @bytes) clusters have the same.
+ * May block. */
+int qcow2_count_run(BlockDriverState *bs, uint64_t offset, uint64_t bytes, uint64_t *ret_count,
+                    uint64_t *ret_bytes);
 /* Adds @delta (+1 or -1, or any) to every cluster touched by each run. Overflow (-EINVAL) and underflow
  * (image marked corrupt) of any cluster is found before the first change. Runs are sorted in place.
  * May block. Only for whole-node operations and quarantine release. */
 int qcow2_update_refcounts(BlockDriverState *bs, Qcow2HostRun *runs, size_t n, int delta);
 /* End of the last host cluster with a count > 0, in bytes. May block. */
 int qcow2_last_used_end(BlockDriverState *bs, uint64_t *ret);
+/* What a flush writes of the refcount table: dirty entries' sectors, or all of it at its new place (then
+ * the header must switch). done(): after a failure it is dirty as before. */
+typedef struct Qcow2ReftableCopy {
+    bool moved;
+    uint64_t offset;
+    uint32_t clusters;
+} Qcow2ReftableCopy;
+int qcow2_reftable_collect_locked(BDRVQcow2State *s, GArray *pieces, Qcow2ReftableCopy *ret)
+    QB_REQUIRES(s->alloc_lock);
+void qcow2_reftable_done(BDRVQcow2State *s, const GArray *pieces, const Qcow2ReftableCopy *copy,
+                         bool failed);
 /* Drops refcount blocks whose counts are all zero (but themselves) at the table's end; for shrink. */
 int qcow2_refcount_shrink(BlockDriverState *bs);
 /* Raw access to one count in a block of @order: used by refcount.c and check.c. */
@@ -537,9 +568,10 @@ int qcow2_discard_clusters(BlockDriverState *bs, uint64_t guest, uint64_t bytes,
                            Qcow2DiscardHow how, Qcow2DiscardType type);
 /* @flags: BDRV_REQ_MAY_UNMAP. -ENOTSUP on version 2 with a backing file. */
 int qcow2_zero_clusters(BlockDriverState *bs, uint64_t guest, uint64_t bytes, int flags);
-/* Preallocates: every cluster of the range mapped (zero+offset without @data, else normal). */
-int qcow2_preallocate(BlockDriverState *bs, uint64_t guest, uint64_t bytes, QbProgress *progress,
-                      GError **errp);
+/* Preallocates: every cluster of the range mapped, reading as before or zero (zero with a host cluster;
+ * normal on version 2, where the cluster is zeroed, and in an external data file). Rules as above. */
+bool qcow2_preallocate(BlockDriverState *bs, uint64_t guest, uint64_t bytes, QbProgress *progress,
+                       GError **errp);
 
 /* ======================= qcow2-io.c, qcow2-compress.c ======================= */
 
@@ -563,6 +595,11 @@ int qcow2_map_done(BlockDriverState *bs, BlkQueue *queue, BdrvMapping *mapping, 
  * decompress: exactly @dst_len bytes or -EIO. Thread-safe, pure. */
 ssize_t qcow2_compress(uint8_t type, void *dst, size_t dst_len, const void *src, size_t src_len);
 int qcow2_decompress(uint8_t type, void *dst, size_t dst_len, const void *src, size_t src_len);
+
+/* What a node keeps for compressed clusters (the last few unpacked ones); s->compressor. Made at open, freed
+ * at close. Without it (NULL) everything works, but each read unpacks again. */
+struct Qcow2Compressor *qcow2_compressor_new(void);
+void qcow2_compressor_free(struct Qcow2Compressor *c); /* NULL is fine */
 
 /* ======================= qcow2-walk.c: THE iterator ======================= */
 

@@ -1,0 +1,416 @@
+/*
+ * The mapping, changed: the one function through which guest requests alter L2 entries.
+ *
+ *   qcow2_link(old[], new[]):  for each L2 table touched
+ *     make the table writable        no table: allocate one
+ *                                    shared with a snapshot: allocate a copy
+ *     metadata lock {
+ *        is it still the table in L1?   else: once more
+ *        do its entries equal old[]?    else: QCOW2_STALE, nothing changed here
+ *        store new[]
+ *     }
+ *     free what old[] referred to and new[] does not
+ *
+ * Invariants
+ *  1. Allocation and cache misses happen outside the metadata lock; what they took time for is looked
+ *     at again under it.
+ *  2. Of the entries of one table all change or none.
+ *  3. A host cluster is freed after the entry that named it has changed, never before (a free may let
+ *     a flush run, and the flush would make the freed cluster's entry stable).
+ *  4. An L1 entry with COPIED names a table that only the active L1 refers to.  Only such a table is
+ *     stored to.
+ *  5. Entries that do not change are not written, and where none of a table changes no table is made.
+ *
+ * Not done: tables that became all zero stay; those that a request clears as a whole are dropped
+ * (qcow2_drop_table()).
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include "block/qcow2-io-int.h"
+
+#define CHUNK_ENTRIES 128
+#define CHUNK_BYTES (CHUNK_ENTRIES * 16)
+
+/* --- a table that may be stored to --- */
+
+static bool is_writable_entry(uint64_t l1_entry)
+{
+    return (l1_entry & QCOW2_ENTRY_OFFSET_MASK) && (l1_entry & QCOW2_ENTRY_COPIED);
+}
+
+/* A cluster for a table; offset or -errno. */
+static int64_t alloc_table(BlockDriverState *bs)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    int64_t offset = qcow2_alloc_clusters(bs, s->cluster_size);
+    if (offset < 0) {
+        return offset;
+    }
+    if (offset == 0) {
+        return qcow2_signal_corruption(bs, true, -1,
+                                       "Preventing invalid allocation of L2 table at offset 0");
+    }
+    int ret = qcow2_check_overlap(bs, QCOW2_OL_NONE, (uint64_t)offset, s->cluster_size);
+    if (ret < 0) {
+        qcow2_alloc_undo(bs, (uint64_t)offset, s->cluster_size);
+        return ret;
+    }
+    return offset;
+}
+
+/* Puts a table at @offset, a copy of @old or empty, into L1; QCOW2_STALE: L1 has changed meanwhile. */
+static int install_table_locked(BDRVQcow2State *s, uint64_t l1_index, uint64_t l1_entry,
+                                const Qcow2Table *old, uint64_t offset)
+    QB_REQUIRES(s->lock)
+{
+    qb_mutex_assert_held(&s->lock);
+    if (qcow2_l1_get(s, l1_index) != l1_entry || (old && qcow2_table_poisoned(old))) {
+        return QCOW2_STALE;
+    }
+    g_autofree uint8_t *content = NULL;
+    if (old) {
+        content = g_try_malloc(s->cluster_size);
+        if (!content) {
+            return -ENOMEM;
+        }
+        qcow2_table_load(old, 0, s->cluster_size, content);
+    }
+    g_autoptr(Qcow2Table) t = qcow2_cache_add(s->cache, QCOW2_TABLE_L2, offset, content);
+    if (!t) {
+        return -ENOMEM;
+    }
+    qcow2_l1_set_locked(s, l1_index, offset | QCOW2_ENTRY_COPIED);
+    return 0;
+}
+
+/* Replaces the table that @l1_entry names (or none) by one of our own. */
+static int replace_table(BlockDriverState *bs, uint64_t l1_index, uint64_t l1_entry)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    uint64_t old_offset = l1_entry & QCOW2_ENTRY_OFFSET_MASK;
+    g_autoptr(Qcow2Table) old = NULL;
+    int64_t offset = alloc_table(bs);
+    if (offset < 0) {
+        return (int)offset;
+    }
+    int ret = 0;
+    if (old_offset) {
+        bdrv_debug_event(bs->file, "l2_alloc_cow_read");
+        ret = qcow2_cache_get(s->cache, QCOW2_TABLE_L2, old_offset, &old);
+    }
+    if (ret == 0) {
+        bdrv_debug_event(bs->file, "l2_alloc_write");
+        QB_GUARD(&s->lock);
+        ret = install_table_locked(s, l1_index, l1_entry, old, (uint64_t)offset);
+    }
+    if (ret != 0) {
+        qcow2_alloc_undo(bs, (uint64_t)offset, s->cluster_size);
+    } else if (old_offset) {
+        qcow2_free_run(bs, old_offset, s->cluster_size, QCOW2_DISCARD_OTHER);
+    }
+    return ret;
+}
+
+/* Pins a table at @l1_index that the active L1 alone refers to (invariant 4). */
+static int get_writable_table(BlockDriverState *bs, uint64_t l1_index, Qcow2Table **ret)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    for (;;) {
+        uint64_t l1_entry = qcow2_l1_get(s, l1_index);
+        int err = qcow2_l1_entry_judge(bs, l1_entry, l1_index);
+        if (err < 0) {
+            return err;
+        }
+        if (is_writable_entry(l1_entry)) {
+            return qcow2_cache_get(s->cache, QCOW2_TABLE_L2, l1_entry & QCOW2_ENTRY_OFFSET_MASK,
+                                   ret);
+        }
+        if (l1_index >= qcow2_l1_size(s)) {
+            return -EIO; /* nothing that is written lies there: L1 covers the disk */
+        }
+        err = replace_table(bs, l1_index, l1_entry);
+        if (err < 0) {
+            return err;
+        }
+    }
+}
+
+static bool table_is_current_locked(BDRVQcow2State *s, const Qcow2Table *t, uint64_t l1_index)
+    QB_REQUIRES(s->lock)
+{
+    qb_mutex_assert_held(&s->lock);
+    return qcow2_l1_get(s, l1_index) == (qcow2_table_offset(t) | QCOW2_ENTRY_COPIED)
+           && !qcow2_table_poisoned(t);
+}
+
+/* --- storing --- */
+
+static bool entries_equal_old_locked(BDRVQcow2State *s, const Qcow2Table *t, unsigned index,
+                                     const Qcow2L2Entry *old, size_t n) QB_REQUIRES(s->lock)
+{
+    uint8_t raw[CHUNK_BYTES];
+    qb_mutex_assert_held(&s->lock);
+    for (size_t done = 0; done < n;) {
+        size_t part = MIN(n - done, CHUNK_ENTRIES);
+        qcow2_table_load(t, (index + done) * s->l2_entry_size, part * s->l2_entry_size, raw);
+        for (size_t i = 0; i < part; i++) {
+            Qcow2L2Entry now = qcow2_entry_decode(s, raw + i * s->l2_entry_size);
+            if (!qcow2_entry_equal(now, old[done + i])) {
+                return false;
+            }
+        }
+        done += part;
+    }
+    return true;
+}
+
+static void store_run_locked(BDRVQcow2State *s, Qcow2Table *t, unsigned index,
+                             const Qcow2L2Entry *new, size_t n) QB_REQUIRES(s->lock)
+{
+    uint8_t raw[CHUNK_BYTES];
+    qb_mutex_assert_held(&s->lock);
+    for (size_t done = 0; done < n;) {
+        size_t part = MIN(n - done, CHUNK_ENTRIES);
+        for (size_t i = 0; i < part; i++) {
+            qcow2_entry_encode(s, new[done + i], raw + i * s->l2_entry_size);
+        }
+        qcow2_table_store(t, (index + done) * s->l2_entry_size, part * s->l2_entry_size, raw);
+        done += part;
+    }
+}
+
+/* A change inside one table, with what is equal at both ends cut off. */
+typedef struct Part {
+    uint64_t l1_index;
+    unsigned index;
+    const Qcow2L2Entry *old, *new;
+    size_t n;
+} Part;
+
+static void store_part_locked(BDRVQcow2State *s, Qcow2Table *t, const Part *p)
+    QB_REQUIRES(s->lock)
+{
+    size_t i = 0;
+    while (i < p->n) {
+        size_t first = i;
+        while (i < p->n && !qcow2_entry_equal(p->old[i], p->new[i])) {
+            i++;
+        }
+        if (i > first) {
+            store_run_locked(s, t, p->index + (unsigned)first, p->new + first, i - first);
+        }
+        while (i < p->n && qcow2_entry_equal(p->old[i], p->new[i])) {
+            i++;
+        }
+    }
+}
+
+static void trim_part(Part *p)
+{
+    while (p->n > 0 && qcow2_entry_equal(p->old[0], p->new[0])) {
+        p->old++;
+        p->new++;
+        p->index++;
+        p->n--;
+    }
+    while (p->n > 0 && qcow2_entry_equal(p->old[p->n - 1], p->new[p->n - 1])) {
+        p->n--;
+    }
+}
+
+/* 0, QCOW2_STALE: entries differ from old. *ret_retry: the table is not the one in L1 any more. */
+static int store_checked(BDRVQcow2State *s, Qcow2Table *t, const Part *p, bool *ret_retry)
+{
+    QB_GUARD(&s->lock);
+    *ret_retry = !table_is_current_locked(s, t, p->l1_index);
+    if (*ret_retry) {
+        return 0;
+    }
+    if (!entries_equal_old_locked(s, t, p->index, p->old, p->n)) {
+        return QCOW2_STALE;
+    }
+    store_part_locked(s, t, p);
+    return 0;
+}
+
+static const char *update_event(const Part *p)
+{
+    return qcow2_entry_is_compressed(p->new[0]) ? "l2_update_compressed" : "l2_update";
+}
+
+static int link_part(BlockDriverState *bs, Part p)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    bool retry = false;
+    int ret;
+    trim_part(&p);
+    if (p.n == 0) {
+        return 0; /* invariant 5 */
+    }
+    bdrv_debug_event(bs->file, update_event(&p));
+    do {
+        g_autoptr(Qcow2Table) t = NULL;
+        ret = get_writable_table(bs, p.l1_index, &t);
+        if (ret == 0) {
+            ret = store_checked(s, t, &p, &retry);
+        }
+    } while (ret == 0 && retry);
+    return ret;
+}
+
+/* --- freeing --- */
+
+void qcow2_free_entries(BlockDriverState *bs, const Qcow2L2Entry *e, size_t n,
+                        Qcow2DiscardType type)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    uint64_t offset = 0, bytes = 0;
+    if (s->has_data_file) {
+        return; /* its clusters are not counted */
+    }
+    for (size_t i = 0; i < n; i++) {
+        if (qcow2_entry_is_compressed(e[i])) {
+            qcow2_free_entry(bs, e[i].entry, type);
+            continue;
+        }
+        if (!qcow2_entry_has_host(s, e[i])) {
+            continue;
+        }
+        if (bytes && qcow2_entry_host(e[i]) == offset + bytes) {
+            bytes += s->cluster_size;
+            continue;
+        }
+        if (bytes) {
+            qcow2_free_run(bs, offset, bytes, type);
+        }
+        offset = qcow2_entry_host(e[i]);
+        bytes = s->cluster_size;
+    }
+    if (bytes) {
+        qcow2_free_run(bs, offset, bytes, type);
+    }
+}
+
+/* Does @now keep the reference that @old has? */
+static bool keeps_reference(const BDRVQcow2State *s, Qcow2L2Entry old, Qcow2L2Entry now)
+{
+    if (qcow2_entry_is_compressed(old)) {
+        return qcow2_entry_is_compressed(now) && now.entry == old.entry;
+    }
+    return qcow2_entry_has_host(s, now) && qcow2_entry_host(now) == qcow2_entry_host(old);
+}
+
+static void free_lost(BlockDriverState *bs, const Qcow2Change *c, size_t first, size_t n)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    size_t i = first, end = first + n;
+    while (i < end) {
+        size_t from = i;
+        while (i < end && !keeps_reference(s, c->old[i], c->new[i])) {
+            i++;
+        }
+        qcow2_free_entries(bs, c->old + from, i - from, c->type);
+        while (i < end && keeps_reference(s, c->old[i], c->new[i])) {
+            i++;
+        }
+    }
+}
+
+int qcow2_link(BlockDriverState *bs, const Qcow2Change *c, size_t *ret_done)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    size_t done = 0;
+    int ret = 0;
+    assert(qcow2_offset_into_cluster(s, c->guest) == 0);
+    while (done < c->n && ret == 0) {
+        uint64_t guest = c->guest + ((uint64_t)done << s->cluster_bits);
+        Part p = {
+            .l1_index = qcow2_l1_index(s, guest),
+            .index = qcow2_l2_index(s, guest),
+            .old = c->old + done,
+            .new = c->new + done,
+            .n = MIN(c->n - done, s->l2_entries - qcow2_l2_index(s, guest)),
+        };
+        ret = link_part(bs, p);
+        if (ret == 0) {
+            free_lost(bs, c, done, p.n); /* invariant 3 */
+            done += p.n;
+        }
+    }
+    *ret_done = done;
+    return ret;
+}
+
+/* --- whole tables --- */
+
+/* Copies the table to @ret and takes it out of L1. QCOW2_STALE: it is no longer the one in L1. */
+static int unhook_table(BDRVQcow2State *s, uint64_t l1_index, uint64_t l1_entry,
+                        const Qcow2Table *t, uint8_t *ret)
+{
+    QB_GUARD(&s->lock);
+    if (qcow2_l1_get(s, l1_index) != l1_entry || qcow2_table_poisoned(t)) {
+        return QCOW2_STALE;
+    }
+    qcow2_table_load(t, 0, s->cluster_size, ret);
+    qcow2_l1_set_locked(s, l1_index, 0);
+    return 0;
+}
+
+/* Entries that are impossible keep what they may refer to: a leak, where freeing could take away
+ * somebody else's cluster. The image is marked corrupt. */
+static int free_table_content(BlockDriverState *bs, uint64_t l1_index, uint64_t l2_offset,
+                              const uint8_t *raw, Qcow2DiscardType type)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    uint64_t guest = l1_index << (s->cluster_bits + s->l2_bits);
+    g_autofree Qcow2L2Entry *e = g_new(Qcow2L2Entry, s->l2_entries);
+    int ret = 0;
+    for (unsigned i = 0; i < s->l2_entries; i++) {
+        e[i] = qcow2_entry_decode(s, raw + (size_t)i * s->l2_entry_size);
+        int err = qcow2_entry_judge(bs, e[i], guest + ((uint64_t)i << s->cluster_bits), l2_offset,
+                                    i);
+        if (err < 0) {
+            e[i] = (Qcow2L2Entry){0};
+            ret = err;
+        }
+    }
+    qcow2_free_entries(bs, e, s->l2_entries, type);
+    return ret;
+}
+
+int qcow2_drop_table(BlockDriverState *bs, uint64_t l1_index, Qcow2DiscardType type)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    g_autofree uint8_t *raw = g_try_malloc(s->cluster_size);
+    uint64_t offset;
+    int ret;
+    if (!raw) {
+        return -ENOMEM;
+    }
+    do {
+        uint64_t l1_entry = qcow2_l1_get(s, l1_index);
+        offset = l1_entry & QCOW2_ENTRY_OFFSET_MASK;
+        ret = qcow2_l1_entry_judge(bs, l1_entry, l1_index);
+        if (offset == 0 || ret < 0) {
+            return ret;
+        }
+        g_autoptr(Qcow2Table) t = NULL;
+        ret = qcow2_cache_get(s->cache, QCOW2_TABLE_L2, offset, &t);
+        if (ret == 0) {
+            ret = unhook_table(s, l1_index, l1_entry, t, raw);
+        }
+    } while (ret == QCOW2_STALE);
+    if (ret < 0) {
+        return ret;
+    }
+    ret = free_table_content(bs, l1_index, offset, raw, type);
+    qcow2_free_run(bs, offset, s->cluster_size, type);
+    return ret;
+}
+
+int qcow2_relieve(BlockDriverState *bs)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    bool too_dirty = qcow2_cache_dirty_bytes(s->cache) > qcow2_cache_limit(s);
+    return too_dirty || qcow2_quarantine_full(s) ? qcow2_write_back(bs) : 0;
+}

@@ -1,0 +1,436 @@
+/*
+ * THE iterator over L1 -> L2 -> entries.  Nobody else loops over tables.
+ *
+ *      L1 (active, or a detached copy)   [ 0 | e | e | 0 | 0 | e ... ]
+ *                                              |   |           |
+ *      batch: up to BATCH_BYTES of tables      v   v           v
+ *        in memory already:                  copy            copy
+ *        else, in file order, many at once:      read
+ *      then, in L1 order:                    fn(table) fn(table) ...
+ *
+ * L1 entries of 0 cost a look at L1.  Tables that are read from the file do not go into the cache: a walk
+ * over a large image must not push out what guests use.
+ *
+ * Invariants
+ *  1. A table that is in memory is taken from there, for active and detached L1 alike: what is in the
+ *     file may be older.  After reading from the file it is looked for once more.
+ *  2. Tables of the active L1 are read while announced, and read again if L1 names another one then.
+ *  3. No lock is held and nobody is announced while a callback runs; walk_edit()'s runs under the
+ *     metadata lock and so must not wait.
+ *  4. Memory is bounded by BATCH_BYTES of tables, whatever an L1 claims.
+ *
+ * A walk over active tables that others change meanwhile sees each table as it was at some moment of the
+ * walk; those who need one moment for all hold the whole node.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include "block/qcow2-io-int.h"
+
+#define BATCH_BYTES (16u << 20)
+#define BATCH_TABLES 4096
+#define MAX_READ_BYTES (2u << 20)
+
+typedef struct Slot {
+    uint64_t l1_index, l1_entry, offset;
+    uint8_t *data; /* in the walk's buffer */
+    int error;
+    bool to_read;
+} Slot;
+
+typedef struct Walk {
+    BlockDriverState *bs;
+    BDRVQcow2State *s;
+    const Qcow2WalkSource *src;
+    uint64_t next, end; /* L1 indices */
+    Slot *slots;
+    size_t n, max;
+    uint8_t *buf;
+} Walk;
+
+static uint64_t l1_entry_of(const Walk *w, uint64_t index)
+{
+    return w->src->be_l1 ? qb_ldbe64(&w->src->be_l1[index]) : qcow2_l1_get(w->s, index);
+}
+
+/* --- a batch --- */
+
+/* The next tables in L1 order; false: there are no more. */
+static bool batch_collect(Walk *w)
+{
+    w->n = 0;
+    while (w->next < w->end && w->n < w->max) {
+        uint64_t entry = l1_entry_of(w, w->next);
+        uint64_t offset = entry & QCOW2_ENTRY_OFFSET_MASK;
+        if (offset) {
+            w->slots[w->n] = (Slot){
+                .l1_index = w->next,
+                .l1_entry = entry,
+                .offset = offset,
+                .data = w->buf + w->n * w->s->cluster_size,
+            };
+            w->n++;
+        }
+        w->next++;
+    }
+    return w->n > 0;
+}
+
+/* Takes the table from memory, if it is there. */
+static bool slot_from_cache(const Walk *w, Slot *slot)
+{
+    g_autoptr(Qcow2Table) t = qcow2_cache_peek(w->s->cache, slot->offset);
+    if (!t) {
+        return false;
+    }
+    qcow2_table_load(t, 0, w->s->cluster_size, slot->data);
+    slot->error = 0;
+    return true;
+}
+
+static gint by_offset(gconstpointer a, gconstpointer b)
+{
+    const Slot *const *sa = a, *const *sb = b;
+    return (*sa)->offset < (*sb)->offset ? -1 : (*sa)->offset > (*sb)->offset;
+}
+
+/* What must come from the file, in file order, each with memory in that order, too. */
+static GPtrArray *batch_to_read(Walk *w, uint64_t file_length)
+{
+    GPtrArray *list = g_ptr_array_new();
+    for (size_t i = 0; i < w->n; i++) {
+        Slot *slot = &w->slots[i];
+        if (qcow2_offset_into_cluster(w->s, slot->offset)) {
+            slot->error = -EIO;
+        } else if (!slot_from_cache(w, slot)) {
+            slot->to_read = slot->offset < file_length;
+            slot->error = slot->to_read ? 0 : -EIO;
+        }
+        if (slot->to_read) {
+            g_ptr_array_add(list, slot);
+        }
+    }
+    /* The buffers of these slots, lowest first, go to the slots in the order of the file. */
+    g_autoptr(GPtrArray) buffers = g_ptr_array_new();
+    for (guint i = 0; i < list->len; i++) {
+        g_ptr_array_add(buffers, ((Slot *)list->pdata[i])->data);
+    }
+    g_ptr_array_sort(list, by_offset);
+    for (guint i = 0; i < list->len; i++) {
+        ((Slot *)list->pdata[i])->data = buffers->pdata[i];
+    }
+    return list;
+}
+
+/* True when @slot continues @op both in the file and in memory. */
+static bool op_takes(const Walk *w, const BdrvBatchOp *op, const Slot *slot)
+{
+    return op->offset + op->bytes == (int64_t)slot->offset
+           && (uint8_t *)op->buf + op->bytes == slot->data
+           && op->bytes + w->s->cluster_size <= MAX_READ_BYTES;
+}
+
+static GArray *read_ops(const Walk *w, const GPtrArray *list)
+{
+    GArray *ops = g_array_new(false, false, sizeof(BdrvBatchOp));
+    for (guint i = 0; i < list->len; i++) {
+        const Slot *slot = list->pdata[i];
+        BdrvBatchOp *last = ops->len ? &g_array_index(ops, BdrvBatchOp, ops->len - 1) : NULL;
+        if (last && op_takes(w, last, slot)) {
+            last->bytes += w->s->cluster_size;
+            continue;
+        }
+        BdrvBatchOp op = {
+            .kind = BDRV_BATCH_READ, .offset = (int64_t)slot->offset,
+            .bytes = w->s->cluster_size, .buf = slot->data,
+        };
+        g_array_append_val(ops, op);
+    }
+    return ops;
+}
+
+/* One failed somewhere: each by itself, to know which. */
+static void read_singly(const Walk *w, const GPtrArray *list)
+{
+    for (guint i = 0; i < list->len; i++) {
+        Slot *slot = list->pdata[i];
+        slot->error = bdrv_pread(w->bs->file, (int64_t)slot->offset, w->s->cluster_size,
+                                 slot->data, 0);
+    }
+}
+
+static void batch_read_file(Walk *w, const GPtrArray *list)
+{
+    g_autoptr(GArray) ops = read_ops(w, list);
+    if (ops->len == 0) {
+        return;
+    }
+    bdrv_debug_event(w->bs->file, "l2_load");
+    if (bdrv_run_batch(w->bs->file, (BdrvBatchOp *)ops->data, ops->len) < 0) {
+        read_singly(w, list);
+    }
+    for (guint i = 0; i < list->len; i++) {
+        slot_from_cache(w, list->pdata[i]); /* invariant 1 */
+    }
+}
+
+/* Invariant 2: the table L1 names by now; none: the slot is left out. */
+static void slot_catch_up(const Walk *w, Slot *slot)
+{
+    uint64_t entry = qcow2_l1_get(w->s, slot->l1_index);
+    while ((entry & QCOW2_ENTRY_OFFSET_MASK) != slot->offset) {
+        g_autoptr(Qcow2Table) t = NULL;
+        slot->l1_entry = entry;
+        slot->offset = entry & QCOW2_ENTRY_OFFSET_MASK;
+        if (slot->offset == 0) {
+            return;
+        }
+        slot->error = qcow2_cache_get(w->s->cache, QCOW2_TABLE_L2, slot->offset, &t);
+        if (slot->error == 0) {
+            qcow2_table_load(t, 0, w->s->cluster_size, slot->data);
+        }
+        entry = qcow2_l1_get(w->s, slot->l1_index);
+    }
+}
+
+static int batch_read(Walk *w)
+{
+    int64_t length = bdrv_getlength(w->bs->file->bs);
+    Qcow2User user;
+    if (length < 0) {
+        return (int)length;
+    }
+    qcow2_user_announce(w->s, &user);
+    g_autoptr(GPtrArray) list = batch_to_read(w, (uint64_t)length);
+    batch_read_file(w, list);
+    for (size_t i = 0; i < w->n && !w->src->be_l1; i++) {
+        slot_catch_up(w, &w->slots[i]);
+    }
+    qcow2_user_leave(w->s, &user);
+    return 0;
+}
+
+static int batch_call(const Walk *w, Qcow2TableFn fn, void *opaque)
+{
+    int ret = 0;
+    for (size_t i = 0; i < w->n && ret >= 0; i++) {
+        const Slot *slot = &w->slots[i];
+        if (slot->offset == 0) {
+            continue;
+        }
+        Qcow2WalkTable table = {
+            .l1_index = slot->l1_index,
+            .l1_entry = slot->l1_entry,
+            .be = slot->error ? NULL : (const uint64_t *)(const void *)slot->data,
+            .error = slot->error,
+        };
+        ret = fn(&table, opaque);
+    }
+    return MIN(ret, 0);
+}
+
+/* --- the walk --- */
+
+static bool walk_init(Walk *w, BlockDriverState *bs, const Qcow2WalkSource *src, uint64_t start,
+                      uint64_t end)
+{
+    static const Qcow2WalkSource active = {0};
+    BDRVQcow2State *s = qcow2_state(bs);
+    *w = (Walk){.bs = bs, .s = s, .src = src ? src : &active};
+    uint64_t size = w->src->be_l1 ? w->src->l1_size : qcow2_l1_size(s);
+    w->next = qcow2_l1_index(s, start);
+    w->end = end > start ? MIN(size, qcow2_l1_index(s, end - 1) + 1) : 0;
+    if (w->next >= w->end) {
+        return true;
+    }
+    w->max = CLAMP(BATCH_BYTES >> s->cluster_bits, 1, BATCH_TABLES);
+    w->max = MIN(w->max, w->end - w->next);
+    w->slots = g_try_new(Slot, w->max);
+    w->buf = bdrv_try_blockalign(bs->file->bs, w->max << s->cluster_bits);
+    return w->slots && w->buf;
+}
+
+static void walk_clear(Walk *w)
+{
+    g_free(w->slots);
+    free(w->buf);
+}
+
+#define WALK_AUTO __attribute__((cleanup(walk_clear))) Walk
+
+int qcow2_walk_tables(BlockDriverState *bs, const Qcow2WalkSource *src, uint64_t start,
+                      uint64_t end, Qcow2TableFn fn, void *opaque)
+{
+    WALK_AUTO w;
+    if (!walk_init(&w, bs, src, start, end)) {
+        return -ENOMEM;
+    }
+    int ret = 0;
+    while (ret == 0 && batch_collect(&w)) {
+        ret = batch_read(&w);
+        if (ret == 0) {
+            ret = batch_call(&w, fn, opaque);
+        }
+    }
+    return ret;
+}
+
+/* --- runs --- */
+
+typedef struct RunWalk {
+    BlockDriverState *bs;
+    uint64_t start, end;
+    Qcow2RunFn fn;
+    void *opaque;
+    Qcow2Mapping run; /* not yet handed over; bytes 0: none */
+} RunWalk;
+
+static int hand_over(RunWalk *r)
+{
+    Qcow2Mapping run = r->run;
+    r->run.bytes = 0;
+    return run.bytes && run.type != QCOW2_UNALLOCATED ? r->fn(&run, r->opaque) : 0;
+}
+
+static int add_piece(RunWalk *r, const Qcow2Mapping *next)
+{
+    bool follows = r->run.bytes == 0 || r->run.guest + r->run.bytes == next->guest;
+    if (follows && qcow2_mapping_extend(&r->run, next)) {
+        return 0;
+    }
+    int ret = hand_over(r);
+    r->run = *next;
+    return ret;
+}
+
+static int add_entry(RunWalk *r, Qcow2L2Entry e, uint64_t guest, uint64_t end)
+{
+    int ret = 0;
+    while (guest < end && ret >= 0) {
+        Qcow2Mapping next = qcow2_entry_mapping(qcow2_state(r->bs), e, guest, end);
+        ret = add_piece(r, &next);
+        guest += next.bytes;
+    }
+    return ret;
+}
+
+static int add_table(const Qcow2WalkTable *table, void *opaque)
+{
+    RunWalk *r = opaque;
+    const BDRVQcow2State *s = qcow2_state(r->bs);
+    uint64_t base = table->l1_index << (s->cluster_bits + s->l2_bits);
+    if (!table->be) {
+        int ret = qcow2_l1_entry_judge(r->bs, table->l1_entry, table->l1_index);
+        return ret < 0 ? ret : table->error;
+    }
+    unsigned i = r->start > base ? (unsigned)((r->start - base) >> s->cluster_bits) : 0;
+    int ret = 0;
+    for (; i < s->l2_entries && ret >= 0; i++) {
+        uint64_t guest = base + ((uint64_t)i << s->cluster_bits);
+        if (guest >= r->end) {
+            break;
+        }
+        const uint8_t *raw = (const uint8_t *)table->be + (size_t)i * s->l2_entry_size;
+        Qcow2L2Entry e = qcow2_entry_decode(s, raw);
+        ret = qcow2_entry_judge(r->bs, e, guest, table->l1_entry & QCOW2_ENTRY_OFFSET_MASK, i);
+        if (ret == 0) {
+            ret = add_entry(r, e, MAX(guest, r->start), MIN(guest + s->cluster_size, r->end));
+        }
+    }
+    return ret;
+}
+
+int qcow2_walk_runs(BlockDriverState *bs, const Qcow2WalkSource *src, uint64_t start, uint64_t end,
+                    Qcow2RunFn fn, void *opaque)
+{
+    RunWalk r = {.bs = bs, .start = start, .end = end, .fn = fn, .opaque = opaque};
+    int ret = qcow2_walk_tables(bs, src, start, end, add_table, &r);
+    if (ret == 0) {
+        ret = MIN(hand_over(&r), 0);
+    }
+    return ret;
+}
+
+/* --- editing --- */
+
+typedef struct Edit {
+    BlockDriverState *bs;
+    uint64_t start, end;
+    Qcow2EditFn fn;
+    void *opaque;
+} Edit;
+
+static int edit_entry_locked(BDRVQcow2State *s, const Edit *ed, Qcow2Table *t, unsigned index,
+                             uint64_t guest) QB_REQUIRES(s->lock)
+{
+    uint8_t raw[16];
+    size_t pos = (size_t)index * s->l2_entry_size;
+    qb_mutex_assert_held(&s->lock);
+    qcow2_table_load(t, pos, s->l2_entry_size, raw);
+    Qcow2L2Entry e = qcow2_entry_decode(s, raw);
+    int ret = ed->fn(guest, &e, ed->opaque);
+    if (ret > 0) {
+        qcow2_entry_encode(s, e, raw);
+        qcow2_table_store(t, pos, s->l2_entry_size, raw);
+    }
+    return MIN(ret, 0);
+}
+
+/* QCOW2_STALE: the table is no longer the one in L1, nothing was done. */
+static int edit_table(BDRVQcow2State *s, const Edit *ed, Qcow2Table *t, uint64_t l1_index,
+                      uint64_t l1_entry)
+{
+    uint64_t base = l1_index << (s->cluster_bits + s->l2_bits);
+    uint64_t from = MAX(ed->start, base);
+    unsigned i = (unsigned)((from - base) >> s->cluster_bits);
+    int ret = 0;
+    QB_GUARD(&s->lock);
+    if (qcow2_l1_get(s, l1_index) != l1_entry || qcow2_table_poisoned(t)) {
+        return QCOW2_STALE;
+    }
+    for (; i < s->l2_entries && ret == 0; i++) {
+        uint64_t guest = base + ((uint64_t)i << s->cluster_bits);
+        if (guest >= ed->end) {
+            break;
+        }
+        ret = edit_entry_locked(s, ed, t, i, guest);
+    }
+    return ret;
+}
+
+static int edit_l1_entry(const Edit *ed, uint64_t l1_index)
+{
+    BDRVQcow2State *s = qcow2_state(ed->bs);
+    int ret;
+    do {
+        uint64_t l1_entry = qcow2_l1_get(s, l1_index);
+        uint64_t offset = l1_entry & QCOW2_ENTRY_OFFSET_MASK;
+        g_autoptr(Qcow2Table) t = NULL;
+        if (!offset) {
+            return 0;
+        }
+        ret = qcow2_l1_entry_judge(ed->bs, l1_entry, l1_index);
+        if (ret == 0) {
+            ret = qcow2_cache_get(s->cache, QCOW2_TABLE_L2, offset, &t);
+        }
+        if (ret == 0) {
+            ret = edit_table(s, ed, t, l1_index, l1_entry);
+        }
+    } while (ret == QCOW2_STALE);
+    return ret;
+}
+
+int qcow2_walk_edit(BlockDriverState *bs, uint64_t start, uint64_t end, Qcow2EditFn fn,
+                    void *opaque)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    Edit ed = {.bs = bs, .start = start, .end = end, .fn = fn, .opaque = opaque};
+    int ret = 0;
+    if (start >= end) {
+        return 0;
+    }
+    uint64_t last = MIN(qcow2_l1_index(s, end - 1) + 1, qcow2_l1_size(s));
+    for (uint64_t i = qcow2_l1_index(s, start); i < last && ret == 0; i++) {
+        ret = edit_l1_entry(&ed, i);
+    }
+    return ret;
+}
