@@ -19,6 +19,7 @@
  */
 #include <string.h>
 #include "block/core-int.h"
+#include "block/open-int.h"
 #include "util/checked.h"
 #include "util/pool.h"
 
@@ -68,6 +69,7 @@ static unsigned perms_of_flags(int flags)
 
 BlockBackend *blk_new_open(const char *filename, json_t *options, int flags, GError **errp)
 {
+    g_autofree char *name = bdrv_spell_name(filename, options);
     BlockDriverState *bs = bdrv_open(filename, options, flags, errp);
     if (!bs) {
         return NULL;
@@ -75,10 +77,9 @@ BlockBackend *blk_new_open(const char *filename, json_t *options, int flags, GEr
     if (bs->read_only) { /* an option said so */
         flags &= ~(BDRV_O_RDWR | BDRV_O_RESIZE);
     }
-    g_autofree char *name = g_strdup(filename ? filename : bs->filename);
     BlockBackend *blk = new_backend(bs, perms_of_flags(flags), BLK_PERM_ALL, errp);
     if (!blk) {
-        g_prefix_error(errp, "Could not open '%s': ", name);
+        bdrv_prefix_open_error(errp, name); /* of another user of the image */
     }
     return blk;
 }

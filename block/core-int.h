@@ -85,12 +85,16 @@ void bdrv_parents_wait_idle(BlockDriverState *bs);
 /* --- perm.c --- */
 /* Settles permissions of @bs and below after its parents changed: checks all, then sets all, or
  * leaves everything as it was. Graph change lock held, here and below. */
-bool bdrv_settle_perms(BlockDriverState *bs, GError **errp);
+bool bdrv_settle_perms(BlockDriverState *bs, GError **errp)
+    QB_REQUIRES(bdrv_graph_change_lock);
 /* The same in steps, for a set of nodes: all of @roots and below, parents before children. */
 GPtrArray *bdrv_nodes_below(GPtrArray *roots);
-bool bdrv_check_perms(GPtrArray *nodes, GError **errp); /* false: everything is as it was */
-void bdrv_commit_perms(GPtrArray *nodes);
-void bdrv_abort_perms(GPtrArray *nodes);
+bool bdrv_check_perms(GPtrArray *nodes, GError **errp) /* false: everything is as it was */
+    QB_REQUIRES(bdrv_graph_change_lock);
+void bdrv_commit_perms(GPtrArray *nodes)
+    QB_REQUIRES(bdrv_graph_change_lock);
+void bdrv_abort_perms(GPtrArray *nodes)
+    QB_REQUIRES(bdrv_graph_change_lock);
 
 /* --- backend.c --- */
 /* Counts a request; waits while @blk is quiesced. Never under the graph lock. */

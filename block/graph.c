@@ -250,6 +250,7 @@ static bool check_no_cycle(const BdrvAttach *at, BlockDriverState *bs, GError **
 
 /* Permissions once the edge is there: those of a root are given, all others follow from above. */
 static bool settle_edge(BdrvChild *c, const BdrvAttach *at, GError **errp)
+    QB_REQUIRES(bdrv_graph_change_lock)
 {
     if (c->parent) {
         return bdrv_settle_perms(c->parent, errp);
@@ -260,6 +261,7 @@ static bool settle_edge(BdrvChild *c, const BdrvAttach *at, GError **errp)
 }
 
 static BdrvChild *attach_locked(const BdrvAttach *at, BlockDriverState *bs, GError **errp)
+    QB_REQUIRES(bdrv_graph_change_lock)
 {
     if (!check_no_cycle(at, bs, errp)) {
         return NULL;
@@ -320,6 +322,7 @@ void bdrv_detach_child(BdrvChild *child)
 /* The new edge, settled, in place of the old one; the old one is unlinked but not freed. */
 static bool switch_backing_locked(BlockDriverState *bs, BlockDriverState *backing,
                                   BdrvChild **ret_old, GError **errp)
+    QB_REQUIRES(bdrv_graph_change_lock)
 {
     const BdrvAttach at = {.parent = bs, .name = "backing", .role = BDRV_CHILD_COW};
     if (backing && !check_no_cycle(&at, backing, errp)) {

@@ -67,6 +67,10 @@ typedef struct BdrvOpenContext {
 /* One node with its children, but without its backing file, about which *ret_spec tells. Takes
  * args->options. */
 BlockDriverState *bdrv_open_node(BdrvOpenArgs *args, BdrvBackingSpec *ret_spec, GError **errp);
+/* What the user called the image: the file name, or the options as they were said. */
+char *bdrv_spell_name(const char *filename, const json_t *options);
+/* Puts "Could not open 'name': " in front, unless the text begins with it. */
+void bdrv_prefix_open_error(GError **errp, const char *name);
 /* A node, its children, its backing chain. Takes args->options. */
 BlockDriverState *bdrv_open_tree(BdrvOpenArgs *args, GError **errp);
 

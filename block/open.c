@@ -377,9 +377,11 @@ static BlockDriverState *open_temporary(BdrvOpenArgs *args, GError **errp)
     return base ? bdrv_append_temporary(base, said, errp) : NULL;
 }
 
-/* What the user called the image that has no file name. */
-static char *spell_options(const json_t *options)
+char *bdrv_spell_name(const char *filename, const json_t *options)
 {
+    if (filename) {
+        return g_strdup(filename);
+    }
     GString *s = g_string_new(NULL);
     const char *key;
     json_t *value;
@@ -395,7 +397,7 @@ static char *spell_options(const json_t *options)
 }
 
 /* Invariant 4. A protocol driver has said it already where it is the file itself that fails. */
-static void prefix_error(GError **errp, const char *name)
+void bdrv_prefix_open_error(GError **errp, const char *name)
 {
     g_autofree char *prefix = g_strdup_printf("Could not open '%s': ", name);
     if (errp && *errp && !g_str_has_prefix((*errp)->message, prefix)) {
@@ -412,11 +414,11 @@ BlockDriverState *bdrv_open(const char *filename, json_t *options, int flags, GE
         .flags = flags,
     };
     json_decref(options);
-    g_autofree char *name = filename ? g_strdup(filename) : spell_options(args.options);
+    g_autofree char *name = bdrv_spell_name(filename, args.options);
     BlockDriverState *bs = flags & BDRV_O_SNAPSHOT ? open_temporary(&args, errp)
                                                    : bdrv_open_tree(&args, errp);
     if (!bs) {
-        prefix_error(errp, name);
+        bdrv_prefix_open_error(errp, name);
     }
     return bs;
 }

@@ -252,6 +252,7 @@ static void test_conflict(void)
     GError *err = NULL;
     g_autoptr(BlockDriverState) bs = open_node("driver=leaf,node-name=q0", BDRV_O_RDWR);
     g_autoptr(BlockBackend) a = user(bs, READ | WRITE, ALL & ~RESIZE);
+    g_assert_true(blk_is_writable(a));
     g_assert_null(blk_new_with_bs(bs, READ | RESIZE, ALL, &err));
     assert_error(err, "Permission conflict on node 'q0': permissions 'resize' are both required by "
                       "an unnamed block device (uses node 'q0' as 'root' child) and unshared by an "
@@ -326,6 +327,7 @@ static void test_set_backing_refused(void)
     GError *err = NULL;
     g_autoptr(BlockDriverState) top = open_node("driver=layer,file.driver=leaf", BDRV_O_RDWR);
     g_autoptr(BlockBackend) blk = user(top, READ, ALL);
+    g_assert_true(blk_bs(blk) == top);
     g_autoptr(BlockDriverState) a = open_node("driver=leaf,node-name=a", 0);
     g_autoptr(BlockDriverState) b = open_node("driver=leaf,node-name=b", 0);
     g_assert_true(bdrv_set_backing(top, a, NULL));

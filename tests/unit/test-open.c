@@ -354,6 +354,7 @@ static void test_probing(void)
     g_assert_null(warned);
     g_clear_pointer(&read_only, bdrv_unref);
     g_autoptr(BlockDriverState) guessed = open_ok("@other.raw", NULL, BDRV_O_RDWR);
+    g_assert_true(guessed->probed);
     g_autofree char *expected = spell(
         "WARNING: Image format was not specified for '@other.raw' and probing guessed raw.\n"
         "         Automatically detecting the format is dangerous for raw images, write operations "
@@ -529,6 +530,7 @@ static void test_locks(void)
     g_assert_nonnull(strstr(err->message, "Failed to get shared \"write\" lock"));
     g_clear_error(&err);
     g_autoptr(BlockDriverState) forced = open_ok("@mid.cow", "force-share=on", 0);
+    g_assert_true(forced->force_share && forced->file->bs->force_share);
     g_clear_pointer(&bs, bdrv_unref);
     g_autoptr(BlockDriverState) reader = open_ok("@mid.cow", NULL, 0);
     g_autoptr(BlockDriverState) reader2 = open_ok("@mid.cow", NULL, 0);
