@@ -34,6 +34,7 @@
 
 static void teardown(BDRVQcow2State *s)
 {
+    g_clear_pointer(&s->compressor, qcow2_compressor_free);
     g_clear_pointer(&s->flusher, qcow2_flusher_free);
     g_clear_pointer(&s->quarantine, qcow2_quarantine_free);
     g_clear_pointer(&s->inflight, qcow2_inflight_free);
@@ -213,6 +214,7 @@ static bool open_rooms(BlockDriverState *bs, GError **errp)
     s->inflight = qcow2_inflight_new();
     s->quarantine = qcow2_quarantine_new();
     s->flusher = qcow2_flusher_new();
+    s->compressor = qcow2_compressor_new();
     s->cache = qcow2_cache_new(bs, qcow2_cache_limit(s));
     s->free_index = qcow2_free_index_new();
     return qcow2_refcount_init(bs, errp) && open_l1(bs, errp);
