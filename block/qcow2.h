@@ -142,6 +142,7 @@ struct BDRVQcow2State {
         uint64_t nb_entries; /* capacity of the table on disk: clusters * cluster_size / 8 */
         uint64_t offset;
         uint32_t clusters;
+        uint64_t nb_blocks;  /* one more than the index of the last block there is */
         bool moved;          /* lies at a new place the header does not name yet */
         GArray *dirty;       /* uint64_t: indices of entries to be written */
     } reftable;
@@ -155,6 +156,8 @@ struct BDRVQcow2State {
     Qcow2Quarantine *quarantine;
     Qcow2Flusher *flusher;
     struct Qcow2Compressor *compressor;
+    bool shows_snapshot; /* read-only node whose L1 is a snapshot's (qcow2_snapshot_load_tmp) */
+    uint64_t alloc_seq;  /* counts allocations; guarded by alloc_lock */
     _Atomic(uint64_t) file_end; /* end of the last host cluster ever allocated or found in use */
 };
 
@@ -421,6 +424,9 @@ void qcow2_quarantine_free(Qcow2Quarantine *q);
  * the flusher says so).
  */
 void qcow2_free_run(BlockDriverState *bs, uint64_t offset, uint64_t bytes, Qcow2DiscardType type);
+/* The same for whole clusters that never held compressed data; also under the alloc lock. */
+void qcow2_free_tables(BlockDriverState *bs, uint64_t offset, uint64_t bytes,
+                       Qcow2DiscardType type);
 /* Frees what an L2 entry refers to, by its type; nothing for unallocated ones or a data file. */
 void qcow2_free_entry(BlockDriverState *bs, uint64_t l2_entry, Qcow2DiscardType type);
 /* Bytes waiting, and whether that is more than it should be (64 MiB or 1/16 of the file). */
@@ -473,6 +479,8 @@ int64_t qcow2_alloc_clusters(BlockDriverState *bs, uint64_t bytes);
 int64_t qcow2_alloc_run(BlockDriverState *bs, uint64_t want, uint64_t *bytes);
 /* @size bytes (< cluster_size) for a compressed cluster; packs them behind the previous ones. */
 int64_t qcow2_alloc_bytes(BlockDriverState *bs, uint32_t size);
+/* The run is being freed: no further stream is packed into its clusters. Takes the alloc lock. */
+void qcow2_alloc_leave(BDRVQcow2State *s, uint64_t offset, uint64_t bytes);
 /* Gives back what alloc_* returned and nothing ever referred to. */
 void qcow2_alloc_undo(BlockDriverState *bs, uint64_t offset, uint64_t bytes);
 
@@ -631,6 +639,28 @@ typedef int (*Qcow2EditFn)(uint64_t guest, Qcow2L2Entry *e, void *opaque);
 int qcow2_walk_edit(BlockDriverState *bs, uint64_t start, uint64_t end, Qcow2EditFn fn,
                     void *opaque);
 
+/* ======================= qcow2-tree.c: all that an L1 refers to ======================= */
+
+/* Host clusters as runs (Qcow2HostRun), one for each reference: those that several compressed clusters
+ * share come several times. */
+/* Appends the L2 tables and data that @src refers to, not the L1 itself; nothing that lies in an external
+ * data file. Reads all its tables; nobody changes them meanwhile. 0 or -errno (-EIO and the image marked
+ * corrupt on impossible entries). */
+int qcow2_tree_collect(BlockDriverState *bs, const Qcow2WalkSource *src, GArray *runs);
+/* Pure: how references change from @from to @to: runs that come into @ret_up and go away into @ret_down. */
+void qcow2_runs_difference(const BDRVQcow2State *s, const GArray *from, const GArray *to,
+                           GArray *ret_up, GArray *ret_down);
+/* Frees every run through quarantine, flushing now and then. 0 or -errno of a flush (the rest leaks). */
+int qcow2_free_runs(BlockDriverState *bs, const GArray *runs, Qcow2DiscardType type);
+/* Of @runs the clusters whose count is 1 now, sorted and merged, into @ret. */
+int qcow2_runs_with_count_one(BlockDriverState *bs, const GArray *runs, GArray *ret);
+/* Clears COPIED in all entries of the active L1 and its L2 tables, in memory. */
+int qcow2_clear_all_copied(BlockDriverState *bs);
+/* Sets COPIED in all entries of the active tables whose host cluster lies in @ones (sorted, merged). */
+int qcow2_set_copied_in(BlockDriverState *bs, const GArray *ones);
+/* Flushes until quarantine is empty too and its counts are written. Whole node in the range lock. */
+int qcow2_flush_all(BlockDriverState *bs);
+
 /* ======================= whole-image operations (node serialised by the core) ======================= */
 
 /* qcow2-create.c */
@@ -645,6 +675,10 @@ bool qcow2_truncate(BlockDriverState *bs, int64_t offset, bool exact, PreallocMo
                     bool zero_new, GError **errp);
 /* A new image: gives its external data file the right length and preallocates. Node not in use. */
 bool qcow2_fill_new(BlockDriverState *bs, PreallocMode prealloc, GError **errp);
+/* After the repair of a dirty image: ends a shrink that a crash interrupted. 0 or -errno. */
+int qcow2_finish_shrink(BlockDriverState *bs);
+/* Cuts the image file behind the last host cluster in use; devices stay as long as they are. */
+int qcow2_cut_file(BlockDriverState *bs);
 /* qcow2-empty.c */
 bool qcow2_make_empty(BlockDriverState *bs, GError **errp);
 /* qcow2-snapshot.c */

@@ -1,0 +1,429 @@
+/*
+ * Allocation: where free host clusters are, and taking them.
+ *
+ *      find in the index  -- a block that may have the run? --> search it: take, or make the bound exact
+ *        | none
+ *      blocks not looked at yet: look at up to 8, search again
+ *        | none
+ *      append: new blocks behind the last one, the run behind them
+ *
+ * First fit by lowest host offset.  The free tail of the last block is free space like any other, so a
+ * file grows simply because the lowest free cluster lies at its end; before that happens with much in
+ * quarantine, quarantine is flushed and released, and the search repeated once.
+ *
+ * Invariants
+ * 1. A cluster that is handed out has count 1 in memory before the alloc lock is let go; nothing on disk
+ *    refers to it (invariant 1 of the driver: counts are raised before anything links).
+ * 2. Cluster 0 is never handed out, whatever the counts say.
+ * 3. No I/O under the alloc lock.  A block that must be loaded means that the search starts again.
+ * 4. Whatever the cache may hold at the place of a new cluster is the past: it is poisoned.
+ * 5. compressed_next always lies inside a cluster whose count is at least 1 because of a stream before
+ *    it, or is 0.  A cluster that lost its last stream is noticed by its count.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include "block/qcow2-refcount-int.h"
+
+#include <inttypes.h>
+
+#define MAX_LOOKS 8 /* blocks looked at for one allocation */
+
+/* ---- searching one block ---- */
+
+typedef struct Found {
+    uint64_t slot, n; /* the run; n 0: none */
+} Found;
+
+/* The first run of at least @min free slots from @from on, cut to @max. *ret_longest: the longest run
+ * seen on the way (all of the block when nothing was found). */
+static Found search_block(const BDRVQcow2State *s, const uint8_t *data, uint64_t from, uint64_t min,
+                          uint64_t max, uint64_t *ret_longest, uint64_t *ret_first)
+{
+    uint64_t per_block = qcow2_counts_per_block(s), n = 0;
+
+    *ret_longest = 0;
+    *ret_first = per_block;
+    for (uint64_t slot = from; slot < per_block; slot++) {
+        if (qcow2_refcount_read(data, s->refcount_order, slot)) {
+            n = 0;
+            continue;
+        }
+        *ret_first = MIN(*ret_first, slot);
+        *ret_longest = MAX(*ret_longest, ++n);
+        if (n == min) {
+            uint64_t start = slot + 1 - n;
+            while (n < max && start + n < per_block &&
+                   !qcow2_refcount_read(data, s->refcount_order, start + n)) {
+                n++;
+            }
+            return (Found){start, n};
+        }
+    }
+    return (Found){0, 0};
+}
+
+/* Tries block @index. Makes the index exact when there is no such run. */
+static Found take_from_block_locked(BDRVQcow2State *s, Qcow2Table *t, uint64_t index, uint64_t min,
+                                    uint64_t max)
+{
+    uint64_t first_hint = qcow2_free_index_first(s->free_index, index), longest, first;
+    uint64_t from = index == 0 ? MAX(first_hint, 1) : first_hint;
+    Found f = search_block(s, qcow2_refblock_data(t), from, min, max, &longest, &first);
+
+    qb_mutex_assert_held(&s->alloc_lock);
+    if (!f.n) {
+        qcow2_free_index_set(s->free_index, index, longest, first);
+        return f;
+    }
+    qcow2_set_counts_locked(s, t, index, f.slot, f.n, 1);
+    if (first == f.slot) {
+        qcow2_free_index_raise_first(s->free_index, index, f.slot + f.n);
+    }
+    return f;
+}
+
+/* Is the run at @cluster free for at least one cluster? Takes up to @max of it. */
+static uint64_t take_at_locked(BDRVQcow2State *s, Qcow2Table *t, uint64_t cluster, uint64_t max)
+{
+    const uint8_t *data = qcow2_refblock_data(t);
+    uint64_t slot = qcow2_slot_of(s, cluster), n = 0;
+
+    while (n < max && slot + n < qcow2_counts_per_block(s) &&
+           !qcow2_refcount_read(data, s->refcount_order, slot + n)) {
+        n++;
+    }
+    qcow2_set_counts_locked(s, t, qcow2_block_of(s, cluster), slot, n, 1);
+    return n;
+}
+
+/* ---- one attempt ---- */
+
+typedef struct Request {
+    uint64_t want;     /* cluster to continue at, 0: anywhere */
+    uint64_t min, max; /* clusters */
+    uint64_t cluster, n; /* the result */
+} Request;
+
+/* Looks at a block for the first time: everything in it may be free until a search says more. */
+static int look_at_locked(BDRVQcow2State *s, uint64_t index)
+{
+    g_autoptr(Qcow2Table) t = NULL;
+    uint64_t longest, first;
+    bool dropped = false;
+    int ret = qcow2_pin_block_locked(s, index, &t, &dropped);
+
+    if (ret == 0 && !qcow2_free_index_seen(s->free_index, index)) {
+        search_block(s, qcow2_refblock_data(t), index == 0, UINT64_MAX, 0, &longest, &first);
+        qcow2_free_index_set(s->free_index, index, longest, first);
+    }
+    return ret;
+}
+
+static int try_want_locked(BDRVQcow2State *s, Request *r)
+{
+    uint64_t index = qcow2_block_of(s, r->want);
+    g_autoptr(Qcow2Table) t = NULL;
+    bool dropped = false;
+    int ret;
+
+    if (!r->want || !qcow2_block_offset_locked(s, index)) {
+        return 0;
+    }
+    ret = qcow2_pin_block_locked(s, index, &t, &dropped);
+    if (ret < 0) {
+        return ret;
+    }
+    r->cluster = r->want;
+    r->n = take_at_locked(s, t, r->want, r->max);
+    return 0;
+}
+
+/* A range of clusters whose block is missing is free but for what the block itself takes. */
+static int make_missing_locked(BDRVQcow2State *s, uint64_t index)
+{
+    int64_t ret;
+
+    if (qcow2_block_offset_locked(s, index)) {
+        return 0;
+    }
+    ret = qcow2_append_blocks_locked(s, index, 0);
+    return ret < 0 ? (int)ret : 0;
+}
+
+/* Searches the blocks that were looked at. r->n stays 0 when none has the run. */
+static int try_index_locked(BDRVQcow2State *s, Request *r)
+{
+    uint64_t index;
+
+    while ((index = qcow2_free_index_find(s->free_index, r->min)) != UINT64_MAX) {
+        g_autoptr(Qcow2Table) t = NULL;
+        bool dropped = false;
+        Found f;
+        int ret = make_missing_locked(s, index);
+        if (ret == 0) {
+            ret = qcow2_pin_block_locked(s, index, &t, &dropped);
+        }
+        if (ret < 0) {
+            return ret;
+        }
+        if (dropped) {
+            continue; /* the index may have changed meanwhile */
+        }
+        f = take_from_block_locked(s, t, index, r->min, r->max);
+        if (f.n) {
+            r->cluster = (index << s->refblock_bits) + f.slot;
+            r->n = f.n;
+            return 0;
+        }
+    }
+    return 0;
+}
+
+static int try_unseen_locked(BDRVQcow2State *s, Request *r)
+{
+    for (int looks = 0; looks < MAX_LOOKS && !r->n; looks++) {
+        uint64_t index = qcow2_free_index_unseen(s->free_index);
+        int ret;
+        if (index == UINT64_MAX) {
+            return 0;
+        }
+        ret = look_at_locked(s, index);
+        if (ret == 0) {
+            ret = try_index_locked(s, r);
+        }
+        if (ret < 0) {
+            return ret;
+        }
+    }
+    return 0;
+}
+
+static int append_locked(BDRVQcow2State *s, Request *r)
+{
+    int64_t offset = qcow2_append_blocks_locked(s, s->reftable.nb_blocks, r->min);
+
+    if (offset < 0) {
+        return (int)offset;
+    }
+    r->cluster = (uint64_t)offset >> s->cluster_bits;
+    r->n = r->min;
+    return 0;
+}
+
+static int attempt_locked(BDRVQcow2State *s, Request *r)
+{
+    int ret;
+
+    if (!qcow2_block_offset_locked(s, 0)) {
+        return qcow2_signal_corruption(s->bs, true, -1, "Preventing invalid allocation of %s at "
+                                       "offset 0", "refcount block");
+    }
+    ret = try_want_locked(s, r);
+    if (ret == 0 && !r->n) {
+        ret = try_index_locked(s, r);
+    }
+    if (ret == 0 && !r->n) {
+        ret = try_unseen_locked(s, r);
+    }
+    if (ret == 0 && !r->n) {
+        ret = append_locked(s, r);
+    }
+    return ret;
+}
+
+static int attempt(BDRVQcow2State *s, Request *r)
+{
+    QB_GUARD(&s->alloc_lock);
+
+    return attempt_locked(s, r);
+}
+
+/* ---- quarantine before growth ---- */
+
+static uint64_t request_end(const BDRVQcow2State *s, const Request *r)
+{
+    return (r->cluster + r->n) << s->cluster_bits;
+}
+
+/* The file would grow although a good part of it waits in quarantine. */
+static bool should_reclaim(BDRVQcow2State *s, const Request *r)
+{
+    uint64_t waiting = qcow2_quarantine_bytes(s);
+
+    return request_end(s, r) > atomic_load(&s->file_end) &&
+           waiting > MAX(atomic_load(&s->file_end) / 64, UINT64_C(1) << 20);
+}
+
+static void note_end(BDRVQcow2State *s, const Request *r)
+{
+    uint64_t end = request_end(s, r), seen = atomic_load(&s->file_end);
+
+    while (seen < end && !atomic_compare_exchange_weak(&s->file_end, &seen, end)) {
+    }
+}
+
+static int allocate(BlockDriverState *bs, Request *r)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    int ret = attempt(s, r);
+
+    assert(!qb_mutex_held(&s->lock) && !qb_mutex_held(&s->alloc_lock));
+    if (ret == 0 && should_reclaim(s, r)) {
+        qcow2_alloc_undo(bs, r->cluster << s->cluster_bits, r->n << s->cluster_bits);
+        r->n = 0;
+        qcow2_reclaim(bs);
+        ret = attempt(s, r);
+    }
+    if (ret == 0) {
+        note_end(s, r);
+        qcow2_cache_poison(s->cache, r->cluster << s->cluster_bits, r->n << s->cluster_bits);
+        bdrv_debug_event(bs->file, "cluster_alloc");
+    }
+    return ret;
+}
+
+int64_t qcow2_alloc_clusters(BlockDriverState *bs, uint64_t bytes)
+{
+    const BDRVQcow2State *s = qcow2_state(bs);
+    uint64_t n = qcow2_size_to_clusters(s, bytes);
+    Request r = {.min = n, .max = n};
+    int ret;
+
+    assert(n > 0);
+    ret = allocate(bs, &r);
+    return ret < 0 ? ret : (int64_t)(r.cluster << s->cluster_bits);
+}
+
+int64_t qcow2_alloc_run(BlockDriverState *bs, uint64_t want, uint64_t *bytes)
+{
+    const BDRVQcow2State *s = qcow2_state(bs);
+    Request r = {.want = want >> s->cluster_bits, .min = 1,
+                 .max = MAX(*bytes >> s->cluster_bits, 1)};
+    int ret = allocate(bs, &r);
+
+    if (ret < 0) {
+        return ret;
+    }
+    *bytes = r.n << s->cluster_bits;
+    return (int64_t)(r.cluster << s->cluster_bits);
+}
+
+void qcow2_alloc_undo(BlockDriverState *bs, uint64_t offset, uint64_t bytes)
+{
+    Qcow2HostRun run = {offset, bytes};
+
+    /* Tables that were made in it are dropped; a count that cannot be lowered leaks the cluster. */
+    qcow2_cache_poison(qcow2_state(bs)->cache, offset, bytes);
+    qcow2_update_refcounts(bs, &run, 1, -1);
+}
+
+/* ---- compressed clusters ---- */
+
+/* Raises the count of the shared cluster under @offset; false: a fresh one must be taken. */
+static int share_cluster_locked(BDRVQcow2State *s, uint64_t offset, bool *ret_shared)
+{
+    uint64_t cluster = offset >> s->cluster_bits, index = qcow2_block_of(s, cluster), count;
+    g_autoptr(Qcow2Table) t = NULL;
+    bool dropped = false;
+    int ret;
+
+    *ret_shared = false;
+    if (!qcow2_block_offset_locked(s, index)) {
+        return 0;
+    }
+    ret = qcow2_pin_block_locked(s, index, &t, &dropped);
+    if (ret < 0) {
+        return ret;
+    }
+    count = qcow2_refcount_read(qcow2_refblock_data(t), s->refcount_order,
+                                qcow2_slot_of(s, cluster));
+    if (s->compressed_next == offset && count > 0 && count < s->refcount_max) {
+        qcow2_set_counts_locked(s, t, index, qcow2_slot_of(s, cluster), 1, count + 1);
+        *ret_shared = true;
+    }
+    return 0;
+}
+
+static void drop_share(BlockDriverState *bs, uint64_t offset)
+{
+    Qcow2HostRun run = {qcow2_start_of_cluster(qcow2_state(bs), offset), 1};
+
+    qcow2_update_refcounts(bs, &run, 1, -1);
+}
+
+/* Tries to put @size bytes behind the stream before. 0: *ret_offset tells where, 0 if not possible. */
+static int alloc_behind(BlockDriverState *bs, uint32_t size, uint64_t *ret_offset)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    uint64_t next, room, cluster_end, got = s->cluster_size;
+    bool shared = false;
+    int64_t more;
+    int ret;
+
+    *ret_offset = 0;
+    qb_mutex_lock(&s->alloc_lock);
+    next = s->compressed_next;
+    ret = next ? share_cluster_locked(s, next, &shared) : 0;
+    if (shared) {
+        s->compressed_next = 0; /* ours until we are done */
+    }
+    qb_mutex_unlock(&s->alloc_lock);
+    if (ret < 0 || !shared) {
+        return ret;
+    }
+    cluster_end = qcow2_start_of_cluster(s, next) + s->cluster_size;
+    room = cluster_end - next;
+    if (size <= room) {
+        *ret_offset = next;
+        return 0;
+    }
+    more = qcow2_alloc_run(bs, cluster_end, &got);
+    if (more == (int64_t)cluster_end) {
+        *ret_offset = next;
+        return 0;
+    }
+    drop_share(bs, next);
+    if (more >= 0) {
+        qcow2_alloc_undo(bs, (uint64_t)more, got);
+    }
+    return more < 0 ? (int)more : 0;
+}
+
+void qcow2_alloc_leave(BDRVQcow2State *s, uint64_t offset, uint64_t bytes)
+{
+    QB_GUARD(&s->alloc_lock);
+    uint64_t start = qcow2_start_of_cluster(s, offset);
+
+    if (qb_ranges_overlap(start, offset + bytes - start, s->compressed_next, 1)) {
+        s->compressed_next = 0;
+    }
+}
+
+static void set_compressed_next(BDRVQcow2State *s, uint64_t next)
+{
+    QB_GUARD(&s->alloc_lock);
+
+    s->compressed_next = qcow2_offset_into_cluster(s, next) ? next : 0;
+}
+
+int64_t qcow2_alloc_bytes(BlockDriverState *bs, uint32_t size)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    uint64_t offset;
+    int ret;
+
+    assert(size > 0 && size < s->cluster_size);
+    ret = alloc_behind(bs, size, &offset);
+    if (ret < 0) {
+        return ret;
+    }
+    if (!offset) {
+        int64_t fresh = qcow2_alloc_clusters(bs, s->cluster_size);
+        if (fresh < 0) {
+            return fresh;
+        }
+        offset = (uint64_t)fresh;
+    }
+    set_compressed_next(s, offset + size);
+    return (int64_t)offset;
+}

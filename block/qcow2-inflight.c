@@ -1,0 +1,124 @@
+/*
+ * In-flight users of host runs.
+ *
+ *      announce --> [unresolved: pins everything] --resolve--> [pins its run] --leave-->
+ *
+ * A request announces itself before it looks its mapping up, because from then on it may act on what it
+ * reads there.  Whoever takes a host run away changes the map first and then asks whether anybody who was
+ * announced before that still uses the run (invariant 3 of the driver).
+ *
+ * Invariants
+ * 1. Sequence numbers rise in list order; everybody announced before qcow2_inflight_seq() returned has a
+ *    smaller one than it.
+ * 2. The lock is a leaf and never held while anything waits but in qcow2_inflight_wait().
+ *
+ * The list is as long as there are requests in flight (tens), so it is searched linearly.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include "block/qcow2.h"
+
+struct Qcow2Inflight {
+    QbMutex lock;
+    QbCond left;
+    Qcow2User *first, *last; /* in the order of seq */
+    uint64_t next_seq;
+    unsigned waiters;
+};
+
+Qcow2Inflight *qcow2_inflight_new(void)
+{
+    Qcow2Inflight *f = g_new0(Qcow2Inflight, 1);
+
+    qb_mutex_init(&f->lock);
+    qb_cond_init(&f->left);
+    f->next_seq = 1;
+    return f;
+}
+
+void qcow2_inflight_free(Qcow2Inflight *f)
+{
+    if (f) {
+        assert(!f->first);
+        qb_cond_destroy(&f->left);
+        qb_mutex_destroy(&f->lock);
+        g_free(f);
+    }
+}
+
+void qcow2_user_announce(BDRVQcow2State *s, Qcow2User *u)
+{
+    Qcow2Inflight *f = s->inflight;
+    QB_GUARD(&f->lock);
+
+    *u = (Qcow2User){.seq = f->next_seq++, .prev = f->last};
+    if (f->last) {
+        f->last->next = u;
+    } else {
+        f->first = u;
+    }
+    f->last = u;
+}
+
+void qcow2_user_resolve(BDRVQcow2State *s, Qcow2User *u, uint64_t host, uint64_t bytes)
+{
+    QB_GUARD(&s->inflight->lock);
+
+    assert(bytes > 0);
+    u->host = host;
+    u->bytes = bytes;
+    if (s->inflight->waiters) {
+        qb_cond_broadcast(&s->inflight->left);
+    }
+}
+
+void qcow2_user_leave(BDRVQcow2State *s, Qcow2User *u)
+{
+    Qcow2Inflight *f = s->inflight;
+    QB_GUARD(&f->lock);
+
+    if (u->prev) {
+        u->prev->next = u->next;
+    } else {
+        f->first = u->next;
+    }
+    if (u->next) {
+        u->next->prev = u->prev;
+    } else {
+        f->last = u->prev;
+    }
+    if (f->waiters) {
+        qb_cond_broadcast(&f->left);
+    }
+}
+
+uint64_t qcow2_inflight_seq(BDRVQcow2State *s)
+{
+    QB_GUARD(&s->inflight->lock);
+
+    return s->inflight->next_seq;
+}
+
+bool qcow2_inflight_busy(BDRVQcow2State *s, uint64_t seq, uint64_t host, uint64_t bytes)
+{
+    QB_GUARD(&s->inflight->lock);
+
+    for (const Qcow2User *u = s->inflight->first; u && u->seq < seq; u = u->next) {
+        if (!u->bytes || qb_ranges_overlap(u->host, u->bytes, host, bytes)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+void qcow2_inflight_wait(BDRVQcow2State *s, uint64_t seq)
+{
+    Qcow2Inflight *f = s->inflight;
+    QB_GUARD(&f->lock);
+
+    f->waiters++;
+    while (f->first && f->first->seq < seq) {
+        qb_cond_wait(&f->left, &f->lock);
+    }
+    f->waiters--;
+}

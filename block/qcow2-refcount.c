@@ -1,0 +1,336 @@
+/*
+ * Refcounts in bulk: reading runs of counts, and changing the counts of many host runs.
+ *
+ *      runs --sort--> pass 1: every cluster's new count fits?     (nothing changed yet)
+ *                 --> pass 2: change, one block at a time
+ *
+ * Counts are stored as on disk, 1 to 64 bits wide: below 8 bits the lowest slot is in the lowest bits,
+ * from 8 bits on they are big-endian.
+ *
+ * Invariants
+ * 1. Only blocks in the cache are changed, under the alloc lock; the flush writes them.
+ * 2. An overflow or underflow is found before the first change, so that a failed call changed nothing.
+ *    The caller sees to it that nobody else changes the same counts in between (whole node in the range
+ *    lock, or the flusher's turn).
+ * 3. Underflow means that the counts on disk are wrong: the image is marked corrupt.
+ * 4. The free-space index hears of every count that becomes 0.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include "block/qcow2-refcount-int.h"
+
+#include <inttypes.h>
+#include <stdlib.h>
+
+/* ---- the codec of a count ---- */
+
+uint64_t qcow2_refcount_read(const uint8_t *block, unsigned order, uint64_t slot)
+{
+    switch (order) {
+    case 3:
+        return block[slot];
+    case 4:
+        return qb_ldbe16(block + 2 * slot);
+    case 5:
+        return qb_ldbe32(block + 4 * slot);
+    case 6:
+        return qb_ldbe64(block + 8 * slot);
+    default: {
+        unsigned bits = 1u << order, shift = (unsigned)(slot << order & 7);
+        return (block[slot << order >> 3] >> shift) & ((1u << bits) - 1);
+    }
+    }
+}
+
+void qcow2_refcount_write(uint8_t *block, unsigned order, uint64_t slot, uint64_t value)
+{
+    assert(order >= 6 || value >> (1u << order) == 0);
+    switch (order) {
+    case 3:
+        block[slot] = (uint8_t)value;
+        break;
+    case 4:
+        qb_stbe16(block + 2 * slot, (uint16_t)value);
+        break;
+    case 5:
+        qb_stbe32(block + 4 * slot, (uint32_t)value);
+        break;
+    case 6:
+        qb_stbe64(block + 8 * slot, value);
+        break;
+    default: {
+        unsigned bits = 1u << order, shift = (unsigned)(slot << order & 7);
+        uint8_t *byte = &block[slot << order >> 3];
+        *byte = (uint8_t)((*byte & ~(((1u << bits) - 1) << shift)) | value << shift);
+    }
+    }
+}
+
+/* No stream may be put behind one in a cluster that nobody uses any more. */
+static void forget_compressed_next(BDRVQcow2State *s, uint64_t index, uint64_t slot, uint64_t n)
+{
+    uint64_t cluster = s->compressed_next >> s->cluster_bits;
+    uint64_t first = index * qcow2_counts_per_block(s) + slot;
+
+    if (s->compressed_next && cluster >= first && cluster - first < n) {
+        s->compressed_next = 0;
+    }
+}
+
+static size_t byte_of_slot(const BDRVQcow2State *s, uint64_t slot)
+{
+    return (size_t)(slot << s->refcount_order >> 3);
+}
+
+static void mark_slots_dirty(const BDRVQcow2State *s, Qcow2Table *t, uint64_t slot, uint64_t n)
+{
+    size_t width = MAX((1u << s->refcount_order) / 8, 1);
+    size_t first = byte_of_slot(s, slot), last = byte_of_slot(s, slot + n - 1) + width;
+
+    qcow2_table_mark_dirty(t, first, last - first);
+}
+
+void qcow2_set_counts_locked(BDRVQcow2State *s, Qcow2Table *t, uint64_t index, uint64_t slot,
+                             uint64_t n, uint64_t value)
+{
+    uint8_t *data = qcow2_refblock_data(t);
+
+    if (n == 0) {
+        return;
+    }
+    for (uint64_t i = 0; i < n; i++) {
+        qcow2_refcount_write(data, s->refcount_order, slot + i, value);
+    }
+    mark_slots_dirty(s, t, slot, n);
+    if (value == 0) {
+        forget_compressed_next(s, index, slot, n);
+        qcow2_free_index_freed(s->free_index, index, slot, n, qcow2_counts_per_block(s));
+    }
+}
+
+/* ---- reading ---- */
+
+static int pin_if_there(BDRVQcow2State *s, uint64_t index, Qcow2Table **ret)
+{
+    QB_GUARD(&s->alloc_lock);
+    bool dropped;
+
+    *ret = NULL;
+    return qcow2_block_offset_locked(s, index) ? qcow2_pin_block_locked(s, index, ret, &dropped)
+                                               : 0;
+}
+
+static uint64_t equal_slots(BDRVQcow2State *s, Qcow2Table *t, uint64_t slot, uint64_t max,
+                            uint64_t *ret_count)
+{
+    QB_GUARD(&s->alloc_lock);
+    const uint8_t *data = qcow2_refblock_data(t);
+    uint64_t n = 1;
+
+    *ret_count = qcow2_refcount_read(data, s->refcount_order, slot);
+    while (n < max && qcow2_refcount_read(data, s->refcount_order, slot + n) == *ret_count) {
+        n++;
+    }
+    return n;
+}
+
+int qcow2_count_run(BlockDriverState *bs, uint64_t offset, uint64_t bytes, uint64_t *ret_count,
+                    uint64_t *ret_bytes)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    uint64_t cluster = offset >> s->cluster_bits, slot = qcow2_slot_of(s, cluster);
+    uint64_t max = MIN(bytes >> s->cluster_bits, qcow2_counts_per_block(s) - slot);
+    g_autoptr(Qcow2Table) t = NULL;
+    int ret = pin_if_there(s, qcow2_block_of(s, cluster), &t);
+
+    if (ret < 0) {
+        return ret;
+    }
+    *ret_count = 0;
+    *ret_bytes = (t ? equal_slots(s, t, slot, max, ret_count) : max) << s->cluster_bits;
+    return 0;
+}
+
+int qcow2_get_refcount(BlockDriverState *bs, uint64_t index, uint64_t *ret)
+{
+    const BDRVQcow2State *s = qcow2_state(bs);
+    uint64_t bytes;
+
+    return qcow2_count_run(bs, index << s->cluster_bits, s->cluster_size, ret, &bytes);
+}
+
+/* ---- changing ---- */
+
+static gint compare_runs(gconstpointer a, gconstpointer b)
+{
+    const Qcow2HostRun *x = a, *y = b;
+
+    return x->offset < y->offset ? -1 : x->offset > y->offset;
+}
+
+/* One block's part of a run. */
+typedef struct Part {
+    uint64_t index, slot, n;
+} Part;
+
+static int underflow(BDRVQcow2State *s, uint64_t cluster)
+{
+    return qcow2_signal_corruption(s->bs, true, (int64_t)(cluster << s->cluster_bits),
+                                   "Refcount of the cluster at offset %#" PRIx64
+                                   " is lower than the number of references",
+                                   cluster << s->cluster_bits);
+}
+
+/* Index of the first cluster of the part whose count cannot take @delta, or n. */
+static uint64_t first_misfit(BDRVQcow2State *s, Qcow2Table *t, const Part *p, int delta)
+{
+    QB_GUARD(&s->alloc_lock);
+    const uint8_t *data = qcow2_refblock_data(t);
+    uint64_t need = delta < 0 ? (uint64_t)-(int64_t)delta : 0;
+    uint64_t room = delta > 0 ? s->refcount_max - (uint64_t)delta : UINT64_MAX;
+
+    if (delta > 0 && (uint64_t)delta > s->refcount_max) {
+        return 0;
+    }
+    for (uint64_t i = 0; i < p->n; i++) {
+        uint64_t count = qcow2_refcount_read(data, s->refcount_order, p->slot + i);
+        if (count < need || count > room) {
+            return i;
+        }
+    }
+    return p->n;
+}
+
+static int judge_part(BDRVQcow2State *s, const Part *p, int delta)
+{
+    uint64_t cluster = p->index * qcow2_counts_per_block(s) + p->slot, misfit = 0;
+    g_autoptr(Qcow2Table) t = NULL;
+    int ret = pin_if_there(s, p->index, &t);
+
+    if (ret < 0) {
+        return ret;
+    }
+    if (t) {
+        misfit = first_misfit(s, t, p, delta);
+        if (misfit == p->n) {
+            return 0;
+        }
+    } else if (delta > 0) {
+        return 0; /* the block will be made */
+    }
+    return delta > 0 ? -EINVAL : underflow(s, cluster + misfit);
+}
+
+static void change_counts_locked(BDRVQcow2State *s, Qcow2Table *t, const Part *p, int delta)
+{
+    uint8_t *data = qcow2_refblock_data(t);
+
+    qb_mutex_assert_held(&s->alloc_lock);
+    for (uint64_t i = 0; i < p->n; i++) {
+        uint64_t slot = p->slot + i;
+        uint64_t count = qcow2_refcount_read(data, s->refcount_order, slot) + (uint64_t)(int64_t)delta;
+        qcow2_refcount_write(data, s->refcount_order, slot, count);
+        if (count == 0) {
+            forget_compressed_next(s, p->index, slot, 1);
+            qcow2_free_index_freed(s->free_index, p->index, slot, 1, qcow2_counts_per_block(s));
+        }
+    }
+    mark_slots_dirty(s, t, p->slot, p->n);
+}
+
+static int change_part(BDRVQcow2State *s, const Part *p, int delta)
+{
+    QB_GUARD(&s->alloc_lock);
+    g_autoptr(Qcow2Table) t = NULL;
+    bool dropped;
+    int ret;
+
+    if (!qcow2_block_offset_locked(s, p->index)) {
+        int64_t appended = qcow2_append_blocks_locked(s, p->index, 0);
+        if (appended < 0) {
+            return (int)appended;
+        }
+    }
+    ret = qcow2_pin_block_locked(s, p->index, &t, &dropped);
+    if (ret == 0) {
+        change_counts_locked(s, t, p, delta);
+    }
+    return ret;
+}
+
+/* Calls @fn for each block's part of each run. */
+static int for_each_part(BDRVQcow2State *s, const Qcow2HostRun *runs, size_t n, int delta,
+                         int (*fn)(BDRVQcow2State *s, const Part *p, int delta))
+{
+    uint64_t per_block = qcow2_counts_per_block(s);
+
+    for (size_t i = 0; i < n; i++) {
+        uint64_t cluster = runs[i].offset >> s->cluster_bits;
+        uint64_t end = (runs[i].offset + runs[i].bytes - 1) >> s->cluster_bits;
+        while (cluster <= end) {
+            Part p = {qcow2_block_of(s, cluster), qcow2_slot_of(s, cluster), 0};
+            int ret;
+            p.n = MIN(end + 1 - cluster, per_block - p.slot);
+            ret = fn(s, &p, delta);
+            if (ret < 0) {
+                return ret;
+            }
+            cluster += p.n;
+        }
+    }
+    return 0;
+}
+
+int qcow2_update_refcounts(BlockDriverState *bs, Qcow2HostRun *runs, size_t n, int delta)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    int ret;
+
+    assert(delta != 0);
+    qsort(runs, n, sizeof(*runs), compare_runs);
+    ret = for_each_part(s, runs, n, delta, judge_part);
+    return ret < 0 ? ret : for_each_part(s, runs, n, delta, change_part);
+}
+
+/* ---- the end of what is used ---- */
+
+/* One more than the last slot with a count, 0: none. */
+static uint64_t last_slot(BDRVQcow2State *s, Qcow2Table *t)
+{
+    QB_GUARD(&s->alloc_lock);
+    const uint8_t *data = qcow2_refblock_data(t);
+    uint64_t slot = qcow2_counts_per_block(s);
+
+    while (slot > 0 && !qcow2_refcount_read(data, s->refcount_order, slot - 1)) {
+        slot--;
+    }
+    return slot;
+}
+
+static uint64_t nb_blocks(BDRVQcow2State *s)
+{
+    QB_GUARD(&s->alloc_lock);
+
+    return s->reftable.nb_blocks;
+}
+
+int qcow2_last_used_end(BlockDriverState *bs, uint64_t *ret)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+
+    for (uint64_t index = nb_blocks(s); index > 0; index--) {
+        g_autoptr(Qcow2Table) t = NULL;
+        uint64_t slot;
+        int err = pin_if_there(s, index - 1, &t);
+        if (err < 0) {
+            return err;
+        }
+        slot = t ? last_slot(s, t) : 0;
+        if (slot) {
+            *ret = ((index - 1) * qcow2_counts_per_block(s) + slot) << s->cluster_bits;
+            return 0;
+        }
+    }
+    *ret = 0;
+    return 0;
+}

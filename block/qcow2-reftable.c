@@ -1,0 +1,456 @@
+/*
+ * The refcount table and its blocks: reading, appending, moving to a larger place.
+ *
+ *      s->reftable.entries[i] --> block i --> counts of host clusters [i * R, (i + 1) * R)
+ *
+ * New blocks are made where nothing has a count yet: at the first cluster of the first new block's range.
+ *
+ *      cluster  i*R                                             (k blocks, T clusters of table, n asked for)
+ *               [block i][block i+1]...[new table, T clusters][the n clusters]
+ *               each block counts what lies in its range: itself, the others, the table, the n
+ *
+ * Invariants
+ * 1. entries[] is what the next successful flush makes of the disk; dirty[] lists entries that the disk
+ *    does not have; "moved" says that the whole table lies at a place the header does not name.
+ * 2. A block that was appended describes its own cluster, or lies in the range of one appended with it.
+ * 3. The old table's clusters are freed through quarantine, so they stay until the header has switched.
+ * 4. The table never exceeds QCOW2_MAX_REFTABLE_BYTES, and no cluster lies beyond QCOW2_MAX_HOST_OFFSET.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include "block/qcow2-refcount-int.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "util/iov.h"
+
+#define TABLE_SECTOR 512
+#define SECTOR_ENTRIES (TABLE_SECTOR / sizeof(uint64_t))
+
+/* ---- reading ---- */
+
+static uint64_t *read_entries(BlockDriverState *bs, uint64_t offset, uint64_t bytes, GError **errp)
+{
+    uint64_t *entries = g_try_malloc(bytes);
+    int ret;
+
+    if (!entries) {
+        qb_error_set(errp, ENOMEM, "Not enough memory for the refcount table");
+        return NULL;
+    }
+    bdrv_debug_event(bs->file, "reftable_load");
+    ret = bdrv_pread(bs->file, (int64_t)offset, (int64_t)bytes, entries, 0);
+    if (ret < 0) {
+        qb_error_set_errno(errp, -ret, "Could not read refcount table");
+        g_free(entries);
+        return NULL;
+    }
+    for (uint64_t i = 0; i < bytes / sizeof(uint64_t); i++) {
+        entries[i] = be64toh(entries[i]);
+    }
+    return entries;
+}
+
+/* Entries below @n up to the last one that names a block. */
+static uint64_t trim_blocks(const BDRVQcow2State *s, uint64_t n)
+{
+    while (n > 0 && !(s->reftable.entries[n - 1] & QCOW2_REFTABLE_OFFSET_MASK)) {
+        n--;
+    }
+    return n;
+}
+
+/* Blocks that are missing between others: all their clusters are free, and that is known at once. */
+static void index_missing_blocks(BDRVQcow2State *s)
+{
+    QB_GUARD(&s->alloc_lock);
+    uint64_t nb = trim_blocks(s, s->reftable.nb_entries);
+
+    s->reftable.nb_blocks = nb;
+    qcow2_free_index_resize(s->free_index, nb);
+    for (uint64_t i = 1; i < nb; i++) {
+        if (!(s->reftable.entries[i] & QCOW2_REFTABLE_OFFSET_MASK)) {
+            qcow2_free_index_set(s->free_index, i, qcow2_counts_per_block(s), 0);
+        }
+    }
+}
+
+static bool init_file_end(BlockDriverState *bs, GError **errp)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    int64_t length = bdrv_getlength(bs->file->bs);
+
+    if (length < 0) {
+        qb_error_set_errno(errp, (int)-length, "Could not get the length of the image file");
+        return false;
+    }
+    atomic_store(&s->file_end, qb_align_up((uint64_t)length, s->cluster_size));
+    return true;
+}
+
+/* A header that names more table than the file holds names nothing there: the rest stays zero. The
+ * claim itself is bounded by the header's validation. */
+bool qcow2_refcount_init(BlockDriverState *bs, GError **errp)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    uint64_t bytes = (uint64_t)s->header.reftable_clusters << s->cluster_bits;
+
+    if (!init_file_end(bs, errp)) {
+        return false;
+    }
+    s->reftable.entries = read_entries(bs, s->header.reftable_offset, bytes, errp);
+    if (!s->reftable.entries) {
+        return false;
+    }
+    s->reftable.nb_entries = bytes / sizeof(uint64_t);
+    s->reftable.offset = s->header.reftable_offset;
+    s->reftable.clusters = s->header.reftable_clusters;
+    s->reftable.moved = false;
+    s->reftable.dirty = g_array_new(FALSE, FALSE, sizeof(uint64_t));
+    s->compressed_next = 0;
+    index_missing_blocks(s);
+    return true;
+}
+
+void qcow2_refcount_close(BlockDriverState *bs)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+
+    g_clear_pointer(&s->reftable.entries, g_free);
+    if (s->reftable.dirty) {
+        g_array_free(g_steal_pointer(&s->reftable.dirty), TRUE);
+    }
+    s->reftable.nb_entries = 0;
+}
+
+bool qcow2_refcount_reload(BlockDriverState *bs, GError **errp)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+
+    qcow2_refcount_close(bs);
+    qcow2_free_index_free(s->free_index);
+    s->free_index = qcow2_free_index_new();
+    return qcow2_refcount_init(bs, errp);
+}
+
+/* ---- finding blocks ---- */
+
+uint64_t qcow2_block_offset_locked(const BDRVQcow2State *s, uint64_t index)
+{
+    return index < s->reftable.nb_entries
+               ? s->reftable.entries[index] & QCOW2_REFTABLE_OFFSET_MASK
+               : 0;
+}
+
+int qcow2_pin_block_locked(BDRVQcow2State *s, uint64_t index, Qcow2Table **ret, bool *dropped)
+{
+    uint64_t offset = qcow2_block_offset_locked(s, index);
+    int err;
+
+    qb_mutex_assert_held(&s->alloc_lock);
+    assert(offset);
+    *ret = qcow2_cache_peek(s->cache, offset);
+    if (*ret) {
+        return 0;
+    }
+    *dropped = true;
+    qb_mutex_unlock(&s->alloc_lock);
+    err = qcow2_cache_get(s->cache, QCOW2_TABLE_REFBLOCK, offset, ret);
+    qb_mutex_lock(&s->alloc_lock);
+    return err;
+}
+
+/* ---- appending ---- */
+
+/* What an append consists of. */
+typedef struct Append {
+    uint64_t first;        /* index of the first new block */
+    uint64_t blocks;       /* how many */
+    uint64_t table;        /* clusters of a new table, 0: the present one is large enough */
+    uint64_t clusters;     /* asked for */
+} Append;
+
+/* Blocks needed depend on the table's size and the other way round: grow both until they fit. */
+static int plan_append(const BDRVQcow2State *s, Append *a)
+{
+    uint64_t per_block = qcow2_counts_per_block(s), per_table = s->cluster_size / sizeof(uint64_t);
+    uint64_t end;
+
+    a->blocks = 1;
+    a->table = 0;
+    for (;;) {
+        uint64_t blocks = qb_div_round_up(a->blocks + a->table + a->clusters, per_block);
+        uint64_t entries = a->first + MAX(blocks, a->blocks);
+        uint64_t table = entries > s->reftable.nb_entries
+                             ? qb_div_round_up(entries + entries / 2, per_table)
+                             : 0;
+        if (blocks <= a->blocks && table <= a->table) {
+            break;
+        }
+        a->blocks = MAX(blocks, a->blocks);
+        a->table = MAX(table, a->table);
+    }
+    if (a->table << s->cluster_bits > QCOW2_MAX_REFTABLE_BYTES) {
+        a->table = QCOW2_MAX_REFTABLE_BYTES >> s->cluster_bits;
+    }
+    end = (a->first + a->blocks) << s->refblock_bits;
+    if ((a->table && a->table * per_table < a->first + a->blocks) ||
+        end > QCOW2_MAX_HOST_OFFSET >> s->cluster_bits) {
+        return -EFBIG;
+    }
+    return 0;
+}
+
+/* The new table's memory first: nothing may fail once blocks have been made. */
+static int enlarge_entries(BDRVQcow2State *s, const Append *a)
+{
+    uint64_t nb = a->table * (s->cluster_size / sizeof(uint64_t));
+    uint64_t *entries;
+
+    if (!a->table) {
+        return 0;
+    }
+    entries = g_try_realloc_n(s->reftable.entries, nb, sizeof(uint64_t));
+    if (!entries) {
+        return -ENOMEM;
+    }
+    memset(entries + s->reftable.nb_entries, 0,
+           (nb - s->reftable.nb_entries) * sizeof(uint64_t));
+    s->reftable.entries = entries;
+    return 0;
+}
+
+static uint64_t append_offset(const BDRVQcow2State *s, const Append *a, uint64_t cluster)
+{
+    return ((a->first << s->refblock_bits) + cluster) << s->cluster_bits;
+}
+
+static void switch_table(BDRVQcow2State *s, const Append *a)
+{
+    uint64_t old = s->reftable.offset, old_bytes = (uint64_t)s->reftable.clusters << s->cluster_bits;
+
+    if (!a->table) {
+        return;
+    }
+    s->reftable.nb_entries = a->table * (s->cluster_size / sizeof(uint64_t));
+    s->reftable.offset = append_offset(s, a, a->blocks);
+    s->reftable.clusters = (uint32_t)a->table;
+    s->reftable.moved = true;
+    g_array_set_size(s->reftable.dirty, 0); /* all of it will be written */
+    qcow2_free_tables(s->bs, old, old_bytes, QCOW2_DISCARD_OTHER);
+}
+
+/* Counts 1 for the first @used clusters of the append, block by block. */
+static void fill_block(BDRVQcow2State *s, const Append *a, uint64_t i, Qcow2Table *t)
+{
+    uint64_t per_block = qcow2_counts_per_block(s);
+    uint64_t used = a->blocks + a->table + a->clusters, start = i * per_block;
+    uint64_t n = used > start ? MIN(used - start, per_block) : 0;
+
+    qcow2_free_index_set(s->free_index, a->first + i, per_block - n, n);
+    qcow2_set_counts_locked(s, t, a->first + i, 0, n, 1);
+}
+
+static void hook_up(BDRVQcow2State *s, uint64_t index, uint64_t offset)
+{
+    s->reftable.entries[index] = offset;
+    s->reftable.nb_blocks = MAX(s->reftable.nb_blocks, index + 1);
+    if (!s->reftable.moved) {
+        g_array_append_val(s->reftable.dirty, index);
+    }
+}
+
+/* Makes the tables; on failure forgets those already made. */
+static int make_blocks(BDRVQcow2State *s, const Append *a, Qcow2Table **tables)
+{
+    for (uint64_t i = 0; i < a->blocks; i++) {
+        tables[i] = qcow2_cache_add(s->cache, QCOW2_TABLE_REFBLOCK, append_offset(s, a, i), NULL);
+        if (!tables[i]) {
+            qcow2_cache_poison(s->cache, append_offset(s, a, 0), i << s->cluster_bits);
+            while (i > 0) {
+                qcow2_cache_put(tables[--i]);
+            }
+            return -ENOMEM;
+        }
+    }
+    return 0;
+}
+
+int64_t qcow2_append_blocks_locked(BDRVQcow2State *s, uint64_t blocks_from, uint64_t clusters)
+{
+    Append a = {.first = blocks_from, .clusters = clusters};
+    g_autofree Qcow2Table **tables = NULL;
+    int ret = plan_append(s, &a);
+
+    qb_mutex_assert_held(&s->alloc_lock);
+    assert(blocks_from > 0 && !qcow2_block_offset_locked(s, blocks_from));
+    if (ret < 0 || (ret = enlarge_entries(s, &a)) < 0) {
+        return ret;
+    }
+    tables = g_new(Qcow2Table *, a.blocks);
+    ret = make_blocks(s, &a, tables);
+    if (ret < 0) {
+        return ret;
+    }
+    switch_table(s, &a);
+    qcow2_free_index_resize(s->free_index, a.first + a.blocks);
+    for (uint64_t i = 0; i < a.blocks; i++) {
+        hook_up(s, a.first + i, append_offset(s, &a, i));
+        fill_block(s, &a, i, tables[i]);
+        qcow2_cache_put(tables[i]);
+    }
+    return (int64_t)append_offset(s, &a, a.blocks + a.table);
+}
+
+/* ---- flushing ---- */
+
+static int append_sector(const BDRVQcow2State *s, uint64_t first, uint64_t n, GArray *pieces)
+{
+    Qcow2DirtyPiece piece = {.offset = s->reftable.offset + first * sizeof(uint64_t),
+                             .bytes = n * sizeof(uint64_t),
+                             .data = qb_try_memalign(4096, MAX(n * sizeof(uint64_t), 4096))};
+
+    if (!piece.data) {
+        return -ENOMEM;
+    }
+    for (uint64_t i = 0; i < n; i++) {
+        qb_stbe64(piece.data + i * sizeof(uint64_t), s->reftable.entries[first + i]);
+    }
+    g_array_append_val(pieces, piece);
+    return 0;
+}
+
+static gint compare_u64(gconstpointer a, gconstpointer b)
+{
+    const uint64_t *x = a, *y = b;
+
+    return *x < *y ? -1 : *x > *y;
+}
+
+/* Sectors of the dirty entries, each once. */
+static int append_dirty_sectors(BDRVQcow2State *s, GArray *pieces)
+{
+    uint64_t last = UINT64_MAX;
+    int ret = 0;
+
+    g_array_sort(s->reftable.dirty, compare_u64);
+    for (guint i = 0; i < s->reftable.dirty->len && ret == 0; i++) {
+        uint64_t sector = g_array_index(s->reftable.dirty, uint64_t, i) / SECTOR_ENTRIES;
+        if (sector != last) {
+            ret = append_sector(s, sector * SECTOR_ENTRIES, SECTOR_ENTRIES, pieces);
+            last = sector;
+        }
+    }
+    return ret;
+}
+
+int qcow2_reftable_collect_locked(BDRVQcow2State *s, GArray *pieces, Qcow2ReftableCopy *ret)
+{
+    int err;
+
+    qb_mutex_assert_held(&s->alloc_lock);
+    *ret = (Qcow2ReftableCopy){.moved = s->reftable.moved, .offset = s->reftable.offset,
+                               .clusters = s->reftable.clusters};
+    err = s->reftable.moved ? append_sector(s, 0, s->reftable.nb_entries, pieces)
+                            : append_dirty_sectors(s, pieces);
+    if (err == 0) {
+        g_array_set_size(s->reftable.dirty, 0);
+    }
+    /* while a moved table is being written, entries set meanwhile are noted like any other */
+    s->reftable.moved = err < 0 && s->reftable.moved;
+    return err;
+}
+
+void qcow2_reftable_done(BDRVQcow2State *s, const GArray *pieces, const Qcow2ReftableCopy *copy,
+                         bool failed)
+{
+    QB_GUARD(&s->alloc_lock);
+
+    if (!failed || s->reftable.offset != copy->offset) {
+        return;
+    }
+    s->reftable.moved |= copy->moved;
+    if (s->reftable.moved) {
+        g_array_set_size(s->reftable.dirty, 0);
+        return;
+    }
+    for (guint i = 0; i < pieces->len; i++) {
+        const Qcow2DirtyPiece *p = &g_array_index(pieces, Qcow2DirtyPiece, i);
+        uint64_t index = (p->offset - s->reftable.offset) / sizeof(uint64_t);
+        g_array_append_val(s->reftable.dirty, index);
+    }
+}
+
+/* ---- shrinking ---- */
+
+/* Does the block hold nothing but, maybe, its own count? *ret_self: it counts itself. */
+static bool block_is_empty(BDRVQcow2State *s, uint64_t index, Qcow2Table *t, bool *ret_self)
+{
+    QB_GUARD(&s->alloc_lock);
+    const uint8_t *data = qcow2_refblock_data(t);
+    uint64_t self = qcow2_table_offset(t) >> s->cluster_bits;
+    uint64_t used = 0;
+
+    *ret_self = qcow2_block_of(s, self) == index;
+    for (uint64_t slot = 0; slot < qcow2_counts_per_block(s); slot++) {
+        used += qcow2_refcount_read(data, s->refcount_order, slot) != 0;
+        if (used > 1) {
+            return false;
+        }
+    }
+    return used == 0 ||
+           (*ret_self && qcow2_refcount_read(data, s->refcount_order, qcow2_slot_of(s, self)) == 1);
+}
+
+static void drop_entry(BDRVQcow2State *s, uint64_t index)
+{
+    QB_GUARD(&s->alloc_lock);
+
+    s->reftable.entries[index] = 0;
+    s->reftable.nb_blocks = trim_blocks(s, s->reftable.nb_blocks);
+    if (!s->reftable.moved) {
+        g_array_append_val(s->reftable.dirty, index);
+    }
+    qcow2_free_index_set(s->free_index, index, 0, 0); /* not to be used before the flush */
+}
+
+static uint64_t last_block(BDRVQcow2State *s, uint64_t *ret_offset)
+{
+    QB_GUARD(&s->alloc_lock);
+    uint64_t nb = s->reftable.nb_blocks;
+
+    *ret_offset = nb ? qcow2_block_offset_locked(s, nb - 1) : 0;
+    return nb;
+}
+
+/* Whole node in the range lock: nobody allocates while the entries go. */
+int qcow2_refcount_shrink(BlockDriverState *bs)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+
+    for (;;) {
+        g_autoptr(Qcow2Table) t = NULL;
+        uint64_t offset, nb = last_block(s, &offset);
+        bool self;
+        int ret;
+
+        if (nb <= 1) {
+            break;
+        }
+        ret = qcow2_cache_get(s->cache, QCOW2_TABLE_REFBLOCK, offset, &t);
+        if (ret < 0) {
+            return ret;
+        }
+        if (!block_is_empty(s, nb - 1, t, &self)) {
+            break;
+        }
+        drop_entry(s, nb - 1);
+        if (self) {
+            qcow2_cache_poison(s->cache, offset, s->cluster_size);
+        } else {
+            qcow2_free_run(bs, offset, s->cluster_size, QCOW2_DISCARD_ALWAYS);
+        }
+    }
+    return qcow2_flush(bs);
+}
