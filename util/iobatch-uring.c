@@ -48,6 +48,7 @@ static _Atomic(bool) unusable; /* invariant 3 */
 static void free_ring(void *opaque)
 {
     Ring *ring = opaque;
+    assert(ring->under_way == 0);
     io_uring_queue_exit(&ring->uring);
     g_free(ring);
 }

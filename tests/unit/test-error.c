@@ -39,6 +39,7 @@ static void test_code_is_never_zero(void)
 {
     g_autoptr(GError) err = NULL;
     qb_error_set(&err, 0, "failed for no reason");
+    g_assert_error(err, QB_ERROR, EIO);
     g_assert_cmpint(qb_error_to_errno(err), ==, -EIO);
 }
 

@@ -1,7 +1,7 @@
 /*
  * Worker pools: order of starts, growth and its limit, leaving, ending, and systems without threads.
  *
- * pthread_create is wrapped by the linker, so that the system can refuse threads.
+ * pthread_create is wrapped by the linker, so that the system can refuse threads or be slow.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -11,10 +11,26 @@
 #include <glib.h>
 
 static _Atomic(bool) refuse_threads;
+static _Atomic(bool) hold_threads; /* new ones do not get to run yet */
 static _Atomic(unsigned) threads_made;
 
 int __real_pthread_create(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
 int __wrap_pthread_create(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
+
+typedef struct HeldThread {
+    void *(*fn)(void *);
+    void *arg;
+} HeldThread;
+
+static void *held_thread(void *opaque)
+{
+    HeldThread held = *(HeldThread *)opaque;
+    g_free(opaque);
+    while (atomic_load(&hold_threads)) {
+        g_usleep(1000);
+    }
+    return held.fn(held.arg);
+}
 
 int __wrap_pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*fn)(void *),
                           void *arg)
@@ -23,7 +39,9 @@ int __wrap_pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(
         return EAGAIN;
     }
     atomic_fetch_add(&threads_made, 1);
-    return __real_pthread_create(thread, attr, fn, arg);
+    HeldThread *held = g_new(HeldThread, 1);
+    *held = (HeldThread){.fn = fn, .arg = arg};
+    return __real_pthread_create(thread, attr, held_thread, held);
 }
 
 #define TASKS 200
@@ -34,7 +52,7 @@ typedef struct Scene {
     QbCond changed;
     QbPool *pool;
     unsigned started, finished, running, peak;
-    bool open; /* tasks that wait for the gate go on */
+    unsigned let_through; /* tasks with smaller numbers pass the gate */
     unsigned order[TASKS];
 } Scene;
 
@@ -81,11 +99,17 @@ static void wait_for_started(Scene *s, unsigned n)
     }
 }
 
-static void open_gate(Scene *s)
+/* Lets the tasks whose numbers are below @n pass. */
+static void let_through(Scene *s, unsigned n)
 {
     QB_GUARD(&s->lock);
-    s->open = true;
+    s->let_through = n;
     qb_cond_broadcast(&s->changed);
+}
+
+static void open_gate(Scene *s)
+{
+    let_through(s, UINT_MAX);
 }
 
 static void quick_task(void *opaque)
@@ -102,17 +126,22 @@ static void gated_task(void *opaque)
     Scene *s = item->scene;
     QB_GUARD(&s->lock);
     enter_locked(s, item->number);
-    while (!s->open) {
+    while (item->number >= s->let_through) {
         qb_cond_wait(&s->changed, &s->lock);
     }
     leave_locked(s);
 }
 
+static void submit_one(Scene *s, Item *items, unsigned i, void (*fn)(void *))
+{
+    items[i] = (Item){.scene = s, .number = i};
+    qb_pool_submit(s->pool, fn, &items[i]);
+}
+
 static void submit_all(Scene *s, Item *items, unsigned n, void (*fn)(void *))
 {
     for (unsigned i = 0; i < n; i++) {
-        items[i] = (Item){.scene = s, .number = i};
-        qb_pool_submit(s->pool, fn, &items[i]);
+        submit_one(s, items, i, fn);
     }
 }
 
@@ -173,13 +202,36 @@ static void test_reuses(void)
     unsigned before = atomic_load(&threads_made);
     scene_init(&s, 0, 8);
     for (unsigned i = 0; i < 50; i++) {
-        submit_all(&s, &items[i], 1, quick_task);
+        submit_one(&s, items, i, quick_task);
         wait_for_started(&s, i + 1);
         g_usleep(500); /* time to fall asleep; if it does not suffice one more thread is made */
     }
     scene_destroy(&s);
     g_assert_cmpuint(atomic_load(&threads_made) - before, <=, 8);
     g_assert_cmpuint(s.finished, ==, 50);
+}
+
+/* A task is queued, a thread on its way to it: when another thread was faster, the thread on its way
+ * does for the next task, and none is started. */
+static void test_thread_under_way_is_counted(void)
+{
+    Scene s;
+    Item items[3];
+    unsigned before = atomic_load(&threads_made);
+    scene_init(&s, 0, 8);
+    submit_one(&s, items, 0, gated_task);
+    wait_for_started(&s, 1);
+    atomic_store(&hold_threads, true);
+    submit_one(&s, items, 1, gated_task); /* starts the second thread, which is slow */
+    let_through(&s, 1);
+    wait_for_started(&s, 2); /* by the first thread, which stays in it */
+    submit_one(&s, items, 2, quick_task);
+    g_assert_cmpuint(atomic_load(&threads_made) - before, ==, 2);
+    atomic_store(&hold_threads, false);
+    wait_for_started(&s, 3);
+    open_gate(&s);
+    scene_destroy(&s);
+    g_assert_cmpuint(s.finished, ==, 3);
 }
 
 /* Every task waits for the one before it. Ends with two threads, because starts are in order. */
@@ -251,8 +303,7 @@ static void test_no_more_threads(void)
     wait_for_started(&s, 1);
     atomic_store(&refuse_threads, true);
     for (unsigned i = 1; i < 20; i++) {
-        items[i] = (Item){.scene = &s, .number = i};
-        qb_pool_submit(s.pool, quick_task, &items[i]);
+        submit_one(&s, items, i, quick_task);
     }
     g_assert_cmpuint(s.finished, ==, 0);
     open_gate(&s);
@@ -275,27 +326,36 @@ static unsigned count_own_threads(void)
     return n;
 }
 
+/* A joined thread may still be listed for a moment. */
+static void wait_for_own_threads(unsigned n)
+{
+    for (int i = 0; i < 300 && count_own_threads() != n; i++) {
+        g_usleep(100000);
+    }
+    g_assert_cmpuint(count_own_threads(), ==, n);
+}
+
 /* Threads beyond the minimum leave after some seconds without work, the minimum stays. */
 static void test_idle_threads_leave(void)
 {
     Scene s;
-    Item items[12];
+    Item items[15];
+    g_usleep(50000); /* for those of the tests before */
     unsigned before = count_own_threads();
     scene_init(&s, 2, 12);
     submit_all(&s, items, 12, gated_task);
     wait_for_started(&s, 12);
     g_assert_cmpuint(count_own_threads(), ==, before + 12);
     open_gate(&s);
-    for (int i = 0; i < 300 && count_own_threads() > before + 2; i++) {
-        g_usleep(100000);
-    }
-    g_assert_cmpuint(count_own_threads(), ==, before + 2);
+    wait_for_own_threads(before + 2);
     g_usleep(1000000);
     g_assert_cmpuint(count_own_threads(), ==, before + 2);
-    submit_all(&s, items, 3, quick_task); /* the pool still works */
+    for (unsigned i = 12; i < 15; i++) {
+        submit_one(&s, items, i, quick_task); /* the pool still works */
+    }
     scene_destroy(&s);
     g_assert_cmpuint(s.finished, ==, 15);
-    g_assert_cmpuint(count_own_threads(), ==, before);
+    wait_for_own_threads(before);
 }
 
 /* ---- groups ---- */
@@ -405,6 +465,7 @@ int main(int argc, char **argv)
     g_test_add_func("/pool/grows", test_grows);
     g_test_add_func("/pool/maximum", test_maximum);
     g_test_add_func("/pool/reuses", test_reuses);
+    g_test_add_func("/pool/thread-under-way-is-counted", test_thread_under_way_is_counted);
     g_test_add_func("/pool/chain", test_chain);
     g_test_add_func("/pool/free-waits-for-offspring", test_free_waits_for_offspring);
     g_test_add_func("/pool/no-threads-at-all", test_no_threads_at_all);

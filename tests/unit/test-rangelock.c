@@ -221,6 +221,21 @@ static void test_wait_plain(void)
     qb_range_lock_destroy(&l);
 }
 
+/* What was submitted earlier is waited for before it has entered; it may still be in a queue. */
+static void test_wait_plain_not_entered(void)
+{
+    QbRangeLock l;
+    Actor plain, s;
+    qb_range_lock_init(&l);
+    submit(&l, &plain, 0, K);
+    submit(&l, &s, 0, K);
+    g_assert_cmpint(serialise(&s, 0, K, true), ==, QB_RANGE_WAITING);
+    leave(&plain);
+    expect_granted(&s);
+    leave(&s);
+    qb_range_lock_destroy(&l);
+}
+
 /* An entered request that serialises stops blocking an earlier one that waits for plain ones: if it
  * did not, both would wait for ever. */
 static void test_entered_turns_serialising(void)
@@ -416,6 +431,7 @@ int main(int argc, char **argv)
     g_test_add_func("/rangelock/serialising-in-ticket-order", test_serialising_in_ticket_order);
     g_test_add_func("/rangelock/late-earlier-ticket-waits", test_late_earlier_ticket_waits);
     g_test_add_func("/rangelock/wait-plain", test_wait_plain);
+    g_test_add_func("/rangelock/wait-plain-not-entered", test_wait_plain_not_entered);
     g_test_add_func("/rangelock/entered-turns-serialising", test_entered_turns_serialising);
     g_test_add_func("/rangelock/widening", test_widening);
     g_test_add_func("/rangelock/infinity-and-nothing", test_infinity_and_nothing);
