@@ -58,7 +58,16 @@ static const char *const locking_names[] = {"auto", "on", "off", NULL};
 
 /* Indices are those of QbAioMode, then what stands for "nothing said". */
 static const char *const aio_names[] = {"threads", "native", "io_uring", NULL};
-enum { AIO_UNSET = -1 };
+
+/* What the one who opened the tree chose, for where no option says otherwise. Batches go through the
+ * ring when nothing else was asked for; it falls back to threads itself. */
+static QbAioMode default_aio(int flags)
+{
+    if (flags & BDRV_O_AIO_NATIVE) {
+        return QB_AIO_NATIVE;
+    }
+    return flags & BDRV_O_AIO_THREADS ? QB_AIO_THREADS : QB_AIO_IO_URING;
+}
 
 /* Takes options that are accepted and have no effect; their values are checked all the same. */
 static bool take_accepted(json_t *options, GError **errp)
@@ -70,11 +79,11 @@ static bool take_accepted(json_t *options, GError **errp)
            qb_opt_take_bool(options, "x-check-cache-dropped", false, &flag, errp);
 }
 
-/* Batches go through the ring where nothing else was asked for; it falls back to threads itself. */
+/* @ret holds the default. */
 static bool take_aio(json_t *options, bool direct, QbAioMode *ret, GError **errp)
 {
     int aio;
-    if (!qb_opt_take_enum(options, "aio", aio_names, AIO_UNSET, &aio, errp)) {
+    if (!qb_opt_take_enum(options, "aio", aio_names, (int)*ret, &aio, errp)) {
         return false;
     }
     if (aio == QB_AIO_NATIVE && !direct) {
@@ -83,11 +92,11 @@ static bool take_aio(json_t *options, bool direct, QbAioMode *ret, GError **errp
                      "specified.");
         return false;
     }
-    *ret = aio == AIO_UNSET ? QB_AIO_IO_URING : (QbAioMode)aio;
+    *ret = (QbAioMode)aio;
     return true;
 }
 
-static bool take_options(json_t *options, bool direct, FileOptions *ret, GError **errp)
+static bool take_options(json_t *options, int flags, bool direct, FileOptions *ret, GError **errp)
 {
     g_autofree char *pr_manager = qb_opt_take_string(options, "pr-manager");
     if (pr_manager) {
@@ -95,6 +104,7 @@ static bool take_options(json_t *options, bool direct, FileOptions *ret, GError 
         return false;
     }
     ret->filename = qb_opt_take_string(options, "filename");
+    ret->aio = default_aio(flags);
     return qb_opt_take_enum(options, "locking", locking_names, FILE_LOCKING_AUTO, &ret->locking,
                             errp) &&
            take_aio(options, direct, &ret->aio, errp) && take_accepted(options, errp);
@@ -308,7 +318,7 @@ bool file_open_common(BlockDriverState *bs, json_t *options, bool device, GError
 {
     BDRVFileState *s = file_state(bs);
     g_auto(FileOptions) opts = {0};
-    if (!take_options(options, bs->cache_direct, &opts, errp)) {
+    if (!take_options(options, bs->open_flags, bs->cache_direct, &opts, errp)) {
         return false;
     }
     if (!opts.filename || !*opts.filename) {
@@ -413,7 +423,7 @@ bool file_reopen_prepare(BDRVReopenState *state, GError **errp)
     BDRVFileState *s = file_state(state->bs);
     g_auto(FileOptions) opts = {0};
     OpenMode mode = {.read_only = state->read_only, .direct = reopen_wants_direct(state)};
-    if (!take_options(state->options, mode.direct, &opts, errp) ||
+    if (!take_options(state->options, state->flags, mode.direct, &opts, errp) ||
         !check_unchanged(s, &opts, errp)) {
         return false;
     }

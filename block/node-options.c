@@ -154,9 +154,10 @@ void bdrv_apply_node_options(BlockDriverState *bs, const BdrvNodeOptions *no, in
 
 int bdrv_inherit_flags(int flags, int role, bool parent_is_format)
 {
-    int down = flags & (BDRV_O_NO_IO | BDRV_O_NO_BACKING | BDRV_O_CHECK | BDRV_O_PROTOCOL);
+    int everywhere = BDRV_O_NO_IO | BDRV_O_AIO_NATIVE | BDRV_O_AIO_THREADS;
+    int down = flags & (everywhere | BDRV_O_NO_BACKING | BDRV_O_CHECK | BDRV_O_PROTOCOL);
     if (role & BDRV_CHILD_COW) {
-        return down & BDRV_O_NO_IO;
+        return down & everywhere;
     }
     if (role & BDRV_CHILD_METADATA) {
         down &= ~BDRV_O_NO_IO; /* metadata are read whatever the user wants */

@@ -44,6 +44,8 @@ typedef enum BdrvOpenFlags {
     BDRV_O_COPY_ON_READ = 1 << 6, /* reads fill the overlay */
     BDRV_O_PROTOCOL = 1 << 7,     /* filename names a protocol node, no format probing */
     BDRV_O_NO_BACKING_ZERO = 1 << 8, /* creator vouches that the node never gets a backing file */
+    BDRV_O_AIO_NATIVE = 1 << 9,   /* files run batches by the kernel's aio where no option "aio" ... */
+    BDRV_O_AIO_THREADS = 1 << 10, /* ... says otherwise; or by threads */
 } BdrvOpenFlags;
 
 /*
