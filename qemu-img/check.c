@@ -101,7 +101,7 @@ static void print_json_result(const BdrvCheckResult *r, const char *file, const 
     if (json_array_size(findings) > 0) {
         json_object_set(obj, "findings", findings);
     }
-    img_print_json(obj);
+    tool_print_json(obj);
 }
 
 static void print_counts(const BdrvCheckResult *r)

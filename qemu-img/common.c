@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "qemu-img/img.h"
+#include "tools/objects.h"
 
 static const char *argv0 = "qemu-img";
 
@@ -147,24 +148,11 @@ int img_close(BlockBackend *blk)
     return ret < 0;
 }
 
-/* Objects serve secrets, TLS, throttling and threads, none of which a verb here uses; their syntax is
- * judged so that a typing error does not pass. */
 bool img_check_objects(const GPtrArray *objects)
 {
-    for (guint i = 0; objects && i < objects->len; i++) {
-        GError *err = NULL;
-        g_autoptr(json_t) opts = qb_opts_parse(objects->pdata[i], "qom-type", &err);
-        if (!opts) {
-            img_report(err, 1);
-            return false;
-        }
-        if (!json_object_get(opts, "qom-type") || !json_object_get(opts, "id")) {
-            img_error("Parameter '%s' is missing",
-                      json_object_get(opts, "qom-type") ? "id" : "qom-type");
-            return false;
-        }
-    }
-    return true;
+    GError *err = NULL;
+
+    return tool_check_objects(objects, &err) || img_report(err, 0);
 }
 
 bool img_parse_size(const char *text, uint64_t *ret)

@@ -3,7 +3,7 @@
  *
  *   main.c      finds the verb                    args.c    the one option parser
  *   common.c    opening, messages, exit codes     progress.c  -p, SIGUSR1, SIGINT
- *   output.c    JSON and sizes as users know them VERB.c    one file per verb
+ *   VERB.c      one file per verb
  *
  * SPDX-License-Identifier: MIT
  */
@@ -18,6 +18,7 @@
 #include <jansson.h>
 #include "block/block-backend.h"
 #include "block/block.h"
+#include "tools/output.h"
 #include "util/error.h"
 #include "util/options.h"
 #include "util/progress.h"
@@ -116,15 +117,6 @@ int img_close(BlockBackend *blk);
 bool img_check_objects(const GPtrArray *objects);
 /* A size operand; false: said as users know it. */
 bool img_parse_size(const char *text, uint64_t *ret);
-
-/* ---- output.c ---- */
-
-/* Pretty JSON, 4 spaces, empty lists over two lines, newline at the end. */
-void img_print_json(const json_t *value);
-/* Nested facts for people: "key: value", dashes as spaces, lists as "[0]:". */
-void img_print_facts(const json_t *value, unsigned indent);
-/* Same style as img_print_json() as a string. */
-char *img_json_text(const json_t *value);
 
 /* ---- progress.c ---- */
 

@@ -86,7 +86,7 @@ static void print_limits(const json_t *limits)
 {
     if (limits) {
         printf("Block limits:\n");
-        img_print_facts(limits, 1);
+        tool_print_facts(limits, 1);
     }
 }
 
@@ -96,7 +96,7 @@ static void print_format_specific(unsigned indent, const json_t *info)
 
     if (json_object_size(data) > 0) {
         printf("%*sFormat specific information:\n", (int)indent, "");
-        img_print_facts(data, indent / 4 + 1);
+        tool_print_facts(data, indent / 4 + 1);
     }
 }
 
@@ -148,7 +148,7 @@ static void print_chain(const json_t *chain, bool json, bool as_list)
     json_t *info;
 
     if (json) {
-        img_print_json(as_list ? chain : json_array_get(chain, 0));
+        tool_print_json(as_list ? chain : json_array_get(chain, 0));
         return;
     }
     json_array_foreach((json_t *)chain, i, info) {

@@ -1,5 +1,5 @@
 /*
- * JSON and facts as users of qemu-img know them.
+ * JSON and facts as users of the tools know them.
  *
  * JSON: 4 spaces a level, one member a line, an empty list over two lines (scripts compare text).
  * Facts for people: the same tree as "key: value" lines with dashes shown as spaces.
@@ -11,7 +11,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include "qemu-img/img.h"
+#include <glib.h>
+#include "tools/output.h"
+#include "util/options.h"
 
 static void append_value(GString *out, const json_t *value, unsigned level);
 
@@ -74,7 +76,7 @@ static void append_value(GString *out, const json_t *value, unsigned level)
     }
 }
 
-char *img_json_text(const json_t *value)
+char *tool_json_text(const json_t *value)
 {
     GString *out = g_string_new(NULL);
 
@@ -82,9 +84,9 @@ char *img_json_text(const json_t *value)
     return g_string_free(out, FALSE);
 }
 
-void img_print_json(const json_t *value)
+void tool_print_json(const json_t *value)
 {
-    g_autofree char *text = img_json_text(value);
+    g_autofree char *text = tool_json_text(value);
 
     printf("%s\n", text);
 }
@@ -112,7 +114,7 @@ static void print_member(const char *label, const json_t *value, unsigned indent
     printf("%*s%s:", (int)(4 * indent), "", label);
     if (is_composite(value)) {
         printf("\n");
-        img_print_facts(value, indent + 1);
+        tool_print_facts(value, indent + 1);
     } else {
         print_scalar(value);
     }
@@ -129,7 +131,7 @@ static void print_list(const json_t *array, unsigned indent)
     }
 }
 
-void img_print_facts(const json_t *value, unsigned indent)
+void tool_print_facts(const json_t *value, unsigned indent)
 {
     const char *key;
     json_t *member;
