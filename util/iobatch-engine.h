@@ -2,8 +2,8 @@
  * Between iobatch.c and its engines.
  *
  * An engine is handed a batch and runs what it can of it.  Each op it has run is completed through
- * qb_io_complete(); an op it could not start it leaves QB_IO_PENDING, and threads will run it.  When
- * the engine returns, the kernel touches no buffer of the batch any more.
+ * qb_io_complete(); an op it could not start it leaves QB_IO_PENDING, and threads will run it.
+ * When the engine returns, the kernel touches no buffer of the batch any more.
  *
  * SPDX-License-Identifier: MIT
  */

@@ -12,7 +12,8 @@
  *  1. under_way counts the ops whose buffers the kernel may touch; the engine returns at 0 only.
  *  2. An op keeps QB_IO_PENDING until its completion came: what could not be submitted is left so.
  *  3. Once a ring could not be made, or submitting failed for good, no thread tries again: a system
- *     that forbids io_uring is asked once.  QB_DISABLE_IO_URING=1 in the environment forbids it too.
+ *     that forbids io_uring is asked once.  QB_DISABLE_IO_URING=1 in the environment forbids it
+ *     too.
  *
  * Not done: registered files and buffers, polling.
  *

@@ -15,7 +15,8 @@
  *  1. Values from key=value text are JSON strings; the taking functions read both a string and the
  *     native type, with the same checks and the same error texts.
  *  2. A taking function removes its key also when the value is refused, and writes its result only
- *     on success.  Only qb_opt_take_string() leaves a value it cannot read, to be named as left over.
+ *     on success.  Only qb_opt_take_string() leaves a value it cannot read, to be named as left
+ *     over.
  *  3. Objects made by unflattening are at most MAX_DEPTH deep: jansson frees recursively.
  *
  * Keys and values are bytes: file names need not be UTF-8, hence jansson's _nocheck functions.

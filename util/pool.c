@@ -6,7 +6,7 @@
  *                    v
  *              queue [t5 t6 t7] <--- each thread takes the head when its task is done
  *                    |
- *                    +--> more tasks than threads under way to them: start one more (to the maximum)
+ *                    +--> more tasks than threads under way to them: start one (to the maximum)
  *
  *   sleepers: top -> [thread C] -> [thread A] -> [thread B]    a stack; each has its own condition
  *
@@ -14,14 +14,16 @@
  * up; a shared condition would wake them in turn and none would ever leave.
  *
  * Invariants (all under the pool's lock)
- *  1. Sleepers and queued tasks never exist together; so handing a task to a sleeper overtakes none.
- *  2. Every queued task has a thread that is being started for it, or the pool is at its maximum, or
- *     the system gave no more threads; a thread never ends while a task is queued.
+ *  1. Sleepers and queued tasks never exist together; so handing a task to a sleeper overtakes
+ *     none.
+ *  2. Every queued task has a thread that is being started for it, or the pool is at its maximum,
+ *     or the system gave no more threads; a thread never ends while a task is queued.
  *  3. threads counts those that may still touch the pool, from before they are started until they
- *     have put themselves into last_left.  Each leaving thread joins the one that left before it, so
- *     joining last_left joins all.
+ *     have put themselves into last_left.  Each leaving thread joins the one that left before it,
+ *     so joining last_left joins all.
  *
- * Not done: no priorities, no cancelling, no limit of the queue: who submits must bound its own tasks.
+ * Not done: no priorities, no cancelling, no limit of the queue: who submits must bound its own
+ * tasks.
  *
  * SPDX-License-Identifier: MIT
  */

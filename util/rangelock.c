@@ -7,22 +7,24 @@
  *                                    ^                    |      ^                   |
  *                                    +---- waits for -----+      +---- waits for ----+
  *
- * All requests of the node are in one list in ticket order.  Whether a request is blocked is decided
- * by one function, blocks(), applied to every other request in the list; the header has the rules.
+ * All requests of the node are in one list in ticket order.  Whether a request is blocked is
+ * decided by one function, blocks(), applied to every other request in the list; the header has
+ * the rules.
  *
  * Invariants
  *  1. Tickets rise along the list and are never reused.
  *  2. Two granted requests never overlap.
  *  3. serialising is the number of requests WAITING or GRANTED; while it is 0 entering never scans.
- *  4. No cycle of waits: a granted or entered request waits for nothing, any other waits for granted
- *     or entered ones or for smaller tickets.  A request that goes from ENTERED to WAITING stops
- *     blocking those with smaller tickets in the same moment, and wakes them.
+ *  4. No cycle of waits: a granted or entered request waits for nothing, any other waits for
+ *     granted or entered ones or for smaller tickets.  A request that goes from ENTERED to
+ *     WAITING stops blocking those with smaller tickets in the same moment, and wakes them.
  *  5. A waiting request is overtaken by none that is submitted later and overlaps it: those see a
  *     smaller ticket.  So nobody starves.
  *
- * Not done: no tree of intervals and no condition per waiter.  A node has tens of requests in flight,
- * of which a few serialise; a scan costs a few nanoseconds per request, a leave of a serialising one
- * wakes all waiters.  With hundreds of overlapping serialising requests this becomes quadratic.
+ * Not done: no tree of intervals and no condition per waiter.  A node has tens of requests in
+ * flight, of which a few serialise; a scan costs a few nanoseconds per request, a leave of a
+ * serialising one wakes all waiters.  With hundreds of overlapping serialising requests this
+ * becomes quadratic.
  *
  * SPDX-License-Identifier: MIT
  */

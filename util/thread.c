@@ -42,7 +42,7 @@ static uintptr_t self(void)
     return (uintptr_t)&self_mark;
 }
 
-/* Contract check of a pthread call; stays in release builds as a call, not as a check. */
+/* Contract check of a pthread call, which is made also where asserts are compiled out. */
 static void must(int rc)
 {
     assert(rc == 0);
@@ -190,7 +190,7 @@ bool qb_thread_start(pthread_t *thread, const char *name, void *(*fn)(void *), v
     }
     char cut[THREAD_NAME_MAX];
     g_strlcpy(cut, name, sizeof(cut));
-    (void)pthread_setname_np(*thread, cut); /* for debuggers only: may fail when it is done already */
+    (void)pthread_setname_np(*thread, cut); /* for debuggers: may fail when it is done already */
     return true;
 }
 

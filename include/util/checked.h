@@ -23,7 +23,7 @@ static inline bool qb_is_power_of_2(uint64_t v)
     return v && !(v & (v - 1));
 }
 
-/* Rounding to a power of two @a. Up rounds past 2^64 to 0: use the checked form on foreign input. */
+/* Rounding to a power of two @a. Up rounds past 2^64 to 0: foreign input needs the checked form. */
 static inline uint64_t qb_align_down(uint64_t v, uint64_t a)
 {
     return v & ~(a - 1);

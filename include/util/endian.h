@@ -1,5 +1,5 @@
 /*
- * Byte order: loads and stores at any alignment.  qcow2, LUKS and NBD are big-endian, QED is little.
+ * Byte order: loads and stores at any alignment.  qcow2, LUKS, NBD are big-endian, QED is little.
  *
  * SPDX-License-Identifier: MIT
  */

@@ -36,8 +36,8 @@ typedef struct QbIoOp {
     int ret; /* out: 0 or -errno */
 } QbIoOp;
 
-/* Runs all of @ops, also after one has failed; the order of effects is not defined. Returns 0 or the
- * first error in array order. Not for tasks of qb_file_pool(), which serves it. */
+/* Runs all of @ops, also after one has failed; the order of effects is not defined. Returns 0 or
+ * the first error in array order. Not for tasks of qb_file_pool(), which serves it. */
 int qb_io_run(QbIoOp *ops, size_t n, QbAioMode mode);
 
 /* One blocking transfer with the same rules. @offset + length must fit int64_t. */

@@ -1,9 +1,9 @@
 /*
  * IoVector: the scatter/gather list of a request.
  *
- * An IoVector does not own the memory it points to.  It owns its iovec array; a single element may be
- * embedded in the vector itself, so a vector must not be copied by assignment (use a slice).  Any
- * number of threads may read one vector; changing it is for one thread alone.
+ * An IoVector does not own the memory it points to.  It owns its iovec array; a single element
+ * may be embedded in the vector itself, so a vector must not be copied by assignment (use a
+ * slice).  Any number of threads may read one vector; changing it is for one thread alone.
  *
  * SPDX-License-Identifier: MIT
  */

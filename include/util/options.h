@@ -5,10 +5,10 @@
  *   file.filename=x              dotted keys name members of nested objects
  *   json:{'driver':'qcow2',...}  JSON with single or double quotes
  *
- * All of them become one flat json_t object with dotted keys and string values ("file.filename": "x",
- * lists "servers.0.host"); values from JSON keep their type.  A consumer takes (removes) the keys it
- * knows with the qb_opt_take_*() functions, which accept both the string and the native type; a key
- * that is left over is an error that names it.
+ * All of them become one flat json_t object with dotted keys and string values ("file.filename":
+ * "x", lists "servers.0.host"); values from JSON keep their type.  A consumer takes (removes) the
+ * keys it knows with the qb_opt_take_*() functions, which accept both the string and the native
+ * type; a key that is left over is an error that names it.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -34,11 +34,11 @@ json_t *qb_json_parse_object(const char *text, GError **errp);
  * and null values are kept as they are. A key of @obj that is dotted already wins over the nested
  * spelling of the same name. */
 json_t *qb_opts_flatten(const json_t *obj);
-/* Flat -> nested (new reference); "a" and "a.b" together are an error, unless "a" is an empty object.
- * Keys 0..n-1 become an array; gaps, and indices mixed with names, are errors. */
+/* Flat -> nested (new reference); "a" and "a.b" together are an error, unless "a" is an empty
+ * object. Keys 0..n-1 become an array; gaps, and indices mixed with names, are errors. */
 json_t *qb_opts_unflatten(const json_t *flat, GError **errp);
 
-/* Moves all "prefix.x" of @opts into a new flat object under "x"; empty object when there are none. */
+/* Moves all "prefix.x" of @opts into a new flat object under "x"; empty when there are none. */
 json_t *qb_opts_take_prefix(json_t *opts, const char *prefix);
 /* True when there is a key "prefix.x". */
 bool qb_opts_has_prefix(const json_t *opts, const char *prefix);
@@ -52,9 +52,9 @@ bool qb_opt_take_bool(json_t *opts, const char *key, bool def, bool *ret, GError
 bool qb_opt_take_uint(json_t *opts, const char *key, uint64_t def, uint64_t *ret, GError **errp);
 /* Number with b k K M G T P E suffix, fractions allowed; at most INT64_MAX. */
 bool qb_opt_take_size(json_t *opts, const char *key, uint64_t def, uint64_t *ret, GError **errp);
-/* Newly allocated copy, NULL when absent (numbers and booleans are turned into text, the latter into
- * "on" and "off"). An object, array or null is no string: NULL too, and the key stays in @opts, so
- * that it is named as left over. */
+/* Newly allocated copy, NULL when absent (numbers and booleans are turned into text, the latter
+ * into "on" and "off"). An object, array or null is no string: NULL too, and the key stays in
+ * @opts, so that it is named as left over. */
 char *qb_opt_take_string(json_t *opts, const char *key);
 /* Index into the NULL-terminated @names. "Parameter 'key' does not accept value 'x'". */
 bool qb_opt_take_enum(json_t *opts, const char *key, const char *const *names, int def, int *ret,

@@ -2,10 +2,10 @@
  * Worker pools: threads that run tasks in the order they were submitted.
  *
  * Tasks may block for as long as they like: when a task waits and no thread of the pool is idle the
- * pool grows, up to its maximum.  Tasks start in submission order, which is what lets a task wait for
- * one submitted earlier without a deadlock.  A task must not wait for one submitted later to the same
- * pool: all threads may be in such waits when the maximum is reached.  Idle threads beyond @min leave
- * after a few seconds.
+ * pool grows, up to its maximum.  Tasks start in submission order, which is what lets a task wait
+ * for one submitted earlier without a deadlock.  A task must not wait for one submitted later to
+ * the same pool: all threads may be in such waits when the maximum is reached.  Idle threads
+ * beyond @min leave after a few seconds.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -18,7 +18,7 @@
 
 typedef struct QbPool QbPool;
 
-/* @name is shown by debuggers. No thread is started before the first task (fork must come first). */
+/* @name is shown by debuggers. No thread is started before the first task (fork comes first). */
 QbPool *qb_pool_new(const char *name, unsigned min, unsigned max);
 /* Waits for all tasks (also those that running tasks still submit), joins all threads. Nobody else
  * may use the pool from then on. NULL is fine. */
@@ -26,8 +26,8 @@ void qb_pool_free(QbPool *pool);
 /* Runs @fn(@opaque) in the pool; in the calling thread if no thread at all can be started. */
 void qb_pool_submit(QbPool *pool, void (*fn)(void *), void *opaque);
 
-/* Process-wide pools; made at first use, by any thread. qb_pools_shutdown() waits for their tasks and
- * joins their threads, when nobody uses them any more; a later use makes them anew. */
+/* Process-wide pools; made at first use, by any thread. qb_pools_shutdown() waits for their tasks
+ * and joins their threads, when nobody uses them any more; a later use makes them anew. */
 QbPool *qb_request_pool(void);  /* guest requests: grows when all its threads are blocked */
 QbPool *qb_file_pool(void);     /* file batches, where io_uring is not to be had */
 QbPool *qb_compute_pool(void);  /* compression, checksums: one thread per core */

@@ -1,8 +1,8 @@
 /*
  * Progress: numbers a long operation writes and anybody may read at any time.
  *
- * The operation never prints: a tool's reporter, or a monitor, reads.  Atomics, no lock: current and
- * total may be read a moment apart, which shifts a displayed percentage at most.
+ * The operation never prints: a tool's reporter, or a monitor, reads.  Atomics, no lock: current
+ * and total may be read a moment apart, which shifts a displayed percentage at most.
  *
  * SPDX-License-Identifier: MIT
  */

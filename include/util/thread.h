@@ -72,7 +72,7 @@ void qb_cond_destroy(QbCond *c);
 void qb_cond_wait(QbCond *c, QbMutex *m) QB_REQUIRES(*m);
 /* Waits at most @ms milliseconds; false when the time ran out. */
 bool qb_cond_timedwait(QbCond *c, QbMutex *m, uint64_t ms) QB_REQUIRES(*m);
-/* The caller should hold the mutex that the waiters use; needed when they may destroy @c at once. */
+/* The caller should hold the waiters' mutex; it has to when they may destroy @c at once. */
 void qb_cond_signal(QbCond *c);
 void qb_cond_broadcast(QbCond *c);
 

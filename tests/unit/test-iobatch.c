@@ -1,9 +1,10 @@
 /*
- * File batches in every mode: against an oracle, at the end of files, with errors in the middle, with
- * transfers cut short, from many threads, and on systems that refuse io_uring at the start or later.
+ * File batches in every mode: against an oracle, at the end of files, with errors in the middle,
+ * with transfers cut short, from many threads, and on systems that refuse io_uring at the start
+ * or later.
  *
- * The linker wraps the system calls and a function of liburing and libaio each (see meson.build), so
- * that they can be counted, made to fail, or to do less than they were asked for.
+ * The linker wraps the system calls and a function of liburing and libaio each (see meson.build),
+ * so that they can be counted, made to fail, or to do less than they were asked for.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -155,7 +156,7 @@ static void make_ops(QbIoOp *ops, struct iovec *iov, QbIoKind kind, int fd, char
         for (int k = 0; k < niov; k++) {
             iov[k] = (struct iovec){buf + at + (size_t)k * len, len};
         }
-        ops[i] = (QbIoOp){.kind = kind, .fd = fd, .offset = at, .iov = iov, .niov = niov, .ret = 99};
+        ops[i] = (QbIoOp){kind, fd, at, iov, niov, .ret = 99};
     }
 }
 

@@ -111,6 +111,7 @@ static void test_against_flat(void)
         fill_random(rnd, flat, FLAT);
         fill_random(rnd, other, FLAT);
         g_autoptr(GPtrArray) parts = scatter(rnd, flat, &v);
+        g_assert_cmpint(v.niov, ==, (int)parts->len);
         size_t at = (size_t)g_rand_int_range(rnd, 0, FLAT + 1);
         size_t len = (size_t)g_rand_int_range(rnd, 0, (gint32)(FLAT - at) + 1);
 
@@ -138,6 +139,7 @@ static void test_slice(void)
         IOV_VECTOR_AUTO v;
         IOV_VECTOR_AUTO slice;
         g_autoptr(GPtrArray) parts = scatter(rnd, flat, &v);
+        g_assert_cmpint(v.niov, ==, (int)parts->len);
         size_t at = (size_t)g_rand_int_range(rnd, 0, FLAT + 1);
         size_t len = (size_t)g_rand_int_range(rnd, 0, (gint32)(FLAT - at) + 1);
         iov_vector_init_slice(&slice, &v, at, len);

@@ -1,5 +1,6 @@
 /*
- * Worker pools: order of starts, growth and its limit, leaving, ending, and systems without threads.
+ * Worker pools: order of starts, growth and its limit, leaving, ending, and systems without
+ * threads.
  *
  * pthread_create is wrapped by the linker, so that the system can refuse threads or be slow.
  *
@@ -211,8 +212,8 @@ static void test_reuses(void)
     g_assert_cmpuint(s.finished, ==, 50);
 }
 
-/* A task is queued, a thread on its way to it: when another thread was faster, the thread on its way
- * does for the next task, and none is started. */
+/* A task is queued, a thread on its way to it: when another thread was faster, the thread on its
+ * way does for the next task, and none is started. */
 static void test_thread_under_way_is_counted(void)
 {
     Scene s;

@@ -169,7 +169,7 @@ static void test_serialising_in_ticket_order(void)
     leave(&first);
     expect_granted(&a);
     g_assert_cmpint(state_of(&b), ==, QB_RANGE_WAITING);
-    g_assert_cmpint(state_of(&c), ==, QB_RANGE_WAITING); /* not past b, though a is not in its way */
+    g_assert_cmpint(state_of(&c), ==, QB_RANGE_WAITING); /* not past b, though free of a */
     leave(&a);
     expect_granted(&b);
     g_assert_cmpint(state_of(&c), ==, QB_RANGE_WAITING);
@@ -209,7 +209,8 @@ static void test_wait_plain(void)
     g_assert_true(qb_range_try_enter(&l, &entered_later.req));
     g_assert_true(qb_range_try_enter(&l, &beside.req));
     g_assert_cmpint(serialise(&s, 0, 2 * K, true), ==, QB_RANGE_WAITING);
-    g_assert_true(qb_range_try_enter(&l, &plain_earlier.req)); /* not blocked by a waiting later one */
+    /* A waiting request that is later does not block it. */
+    g_assert_true(qb_range_try_enter(&l, &plain_earlier.req));
     g_assert_false(qb_range_try_enter(&l, &plain_later.req));
     leave(&plain_earlier);
     g_assert_cmpint(state_of(&s), ==, QB_RANGE_WAITING);

@@ -116,7 +116,7 @@ static void killed_after_stop(void)
     send(SIGTERM);
 }
 
-/* Runs @fn in a child and returns its wait status; the child never returns into the test program. */
+/* Runs @fn in a child, which never returns into the test program; returns the wait status. */
 static int run_in_child(void (*fn)(void))
 {
     pid_t child = fork();
