@@ -244,6 +244,10 @@ void qcow2_options_apply(BDRVQcow2State *s, const Qcow2Options *o)
 
 static bool may_become_writable(const BDRVQcow2State *s, GError **errp)
 {
+    if (s->shows_snapshot) {
+        qb_error_set(errp, EACCES, "A node that shows a snapshot cannot become writable");
+        return false;
+    }
     if (s->header.incompatible & QCOW2_INCOMPAT_CORRUPT) {
         qb_error_set(errp, EACCES, "qcow2: Image is corrupt; cannot be opened read/write");
         return false;
@@ -259,12 +263,8 @@ static bool may_become_writable(const BDRVQcow2State *s, GError **errp)
 /* The file becomes read-only too: nothing may be left to write. Freed clusters need a second turn. */
 static bool write_everything(BlockDriverState *bs, GError **errp)
 {
-    BDRVQcow2State *s = qcow2_state(bs);
     BDRV_GRAPH_GUARD();
-    int ret = qcow2_flush(bs);
-    for (int turn = 0; ret == 0 && turn < 2 && !qcow2_is_clean(s); turn++) {
-        ret = qcow2_flush(bs);
-    }
+    int ret = qcow2_flush_all(bs);
     if (ret < 0) {
         qb_error_set_errno(errp, ret, "Could not write back the metadata of '%s'", bs->filename);
     }

@@ -102,6 +102,7 @@ void qcow2_set_counts_locked(BDRVQcow2State *s, Qcow2Table *t, uint64_t index, u
         qcow2_refcount_write(data, s->refcount_order, slot + i, value);
     }
     mark_slots_dirty(s, t, slot, n);
+    s->alloc_seq++; /* who is about to cut the file looks again */
     if (value == 0) {
         forget_compressed_next(s, index, slot, n);
         qcow2_free_index_freed(s->free_index, index, slot, n, qcow2_counts_per_block(s));

@@ -42,6 +42,7 @@ static void teardown(BDRVQcow2State *s)
     qcow2_refcount_close(s->bs);
     g_clear_pointer(&s->free_index, qcow2_free_index_free);
     g_clear_pointer(&s->cache, qcow2_cache_free);
+    g_clear_pointer(&s->compressor, qcow2_compressor_free);
     g_clear_pointer(&s->snapshots, g_array_unref);
     g_clear_pointer(&s->extensions, g_array_unref);
     g_clear_pointer(&s->header_tail, g_free);
@@ -169,29 +170,28 @@ static bool open_data_file(BlockDriverState *bs, json_t *options, int flags, GEr
     return true;
 }
 
-/* The table as far as the file holds it; the rest of its last cluster is zero. One that begins beyond the
- * end would show an empty disk: refused. */
-static uint64_t *read_l1(BlockDriverState *bs, GError **errp)
+/* A table that begins beyond the end would show an empty disk: refused. */
+uint64_t *qcow2_read_l1(BlockDriverState *bs, uint64_t offset, uint32_t entries, const char *name,
+                        GError **errp)
 {
-    const Qcow2Header *h = &qcow2_state(bs)->header;
-    uint64_t bytes = (uint64_t)h->l1_size * 8;
+    uint64_t bytes = (uint64_t)entries * 8;
     int64_t file_bytes = bdrv_getlength(bs->file->bs);
     if (file_bytes < 0) {
         qb_error_set_errno(errp, (int)file_bytes, "Could not get the length of the image file");
         return NULL;
     }
-    if (bytes && h->l1_offset >= (uint64_t)file_bytes) {
-        qb_error_set(errp, EINVAL, "Active L1 table lies beyond the end of the image file");
+    if (bytes && offset >= (uint64_t)file_bytes) {
+        qb_error_set(errp, EINVAL, "%s lies beyond the end of the image file", name);
         return NULL;
     }
     g_autofree uint64_t *l1 = g_try_malloc0(bytes + 8);
-    uint64_t present = bytes ? MIN(bytes, (uint64_t)file_bytes - h->l1_offset) : 0;
+    uint64_t present = bytes ? MIN(bytes, (uint64_t)file_bytes - offset) : 0;
     int ret = !l1 ? -ENOMEM : 0;
     if (ret == 0 && present) {
-        ret = bdrv_pread(bs->file, (int64_t)h->l1_offset, (int64_t)present, l1, 0);
+        ret = bdrv_pread(bs->file, (int64_t)offset, (int64_t)present, l1, 0);
     }
     if (ret < 0) {
-        qb_error_set_errno(errp, ret, "Could not read L1 table");
+        qb_error_set_errno(errp, ret, "Could not read the %s", name);
         return NULL;
     }
     return g_steal_pointer(&l1);
@@ -200,7 +200,8 @@ static uint64_t *read_l1(BlockDriverState *bs, GError **errp)
 static bool open_l1(BlockDriverState *bs, GError **errp)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    uint64_t *entries = read_l1(bs, errp);
+    uint64_t *entries = qcow2_read_l1(bs, s->header.l1_offset, s->header.l1_size, "Active L1 table",
+                                      errp);
     if (!entries) {
         return false;
     }
@@ -217,6 +218,7 @@ static bool open_rooms(BlockDriverState *bs, GError **errp)
     s->compressor = qcow2_compressor_new();
     s->cache = qcow2_cache_new(bs, qcow2_cache_limit(s));
     s->free_index = qcow2_free_index_new();
+    s->compressor = qcow2_compressor_new();
     return qcow2_refcount_init(bs, errp) && open_l1(bs, errp);
 }
 
@@ -278,6 +280,10 @@ static bool make_ready(BlockDriverState *bs, int flags, GError **errp)
         g_prefix_error(errp, "Could not repair dirty image: ");
         return false;
     }
+    ret = qcow2_finish_shrink(bs);
+    if (ret < 0) { /* space only, and the next resize looks there again */
+        bdrv_warn("Could not give back what lies beyond the end of the disk: %s", g_strerror(-ret));
+    }
     return true;
 }
 
@@ -314,12 +320,9 @@ static bool qcow2_open(BlockDriverState *bs, json_t *options, int flags, GError 
  * whoever flushed; what cannot be written now leaves leaks behind, never dangling references. */
 static void write_back_for_close(BlockDriverState *bs)
 {
-    BDRVQcow2State *s = qcow2_state(bs);
     BDRV_GRAPH_GUARD();
-    for (int turn = 0; turn < 3 && !atomic_load(&s->corrupt); turn++) {
-        if (qcow2_flush(bs) < 0 || qcow2_is_clean(s)) {
-            break;
-        }
+    if (!atomic_load(&qcow2_state(bs)->corrupt)) {
+        (void)qcow2_flush_all(bs);
     }
     qcow2_corrupt_save(bs);
 }

@@ -271,6 +271,13 @@ int qcow2_signal_corruption_at(BlockDriverState *bs, bool fatal, int64_t offset,
 /* Writes the corrupt bit if it was found under a lock, where no I/O is allowed. No lock held. */
 int qcow2_corrupt_save(BlockDriverState *bs);
 
+/* ======================= qcow2.c ======================= */
+
+/* The L1 table of @entries at @offset as it is on disk, big-endian, newly allocated; what lies beyond the
+ * end of the file is zero, but the table must begin inside. @name begins the error text. */
+uint64_t *qcow2_read_l1(BlockDriverState *bs, uint64_t offset, uint32_t entries, const char *name,
+                        GError **errp);
+
 /* ======================= qcow2-options.c, qcow2-info.c: run time ======================= */
 
 /* What the options of a node say, before they take effect. */
@@ -650,6 +657,9 @@ int qcow2_tree_collect(BlockDriverState *bs, const Qcow2WalkSource *src, GArray 
 /* Pure: how references change from @from to @to: runs that come into @ret_up and go away into @ret_down. */
 void qcow2_runs_difference(const BDRVQcow2State *s, const GArray *from, const GArray *to,
                            GArray *ret_up, GArray *ret_down);
+/* Adds @sign (1 or -1) to the counts of all of @runs, which may overlap. Overflow (-EINVAL) and underflow
+ * leave everything as it was. In memory; whole node in the range lock, no flush under way. */
+int qcow2_change_counts(BlockDriverState *bs, const GArray *runs, int sign);
 /* Frees every run through quarantine, flushing now and then. 0 or -errno of a flush (the rest leaks). */
 int qcow2_free_runs(BlockDriverState *bs, const GArray *runs, Qcow2DiscardType type);
 /* Of @runs the clusters whose count is 1 now, sorted and merged, into @ret. */
@@ -694,6 +704,10 @@ bool qcow2_snapshot_decode(const uint8_t *buf, size_t len, uint64_t disk_size, Q
 /* Reads the table the header names into s->snapshots. @for_check: what check can repair (too many
  * entries, too much or too little extra data) is let through, cut to the limits. */
 bool qcow2_snapshots_load(BlockDriverState *bs, bool for_check, GError **errp);
+/* By ID, or else by name; borrowed, NULL when there is none. */
+const Qcow2Snapshot *qcow2_snapshot_find(const BDRVQcow2State *s, const char *id_or_name);
+/* Its L1 as on disk, big-endian, newly allocated, after checking its place and length. */
+uint64_t *qcow2_snapshot_read_l1(BlockDriverState *bs, const Qcow2Snapshot *sn, GError **errp);
 bool qcow2_snapshot_create(BlockDriverState *bs, const char *name, GError **errp);
 bool qcow2_snapshot_apply(BlockDriverState *bs, const char *id_or_name, GError **errp);
 bool qcow2_snapshot_delete(BlockDriverState *bs, const char *id, const char *name, GError **errp);
