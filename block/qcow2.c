@@ -42,7 +42,6 @@ static void teardown(BDRVQcow2State *s)
     qcow2_refcount_close(s->bs);
     g_clear_pointer(&s->free_index, qcow2_free_index_free);
     g_clear_pointer(&s->cache, qcow2_cache_free);
-    g_clear_pointer(&s->compressor, qcow2_compressor_free);
     g_clear_pointer(&s->snapshots, g_array_unref);
     g_clear_pointer(&s->extensions, g_array_unref);
     g_clear_pointer(&s->header_tail, g_free);
@@ -218,7 +217,6 @@ static bool open_rooms(BlockDriverState *bs, GError **errp)
     s->compressor = qcow2_compressor_new();
     s->cache = qcow2_cache_new(bs, qcow2_cache_limit(s));
     s->free_index = qcow2_free_index_new();
-    s->compressor = qcow2_compressor_new();
     return qcow2_refcount_init(bs, errp) && open_l1(bs, errp);
 }
 
