@@ -25,6 +25,7 @@
 typedef struct CopyOnRead {
     const BdrvTransfer *t;
     BdrvRequest req;
+    int64_t unit;
     uint8_t *buf;
     int64_t buf_len;
 } CopyOnRead;
@@ -65,15 +66,38 @@ static BdrvTransfer wanted_part(const BdrvTransfer *t, int64_t offset, int64_t b
     return part;
 }
 
-static int store_copy(CopyOnRead *c, BdrvTransfer copy)
+static bool cluster_is_zero(const CopyOnRead *c, int64_t at, int64_t bytes)
 {
-    copy.req = &c->req;
-    copy.flags = BDRV_REQ_UNCHANGED;
-    bdrv_node_debug_event(copy.bs, "cor_write");
-    if (qb_buffer_is_zero(c->buf, (size_t)copy.bytes)) {
-        return bdrv_do_pwrite_zeroes(&copy);
+    return qb_buffer_is_zero(c->buf + at, (size_t)MIN(c->unit, bytes - at));
+}
+
+/* How many of the @bytes in the buffer from @at on are clusters alike: all zero, or none. */
+static int64_t clusters_alike(const CopyOnRead *c, int64_t at, int64_t bytes, bool zero)
+{
+    int64_t end = at;
+    while (end < bytes && cluster_is_zero(c, end, bytes) == zero) {
+        end += MIN(c->unit, bytes - end);
     }
-    return bdrv_write_pieces(&copy);
+    return end - at;
+}
+
+/* Writes @copy, which is in the buffer, into the node. */
+static int store_copy(CopyOnRead *c, const BdrvTransfer *copy)
+{
+    int ret = 0;
+    bdrv_node_debug_event(copy->bs, "cor_write");
+    for (int64_t at = 0; at < copy->bytes && ret == 0;) {
+        bool zero = cluster_is_zero(c, at, copy->bytes);
+        BdrvTransfer part = *copy;
+        part.req = &c->req;
+        part.flags = BDRV_REQ_UNCHANGED;
+        part.offset += at;
+        part.bytes = clusters_alike(c, at, copy->bytes, zero);
+        part.qiov_offset = (size_t)at;
+        ret = zero ? bdrv_do_pwrite_zeroes(&part) : bdrv_write_pieces(&part);
+        at += part.bytes;
+    }
+    return ret;
 }
 
 /* Copies clusters into the node, and what is wanted of them to the reader. */
@@ -86,7 +110,7 @@ static int copy_run(CopyOnRead *c, int64_t offset, int64_t bytes)
     };
     int ret = bdrv_aligned_preadv(&copy);
     if (ret == 0) {
-        ret = store_copy(c, copy);
+        ret = store_copy(c, &copy);
     }
     BdrvTransfer part = wanted_part(c->t, offset, bytes);
     if (ret == 0 && part.bytes > 0) {
@@ -126,7 +150,7 @@ static int copy_clusters(CopyOnRead *c, int64_t offset, int64_t end)
 static int find_clusters(CopyOnRead *c, int64_t *ret_offset, int64_t *ret_end)
 {
     const BdrvTransfer *t = c->t;
-    int64_t unit = MIN(copy_unit(t->bs), bdrv_serialising_unit(t->bs));
+    int64_t unit = c->unit = MIN(copy_unit(t->bs), bdrv_serialising_unit(t->bs));
     int64_t length = bdrv_getlength(t->bs), up;
     if (length < 0) {
         return (int)length;

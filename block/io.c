@@ -275,5 +275,14 @@ int bdrv_pwrite_zeroes(BdrvChild *child, int64_t offset, int64_t bytes, int flag
 int bdrv_pdiscard(BdrvChild *child, int64_t offset, int64_t bytes)
 {
     BdrvTransfer t = {.offset = offset, .bytes = bytes};
+    bdrv_graph_rdlock();
+    int64_t length = bdrv_getlength(child->bs);
+    bdrv_graph_rdunlock();
+    if (length < 0) {
+        return (int)length;
+    }
+    if (qb_range_valid(offset, bytes)) { /* else it fails below */
+        t.bytes = CLAMP(length - offset, 0, bytes); /* or a discard of "all" would take years */
+    }
     return in_long_pieces(child, t, BDRV_TRACKED_DISCARD, run_discard);
 }
