@@ -46,11 +46,22 @@ static pthread_once_t key_once = PTHREAD_ONCE_INIT;
 static pthread_key_t ring_key; /* frees a thread's ring when it ends */
 static _Atomic(bool) unusable; /* invariant 3 */
 
+/* Rings are made and closed one at a time. liburing maps their memory by bare system calls, so the
+ * thread sanitizer does not know that an address has got a new life with another thread: it sees
+ * this lock instead. */
+static QbMutex life_lock = QB_MUTEX_INIT;
+
+static void close_uring(struct io_uring *uring)
+{
+    QB_GUARD(&life_lock);
+    io_uring_queue_exit(uring);
+}
+
 static void free_ring(void *opaque)
 {
     Ring *ring = opaque;
     assert(ring->under_way == 0);
-    io_uring_queue_exit(&ring->uring);
+    close_uring(&ring->uring);
     g_free(ring);
 }
 
@@ -64,6 +75,7 @@ static void make_key(void)
 /* Newer kernels do less work when they know that one thread uses the ring; older ones refuse. */
 static int init_uring(struct io_uring *uring)
 {
+    QB_GUARD(&life_lock);
     int rc = -EINVAL;
 #if defined(IORING_SETUP_SINGLE_ISSUER) && defined(IORING_SETUP_COOP_TASKRUN)
     rc = io_uring_queue_init(QB_IO_DEPTH, uring,
