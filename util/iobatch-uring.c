@@ -33,6 +33,9 @@
 #include <string.h>
 #include <glib.h>
 
+/* About that many (threads may pass it together): a ring is a file descriptor, and those are also
+ * needed for images. The threads beyond share the file pool. */
+#define MAX_RINGS 64
 #define MAX_FIRST_TRANSFER (1u << 30) /* what is longer is continued by qb_io_complete() */
 
 typedef struct Ring {
@@ -45,6 +48,7 @@ typedef struct Ring {
 static pthread_once_t key_once = PTHREAD_ONCE_INIT;
 static pthread_key_t ring_key; /* frees a thread's ring when it ends */
 static _Atomic(bool) unusable; /* invariant 3 */
+static _Atomic(unsigned) ring_count;
 
 /* Rings are made and closed one at a time. liburing maps their memory by bare system calls, so the
  * thread sanitizer does not know that an address has got a new life with another thread: it sees
@@ -62,6 +66,7 @@ static void free_ring(void *opaque)
     Ring *ring = opaque;
     assert(ring->under_way == 0);
     close_uring(&ring->uring);
+    atomic_fetch_sub(&ring_count, 1);
     g_free(ring);
 }
 
@@ -97,6 +102,7 @@ static Ring *new_ring(void)
         g_free(ring);
         return NULL;
     }
+    atomic_fetch_add(&ring_count, 1);
     if (pthread_setspecific(ring_key, ring) != 0) {
         free_ring(ring);
         return NULL;
@@ -112,7 +118,7 @@ static Ring *my_ring(void)
         return NULL;
     }
     Ring *ring = pthread_getspecific(ring_key);
-    if (!ring) {
+    if (!ring && atomic_load(&ring_count) < MAX_RINGS) {
         ring = new_ring();
         if (!ring) {
             atomic_store(&unusable, true);
