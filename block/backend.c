@@ -458,10 +458,14 @@ bool blk_make_empty(BlockBackend *blk, GError **errp)
     return bdrv_make_empty(blk->root->bs, errp);
 }
 
-/* --- requests that run in the pool --- */
+/* --- requests that run in the pool ---
+ *
+ * From the drawing of its ticket to its end such a request has an entry of the graph lock, since
+ * others may wait for the ticket with an entry of their own while a writer waits for them. */
 
 typedef struct Task {
     BlockBackend *blk;
+    BdrvGraphPin pin;
     BdrvRequest req; /* drawn at submission, but for a flush and for requests that fail at once */
     BlkOp op;
     int64_t offset, bytes;
@@ -473,7 +477,6 @@ typedef struct Task {
 
 static int run_drawn(Task *t)
 {
-    BDRV_GRAPH_GUARD();
     BdrvChild *root = t->blk->root;
     switch (t->op) {
     case BLK_OP_READ:
@@ -493,7 +496,10 @@ static int run_drawn(Task *t)
 static void run_task(void *opaque)
 {
     Task *t = opaque;
+    bdrv_graph_borrow();
     int ret = t->failed ? t->failed : run_drawn(t);
+    bdrv_graph_return();
+    bdrv_graph_unpin(t->pin);
     t->done(t->opaque, ret);
     blk_end_request(t->blk);
     g_free(t);
@@ -524,7 +530,6 @@ static void draw_ticket(Task *t)
         [BLK_OP_DISCARD] = BDRV_TRACKED_DISCARD,
     };
     if (t->op != BLK_OP_FLUSH) {
-        BDRV_GRAPH_GUARD();
         bdrv_request_draw(t->blk->root, &t->req, types[t->op], t->offset, t->bytes);
     }
 }
@@ -539,9 +544,12 @@ void blk_submit(BlockBackend *blk, BlkOp op, int64_t offset, int64_t bytes, IoVe
     if (op == BLK_OP_WRITE || op == BLK_OP_ZERO) {
         t->flags = write_flags(blk, flags);
     }
+    t->pin = bdrv_graph_pin();
+    bdrv_graph_borrow();
     t->failed = check_task(t);
     if (!t->failed) {
         draw_ticket(t);
     }
+    bdrv_graph_return();
     qb_pool_submit(qb_request_pool(), run_task, t);
 }

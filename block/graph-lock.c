@@ -18,7 +18,8 @@
  *     So a writer that waits cannot stop a request half way.
  *  3. A slot counts outermost entries only; the depth lives in thread-local memory.
  *  4. A thread that takes the lock exclusively holds no entry: it would wait for itself.
- *  5. A borrowed entry is covered by the lender, who waits for the borrower before leaving.
+ *  5. A borrowed entry is covered by the lender, who waits for the borrower before leaving, or by a
+ *     pin: an entry in a slot that no thread holds but a request, until unpinned.
  *
  * Not done: no upgrade, no try-lock, no fairness among writers beyond their mutex.
  *
@@ -30,7 +31,7 @@
 #define CACHE_LINE 64
 
 typedef struct GraphSlot {
-    _Alignas(CACHE_LINE) _Atomic(unsigned) readers; /* threads of this slot with an outermost entry */
+    _Alignas(CACHE_LINE) _Atomic(unsigned) readers; /* outermost entries and pins */
 } GraphSlot;
 
 /* What a thread holds. */
@@ -124,6 +125,20 @@ void bdrv_graph_return(void)
     self.borrowed--;
     /* entries taken under the loan have ended, unless the thread had one of its own before it */
     assert(self.borrowed || self.depth == 0 || self.slot_held);
+}
+
+BdrvGraphPin bdrv_graph_pin(void)
+{
+    assert(!bdrv_graph_held()); /* its own entry would be what it waits for, if a writer waits */
+    GraphSlot *slot = own_slot();
+    enter_slot(slot);
+    return (BdrvGraphPin)(slot - slots);
+}
+
+void bdrv_graph_unpin(BdrvGraphPin pin)
+{
+    assert(pin < SLOTS);
+    leave_slot(&slots[pin]);
 }
 
 void bdrv_graph_wrlock(void) QB_NO_TSA

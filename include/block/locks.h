@@ -42,6 +42,15 @@ bool bdrv_graph_held(void);
 /* A worker that acts for a request whose thread holds an entry and waits for the worker. */
 void bdrv_graph_borrow(void);
 void bdrv_graph_return(void);
+/*
+ * An entry that belongs to a request and not to a thread: pinned where the request is submitted (may
+ * wait for a writer), unpinned by whoever ends it.  Threads that work for it in between borrow.  Who
+ * draws a ticket needs one before: a worker that first had to get past a waiting writer would keep
+ * others, who hold entries, waiting for its ticket.
+ */
+typedef unsigned BdrvGraphPin;
+BdrvGraphPin bdrv_graph_pin(void);
+void bdrv_graph_unpin(BdrvGraphPin pin);
 
 static inline void bdrv_graph_guard_leave(int *held)
 {

@@ -112,6 +112,40 @@ static void test_borrow_in_own_thread(void)
     bdrv_graph_wrunlock();
 }
 
+typedef struct Pinned {
+    BdrvGraphPin pin;
+    Flagged writer;
+} Pinned;
+
+/* The worker of a request whose submitter has gone on. */
+static void *work_and_unpin(void *opaque)
+{
+    Pinned *p = opaque;
+    bdrv_graph_borrow();
+    {
+        BDRV_GRAPH_GUARD(); /* does not wait for the writer that waits for us */
+        g_assert_false(atomic_load(&p->writer.done));
+    }
+    bdrv_graph_return();
+    bdrv_graph_unpin(p->pin);
+    return NULL;
+}
+
+static void test_pin(void)
+{
+    Pinned p = {.pin = bdrv_graph_pin()};
+    pthread_t writer, worker;
+    g_assert_false(bdrv_graph_held());
+    g_assert_true(qb_thread_start(&writer, "writer", write_once, &p.writer));
+    wait_for(&p.writer.begun);
+    usleep(20000);
+    g_assert_false(atomic_load(&p.writer.done));
+    g_assert_true(qb_thread_start(&worker, "worker", work_and_unpin, &p));
+    pthread_join(worker, NULL);
+    pthread_join(writer, NULL);
+    g_assert_true(atomic_load(&p.writer.done));
+}
+
 #define READERS 6
 #define WRITERS 2
 #define ROUNDS 10000
@@ -179,6 +213,7 @@ int main(int argc, char **argv)
     g_test_add_func("/graph-lock/exclusive-nests-shared", test_exclusive_nests_shared);
     g_test_add_func("/graph-lock/writer-waits-for-reader", test_writer_waits_for_reader);
     g_test_add_func("/graph-lock/borrow-in-own-thread", test_borrow_in_own_thread);
+    g_test_add_func("/graph-lock/pin", test_pin);
     g_test_add_func("/graph-lock/stress", test_stress);
     return g_test_run();
 }

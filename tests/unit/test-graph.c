@@ -28,6 +28,7 @@ typedef struct Leaf {
     _Atomic(bool) block; /* preadv waits while set */
     _Atomic(int) writes;
     int64_t length;
+    uint32_t align;
 } Leaf;
 
 static _Atomic(int) open_leaves;
@@ -35,11 +36,13 @@ static _Atomic(int) open_leaves;
 static bool leaf_open(BlockDriverState *bs, json_t *options, int flags, GError **errp)
 {
     Leaf *l = bs->opaque;
-    uint64_t size;
-    if (!qb_opt_take_size(options, "size", 65536, &size, errp)) {
+    uint64_t size, align;
+    if (!qb_opt_take_size(options, "size", 65536, &size, errp) ||
+        !qb_opt_take_size(options, "align", 1, &align, errp)) {
         return false;
     }
     l->length = (int64_t)size;
+    l->align = (uint32_t)align;
     atomic_fetch_add(&open_leaves, 1);
     return true;
 }
@@ -102,6 +105,11 @@ static int64_t leaf_getlength(BlockDriverState *bs)
     return ((Leaf *)bs->opaque)->length;
 }
 
+static void leaf_refresh_limits(BlockDriverState *bs)
+{
+    bs->bl.request_alignment = ((Leaf *)bs->opaque)->align;
+}
+
 static bool reopen_any(BDRVReopenState *state, GError **errp)
 {
     json_object_del(state->options, "changeable");
@@ -113,7 +121,7 @@ static const BlockDriver leaf_driver = {
     .open = leaf_open, .close = leaf_close, .reopen_prepare = reopen_any,
     .check_perm = leaf_check_perm, .set_perm = leaf_set_perm, .abort_perm = leaf_abort_perm,
     .preadv = leaf_preadv, .pwritev = leaf_pwritev, .flush = leaf_flush,
-    .getlength = leaf_getlength,
+    .getlength = leaf_getlength, .refresh_limits = leaf_refresh_limits,
 };
 
 static bool pass_open(BlockDriverState *bs, json_t *options, int flags, GError **errp)
@@ -595,6 +603,31 @@ static void test_storm(void)
     bdrv_unref(s.bs);
 }
 
+/*
+ * Requests that are queued with their ticket drawn, others that wait for those tickets (they read,
+ * modify and write the same block), and graph changes elsewhere: nobody may wait in a circle.
+ */
+static void test_submit_and_graph_changes(void)
+{
+    char buf[512] = {0};
+    IOV_VECTOR_AUTO qiov;
+    iov_vector_init_buf(&qiov, buf, sizeof(buf));
+    Submitted s = {0};
+    BlockDriverState *bs = open_node("driver=leaf,align=4k", BDRV_O_RDWR);
+    BlockBackend *blk = user(bs, READ | WRITE, ALL);
+    const int rounds = 60, burst = 12;
+    for (int i = 0; i < rounds; i++) {
+        for (int j = 0; j < burst; j++) {
+            blk_submit(blk, BLK_OP_WRITE, j % 3 * 512, 512, &qiov, 0, count_done, &s);
+        }
+        bdrv_unref(open_node("driver=pass,file.driver=leaf", 0));
+    }
+    blk_unref(blk);
+    g_assert_cmpint(atomic_load(&s.done), ==, rounds * burst);
+    g_assert_cmpint(atomic_load(&s.failed), ==, 0);
+    bdrv_unref(bs);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -615,6 +648,7 @@ int main(int argc, char **argv)
     g_test_add_func("/graph/drain/waits", test_drain_waits);
     g_test_add_func("/graph/drain/edges", test_drain_and_edges);
     g_test_add_func("/graph/backend/submit", test_submit);
+    g_test_add_func("/graph/backend/submit-and-graph-changes", test_submit_and_graph_changes);
     g_test_add_func("/graph/backend/ranges", test_ranges);
     g_test_add_func("/graph/backend/storm", test_storm);
     int status = g_test_run();
