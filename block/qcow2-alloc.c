@@ -49,7 +49,8 @@ static Found search_block(const BDRVQcow2State *s, const uint8_t *data, uint64_t
             continue;
         }
         *ret_first = MIN(*ret_first, slot);
-        *ret_longest = MAX(*ret_longest, ++n);
+        n++; /* MAX() evaluates its arguments twice */
+        *ret_longest = MAX(*ret_longest, n);
         if (n == min) {
             uint64_t start = slot + 1 - n;
             while (n < max && start + n < per_block &&
