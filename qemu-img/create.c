@@ -191,7 +191,9 @@ static bool inspect_backing(const char *file, json_t *options, bool size_wanted)
     json_object_set_new(how, "force-share", json_true());
     g_autoptr(BlockDriverState) bs = path ? bdrv_open(path, how, BDRV_O_NO_IO, &err) : NULL;
     if (!bs) {
-        g_clear_pointer(&how, path ? NULL : json_decref);
+        if (!path) { /* else bdrv_open() has taken them */
+            json_decref(how);
+        }
         qb_error_add_hint(&err, "Could not open backing image.");
         img_report_prefixed(err, 1, "%s: ", file);
         return false;
