@@ -539,7 +539,8 @@ static void test_concurrent_rmw(gconstpointer opts)
     }
 }
 
-/* As above with zeroes, copy-on-read and truncation in between; only the own bytes are looked at. */
+/* As above with zeroes and discards in between. Reads are not ordered against the writes of others, so
+ * what is read are blocks that nobody else writes. */
 static void *disturb(void *opaque)
 {
     Writer *w = opaque;
@@ -549,8 +550,8 @@ static void *disturb(void *opaque)
         g_assert_cmpint(blk_pwrite_zeroes(w->blk, offset, 600, 0), ==, 0);
         g_assert_cmpint(blk_pdiscard(w->blk, offset, 600), ==, 0);
         memset(buf, (int)w->index, sizeof(buf));
-        g_assert_cmpint(blk_pwrite(w->blk, 8192 + 600 * w->index, 600, buf, 0), ==, 0);
-        g_assert_cmpint(blk_pread(w->blk, 8192 + 600 * w->index, 600, buf, 0), ==, 0);
+        g_assert_cmpint(blk_pwrite(w->blk, 8192 + 1024 * w->index, 600, buf, 0), ==, 0);
+        g_assert_cmpint(blk_pread(w->blk, 8192 + 1024 * w->index, 600, buf, 0), ==, 0);
         for (int i = 0; i < 600; i++) {
             g_assert_cmpint(buf[i], ==, w->index);
         }
@@ -575,6 +576,36 @@ static void *truncate_up_and_down(void *opaque)
         g_assert_cmpint(bdrv_pwrite(blk_root(w->blk), 100, 512, buf, 0), ==, 0);
     }
     return NULL;
+}
+
+/* Clusters get allocated by several requests at once; each must find what the others left. */
+static void *allocate(void *opaque)
+{
+    Writer *w = opaque;
+    uint8_t buf[100], back[100];
+    for (int64_t offset = 100 * w->index; offset + 100 <= 60000; offset += 100 * WRITERS) {
+        memset(buf, (int)(offset / 100), sizeof(buf));
+        g_assert_cmpint(blk_pwrite(w->blk, offset, 100, buf, 0), ==, 0);
+        int flags = w->index % 2 ? BDRV_REQ_COPY_ON_READ : 0;
+        g_assert_cmpint(blk_pread(w->blk, offset, 100, back, flags), ==, 0);
+        g_assert_cmpmem(buf, 100, back, 100);
+    }
+    return NULL;
+}
+
+static void test_concurrent_allocation(void)
+{
+    g_autoptr(BlockBackend) blk = open_blk(
+        "driver=test-cow,size=61000,cluster=4k,backing.driver=test-mem,backing.size=61000");
+    uint8_t buf[61000];
+    MemState *base = mem_state(blk_bs(blk)->backing->bs);
+    memset(base->data, 0xee, 61000);
+    run_writers(blk, allocate);
+    g_assert_cmpint(blk_pread(blk, 0, 61000, buf, 0), ==, 0);
+    for (int i = 0; i < 61000; i++) {
+        g_assert_cmpint(buf[i], ==, i < 60000 ? (uint8_t)(i / 100) : 0xee);
+    }
+    g_assert_cmpuint(base->writes, ==, 0);
 }
 
 /* Writes at the end make the node longer while others make it shorter. */
@@ -629,6 +660,7 @@ int main(int argc, char **argv)
     g_test_add_data_func("/io/threads/mix",
                          "driver=test-mem,align=512,discard=unmap,detect-zeroes=on",
                          test_concurrent_mix);
+    g_test_add_func("/io/threads/allocation", test_concurrent_allocation);
     g_test_add_func("/io/threads/truncate", test_concurrent_truncate);
     int ret = g_test_run();
     qb_pools_shutdown();
