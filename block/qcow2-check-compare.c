@@ -44,10 +44,11 @@ static void judge_table(Qcow2Check *c)
     c->reftable_offset = s->header.reftable_offset;
     c->reftable_clusters = s->header.reftable_clusters;
     uint64_t bytes = (uint64_t)c->reftable_clusters << s->cluster_bits;
-    if (!c->reftable_offset || qcow2_offset_into_cluster(s, c->reftable_offset)) {
-        qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "refcount-table-offset",
-                           c->reftable_offset, "ERROR refcount table offset %" PRIx64 " is invalid",
-                           c->reftable_offset);
+    if (!s->reftable.nb_entries) {
+        qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "refcount-table-place",
+                           c->reftable_offset,
+                           "ERROR refcount table offset=%" PRIx64 " clusters=%" PRIu32 " is invalid",
+                           c->reftable_offset, c->reftable_clusters);
         c->reftable_clusters = 0;
     } else if (qcow2_check_count(c, c->reftable_offset, bytes, 1, QCOW2_REF_META)) {
         c->reftable_sound =

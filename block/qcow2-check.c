@@ -133,7 +133,7 @@ bool qcow2_check_exclusive(const Qcow2Check *c, uint64_t offset, uint64_t bytes,
 
 /* ---------------------------------------------------------------- snapshot table */
 
-/* Without repair of errors the snapshots that do not fit are as good as lost. */
+/* Snapshots that do not fit are given up by a repair of errors only; until then they hold clusters. */
 static void check_overhang(Qcow2Check *c, uint64_t overhang)
 {
     if (c->fix & BDRV_FIX_ERRORS) {
@@ -144,9 +144,10 @@ static void check_overhang(Qcow2Check *c, uint64_t overhang)
         c->res->corruptions += overhang;
         return;
     }
-    c->lost = true;
+    c->incomplete = true;
     qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "snapshot-overhang",
-                       c->s->header.snapshots_offset, "ERROR snapshot table too large");
+                       c->s->header.snapshots_offset, "ERROR snapshot table %s",
+                       c->s->header.nb_snapshots > QCOW2_MAX_SNAPSHOTS ? "too large" : "is cut off");
     qcow2_check_report(c, BDRV_FINDING_INFO, false, "snapshot-overhang", UINT64_MAX,
                        "You can force-remove all %" PRIu64
                        " overhanging snapshots with qemu-img check -r all",
@@ -162,6 +163,7 @@ static void check_extra_data(Qcow2Check *c, guint i, const Qcow2Snapshot *sn)
                            "%s too much extra metadata in snapshot table entry %u (> %u)",
                            repair ? "Discarding" : "ERROR", i, QCOW2_MAX_SNAPSHOT_EXTRA);
         c->snapshot_faults++;
+        c->incomplete |= !repair; /* what follows in the table may be misread */
     }
     if (c->s->version >= 3 && sn->extra_size < 16) {
         qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "snapshot-incomplete",

@@ -112,7 +112,7 @@ typedef struct Qcow2Check {
     BdrvCheckResult *res;
     unsigned fix;            /* BdrvCheckFix */
     uint64_t file_bytes, nb_clusters;
-    bool incomplete;         /* something could not be read: there may be more references */
+    bool incomplete;         /* something was not read: there may be more references */
     bool lost;               /* an L1 entry or a snapshot leads nowhere */
     bool touched;            /* the image was written: caches are stale */
     bool write_failed;       /* a repair stopped half-way */

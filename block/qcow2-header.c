@@ -213,7 +213,10 @@ static bool validate_place(const Qcow2Header *h, const char *name, uint64_t offs
 
 static bool validate_reftable(const Qcow2Header *h, bool for_check, GError **errp)
 {
-    if (!h->reftable_clusters && !for_check) {
+    if (for_check) {
+        return true; /* a repair makes a new one */
+    }
+    if (!h->reftable_clusters) {
         return fail(errp, EINVAL, "Image does not contain a reference count table");
     }
     uint64_t bytes = (uint64_t)h->reftable_clusters << h->cluster_bits;

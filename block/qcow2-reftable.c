@@ -32,7 +32,7 @@
 
 static uint64_t *read_entries(BlockDriverState *bs, uint64_t offset, uint64_t bytes, GError **errp)
 {
-    uint64_t *entries = g_try_malloc(bytes);
+    uint64_t *entries = g_try_malloc(MAX(bytes, 1));
     int ret;
 
     if (!entries) {
@@ -40,7 +40,7 @@ static uint64_t *read_entries(BlockDriverState *bs, uint64_t offset, uint64_t by
         return NULL;
     }
     bdrv_debug_event(bs->file, "reftable_load");
-    ret = bdrv_pread(bs->file, (int64_t)offset, (int64_t)bytes, entries, 0);
+    ret = bytes ? bdrv_pread(bs->file, (int64_t)offset, (int64_t)bytes, entries, 0) : 0;
     if (ret < 0) {
         qb_error_set_errno(errp, -ret, "Could not read refcount table");
         g_free(entries);
@@ -89,12 +89,23 @@ static bool init_file_end(BlockDriverState *bs, GError **errp)
     return true;
 }
 
+/* The length of the table; 0 when its place is one that only a check lets through. */
+static uint64_t table_bytes(const BDRVQcow2State *s)
+{
+    uint64_t offset = s->header.reftable_offset;
+    uint64_t bytes = (uint64_t)s->header.reftable_clusters << s->cluster_bits;
+    bool valid = offset && !qcow2_offset_into_cluster(s, offset) &&
+                 bytes <= QCOW2_MAX_REFTABLE_BYTES && offset <= INT64_MAX - bytes;
+
+    return valid ? bytes : 0;
+}
+
 /* A header that names more table than the file holds names nothing there: the rest stays zero. The
  * claim itself is bounded by the header's validation. */
 bool qcow2_refcount_init(BlockDriverState *bs, GError **errp)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    uint64_t bytes = (uint64_t)s->header.reftable_clusters << s->cluster_bits;
+    uint64_t bytes = table_bytes(s);
 
     if (!init_file_end(bs, errp)) {
         return false;
