@@ -14,8 +14,6 @@
 /* The table in order of registration. */
 unsigned bdrv_driver_count(void);
 const BlockDriver *bdrv_driver_at(unsigned i);
-/* The best probe_device() answer among drivers for plain names; else "file". NULL: not registered. */
-const BlockDriver *bdrv_plain_file_driver(const char *filename);
 /* True when @filename begins with "proto:" and is not a plain name. */
 bool bdrv_has_protocol_prefix(const char *filename);
 
@@ -53,9 +51,8 @@ typedef struct BdrvAttach {
 BdrvChild *bdrv_attach(const BdrvAttach *at, BlockDriverState *bs, GError **errp);
 /* Takes the edge out and frees it; its reference to the node returned is now the caller's. */
 BlockDriverState *bdrv_unlink_child(BdrvChild *child);
-/* True when @needle is @bs or below it. Graph change lock or graph lock held. */
-bool bdrv_is_below(BlockDriverState *bs, const BlockDriverState *needle);
-/* The child that holds the node's own data and metadata ("file"), or NULL. Locks as above. */
+/* The child that holds the node's own data and metadata ("file"), or NULL. Graph change lock or graph
+ * lock held, unless the node is being opened. */
 BdrvChild *bdrv_primary_child(const BlockDriverState *bs);
 /* The node below filters. Locks as above. */
 BlockDriverState *bdrv_skip_filters(BlockDriverState *bs);
@@ -67,8 +64,6 @@ void bdrv_refresh_limits(BlockDriverState *bs);
 void bdrv_refresh_filename(BlockDriverState *bs);
 /* Those options of @bs that decide what it shows; new reference. */
 json_t *bdrv_strong_options(const BlockDriverState *bs);
-/* {"driver": ..., strong options, children}: what json:{} names of @bs are made of; new reference. */
-json_t *bdrv_describe(const BlockDriverState *bs);
 /* Asks the driver for the length and remembers it: the length or -errno. */
 int64_t bdrv_refresh_length(BlockDriverState *bs);
 
@@ -92,8 +87,6 @@ GPtrArray *bdrv_nodes_below(GPtrArray *roots);
 bool bdrv_check_perms(GPtrArray *nodes, GError **errp) /* false: everything is as it was */
     QB_REQUIRES(bdrv_graph_change_lock);
 void bdrv_commit_perms(GPtrArray *nodes)
-    QB_REQUIRES(bdrv_graph_change_lock);
-void bdrv_abort_perms(GPtrArray *nodes)
     QB_REQUIRES(bdrv_graph_change_lock);
 
 /* --- backend.c --- */

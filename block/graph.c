@@ -39,15 +39,15 @@ static void assert_may_look(void)
 
 /* --- looking --- */
 
-bool bdrv_is_below(BlockDriverState *bs, const BlockDriverState *needle)
+/* True when @needle is @bs or below it. */
+static bool is_below(BlockDriverState *bs, const BlockDriverState *needle)
 {
-    assert_may_look();
     if (bs == needle) {
         return true;
     }
     for (unsigned i = 0; i < bs->children->len; i++) {
         BdrvChild *c = g_ptr_array_index(bs->children, i);
-        if (bdrv_is_below(c->bs, needle)) {
+        if (is_below(c->bs, needle)) {
             return true;
         }
     }
@@ -240,7 +240,7 @@ static BdrvChild *new_edge(const BdrvAttach *at, BlockDriverState *bs)
 
 static bool check_no_cycle(const BdrvAttach *at, BlockDriverState *bs, GError **errp)
 {
-    if (!at->parent || !bdrv_is_below(bs, at->parent)) {
+    if (!at->parent || !is_below(bs, at->parent)) {
         return true;
     }
     qb_error_set(errp, EINVAL, "Making '%s' a %s child of '%s' would create a cycle",

@@ -284,14 +284,6 @@ void bdrv_commit_perms(GPtrArray *nodes)
     }
 }
 
-void bdrv_abort_perms(GPtrArray *nodes)
-{
-    qb_mutex_assert_held(&bdrv_graph_change_lock);
-    for (unsigned i = 0; i < nodes->len; i++) {
-        abort_node(g_ptr_array_index(nodes, i), true);
-    }
-}
-
 bool bdrv_settle_perms(BlockDriverState *bs, GError **errp)
 {
     qb_mutex_assert_held(&bdrv_graph_change_lock);

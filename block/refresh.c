@@ -138,13 +138,15 @@ json_t *bdrv_strong_options(const BlockDriverState *bs)
     return strong;
 }
 
+static json_t *describe(const BlockDriverState *bs);
+
 /* Adds the children that a description of @bs must name. */
 static void describe_children(json_t *desc, const BlockDriverState *bs)
 {
     for (unsigned i = 0; i < bs->children->len; i++) {
         const BdrvChild *c = g_ptr_array_index(bs->children, i);
         if (!(c->role & BDRV_CHILD_COW) || bs->has_backing_override) {
-            json_object_set_new(desc, c->name, bdrv_describe(c->bs));
+            json_object_set_new(desc, c->name, describe(c->bs));
         }
     }
     if (bs->has_backing_override && !bs->backing) {
@@ -152,7 +154,8 @@ static void describe_children(json_t *desc, const BlockDriverState *bs)
     }
 }
 
-json_t *bdrv_describe(const BlockDriverState *bs)
+/* {"driver": ..., strong options, "filename", children} */
+static json_t *describe(const BlockDriverState *bs)
 {
     json_t *desc = json_object();
     json_object_set_new(desc, "driver", json_string(bs->drv->format_name));
@@ -182,7 +185,7 @@ static const char *exact_filename(const BlockDriverState *bs)
 
 static char *json_filename(const BlockDriverState *bs)
 {
-    g_autoptr(json_t) flat = bdrv_describe(bs);
+    g_autoptr(json_t) flat = describe(bs);
     g_autoptr(json_t) nested = qb_opts_unflatten(flat, NULL);
     char *text = json_dumps(nested ? nested : flat, JSON_ENCODE_ANY);
     char *name = g_strconcat("json:", text ? text : "{}", NULL);

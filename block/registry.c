@@ -68,7 +68,8 @@ bool bdrv_has_protocol_prefix(const char *filename)
     return protocol_prefix_length(filename) > 0;
 }
 
-const BlockDriver *bdrv_plain_file_driver(const char *filename)
+/* The best probe_device() answer among drivers for plain names; else "file". */
+static const BlockDriver *plain_file_driver(const char *filename)
 {
     const BlockDriver *best = NULL;
     int best_score = 0;
@@ -99,7 +100,7 @@ const BlockDriver *bdrv_find_protocol(const char *filename, bool allow_prefix, G
 {
     size_t len = allow_prefix ? protocol_prefix_length(filename) : 0;
     const BlockDriver *drv =
-        len ? find_protocol_name(filename, len) : bdrv_plain_file_driver(filename);
+        len ? find_protocol_name(filename, len) : plain_file_driver(filename);
     if (!drv) {
         qb_error_set(errp, EINVAL, "Unknown protocol '%.*s'", len ? (int)len : 4,
                      len ? filename : "file");

@@ -58,7 +58,8 @@ typedef enum BdrvOpenFlags {
  * Opens a node. @filename may be NULL (then @options say it all), a plain name, "json:{...}", or
  * "driver:rest"; without BDRV_O_PROTOCOL and a "driver" option the format is probed.  @options
  * (flat; reference stolen; may be NULL) override what the file name says.  The new reference is the
- * caller's.  Not under the graph lock.
+ * caller's.  Errors begin with "Could not open 'F': ", where F is the name or the options as they were
+ * given; callers add nothing.  Not under the graph lock.
  */
 BlockDriverState *bdrv_open(const char *filename, json_t *options, int flags, GError **errp);
 void bdrv_ref(BlockDriverState *bs);

@@ -542,6 +542,37 @@ static void test_locks(void)
     g_assert_true(bdrv_reopen_set_read_only(reader, false, &err));
 }
 
+/* --- temporary overlays --- */
+
+static guint count_files(const char *path)
+{
+    guint n = 0;
+    GDir *d = g_dir_open(path, 0, NULL);
+    while (g_dir_read_name(d)) {
+        n++;
+    }
+    g_dir_close(d);
+    return n;
+}
+
+static void test_temporary_overlay(void)
+{
+    g_autofree char *tmp = g_dir_make_tmp("qb-open-tmp-XXXXXX", NULL);
+    g_setenv("TMPDIR", tmp, TRUE);
+    g_autoptr(BlockDriverState) bs = open_ok("@base.raw", NULL, BDRV_O_RDWR | BDRV_O_SNAPSHOT);
+    g_assert_cmpuint(count_files(tmp), ==, 0); /* nothing to clean up, whatever happens */
+    g_assert_cmpstr(bdrv_get_format_name(bs), ==, "qcow2");
+    g_assert_true(bs->backing->bs->read_only);
+    g_assert_cmpint(first_byte(bs), ==, 'b');
+    g_autoptr(BlockBackend) blk =
+        blk_new_with_bs(bs, BLK_PERM_CONSISTENT_READ | BLK_PERM_WRITE, BLK_PERM_ALL, NULL);
+    g_assert_cmpint(blk_pwrite(blk, 0, 1, "T", 0), ==, 0);
+    g_assert_cmpint(first_byte(bs), ==, 'T');
+    g_assert_cmpint(first_byte(bs->backing->bs), ==, 'b');
+    g_unsetenv("TMPDIR");
+    g_assert_cmpint(g_rmdir(tmp), ==, 0);
+}
+
 /* --- creating --- */
 
 static void create_fails(const char *name, const char *format, const char *options,
@@ -627,6 +658,7 @@ int main(int argc, char **argv)
     g_test_add_func("/open/reopen/read-only", test_reopen_read_only);
     g_test_add_func("/open/reopen/options", test_reopen_options);
     g_test_add_func("/open/locks", test_locks);
+    g_test_add_func("/open/temporary-overlay", test_temporary_overlay);
     g_test_add_func("/open/create", test_create);
     g_test_add_func("/open/create-failures", test_create_failures);
     int status = g_test_run();
