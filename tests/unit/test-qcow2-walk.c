@@ -1,0 +1,232 @@
+/*
+ * The iterator over tables: active and detached L1, tables in memory and in the file only, ranges, runs
+ * over table borders, damaged tables, and edits.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include "qcow2-image.h"
+
+typedef struct Seen {
+    GArray *runs; /* Qcow2Mapping */
+    unsigned tables;
+    int errors;
+} Seen;
+
+static void seen_reset(Seen *seen)
+{
+    if (seen->runs) {
+        g_array_free(seen->runs, true);
+    }
+    *seen = (Seen){.runs = g_array_new(false, false, sizeof(Qcow2Mapping))};
+}
+
+static int note_run(const Qcow2Mapping *run, void *opaque)
+{
+    Seen *seen = opaque;
+    g_array_append_val(seen->runs, *run);
+    return 0;
+}
+
+static int note_table(const Qcow2WalkTable *table, void *opaque)
+{
+    Seen *seen = opaque;
+    seen->tables++;
+    seen->errors += table->be == NULL;
+    g_assert_true((table->error != 0) == (table->be == NULL));
+    return 0;
+}
+
+static void walk_runs(BlockBackend *blk, const Qcow2WalkSource *src, uint64_t start, uint64_t end,
+                      Seen *seen)
+{
+    BDRV_GRAPH_GUARD();
+    seen_reset(seen);
+    g_assert_cmpint(qcow2_walk_runs(blk_bs(blk), src, start, end, note_run, seen), ==, 0);
+}
+
+static const Qcow2Mapping *run_at(const Seen *seen, guint i)
+{
+    g_assert_cmpuint(i, <, seen->runs->len);
+    return &g_array_index(seen->runs, Qcow2Mapping, i);
+}
+
+static void expect_run(const Seen *seen, guint i, Qcow2ClusterType type, uint64_t guest,
+                       uint64_t bytes)
+{
+    const Qcow2Mapping *m = run_at(seen, i);
+    g_assert_cmpint(m->type, ==, type);
+    g_assert_cmpuint(m->guest, ==, guest);
+    g_assert_cmpuint(m->bytes, ==, bytes);
+}
+
+static void test_runs(void)
+{
+    Seen seen = {0};
+    image_create("image", "size=1G,cluster_size=512"); /* a table maps 32 KiB */
+    g_autoptr(BlockBackend) blk = image_open_rw("image");
+    image_write(blk, 32 * KIB - 1024, 3 * KIB, 1); /* over a border */
+    image_write(blk, 512 * MIB, 512, 2);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, 512 * MIB, 512, 0), ==, 0);
+    walk_runs(blk, NULL, 0, UINT64_C(1) << 30, &seen);
+    g_assert_cmpuint(seen.runs->len, >=, 2);
+    uint64_t total = 0;
+    for (guint i = 0; i + 1 < seen.runs->len; i++) {
+        g_assert_cmpint(run_at(&seen, i)->type, ==, QCOW2_NORMAL);
+        total += run_at(&seen, i)->bytes;
+    }
+    g_assert_cmpuint(total, ==, 3 * KIB);
+    expect_run(&seen, seen.runs->len - 1, QCOW2_ZERO_ALLOC, 512 * MIB, 512);
+    walk_runs(blk, NULL, 32 * KIB - 100, 32 * KIB - 90, &seen); /* inside a cluster */
+    g_assert_cmpuint(seen.runs->len, ==, 1);
+    expect_run(&seen, 0, QCOW2_NORMAL, 32 * KIB - 100, 10);
+    walk_runs(blk, NULL, 1 * MIB, 2 * MIB, &seen);
+    g_assert_cmpuint(seen.runs->len, ==, 0);
+    walk_runs(blk, NULL, 5, 5, &seen);
+    g_assert_cmpuint(seen.runs->len, ==, 0);
+    g_array_free(seen.runs, true);
+}
+
+/* More tables than one batch takes; from memory, from the file, from a copy of L1: all the same. */
+static void test_many_tables(void)
+{
+    enum { TABLES = 4500 };
+    Seen hot = {0}, cold = {0}, detached = {0};
+    uint32_t l1_size;
+    image_create("image", "size=256M,cluster_size=512");
+    BlockBackend *blk = image_open_rw("image");
+    for (int i = 0; i < TABLES; i++) {
+        image_write(blk, (int64_t)i * 32 * KIB, 512, i & 0xff);
+    }
+    walk_runs(blk, NULL, 0, 256 * MIB, &hot);
+    g_assert_cmpuint(hot.runs->len, ==, TABLES);
+    blk_unref(blk);
+    blk = image_open_rw("image");
+    walk_runs(blk, NULL, 0, 256 * MIB, &cold);
+    g_autofree uint64_t *be = qcow2_l1_dup_be(image_state(blk), &l1_size);
+    Qcow2WalkSource src = {.be_l1 = be, .l1_size = l1_size};
+    walk_runs(blk, &src, 0, 256 * MIB, &detached);
+    g_assert_cmpmem(hot.runs->data, hot.runs->len * sizeof(Qcow2Mapping), cold.runs->data,
+                    cold.runs->len * sizeof(Qcow2Mapping));
+    g_assert_cmpmem(hot.runs->data, hot.runs->len * sizeof(Qcow2Mapping), detached.runs->data,
+                    detached.runs->len * sizeof(Qcow2Mapping));
+    g_assert_null(qcow2_cache_peek(image_state(blk)->cache, /* nothing was put into the cache */
+                                   qb_ldbe64(be) & QCOW2_ENTRY_OFFSET_MASK));
+    blk_unref(blk);
+    g_array_free(hot.runs, true);
+    g_array_free(cold.runs, true);
+    g_array_free(detached.runs, true);
+}
+
+/* What memory has counts, not the older table in the file. */
+static void test_dirty_tables(void)
+{
+    Seen seen = {0};
+    uint32_t l1_size;
+    image_create("image", "size=1M");
+    BlockBackend *blk = image_open_rw("image");
+    image_write(blk, 0, 64 * KIB, 1);
+    g_assert_cmpint(blk_flush(blk), ==, 0);
+    image_write(blk, 128 * KIB, 64 * KIB, 2);
+    g_autofree uint64_t *be = qcow2_l1_dup_be(image_state(blk), &l1_size);
+    Qcow2WalkSource src = {.be_l1 = be, .l1_size = l1_size};
+    walk_runs(blk, &src, 0, MIB, &seen);
+    g_assert_cmpuint(seen.runs->len, ==, 2);
+    expect_run(&seen, 1, QCOW2_NORMAL, 128 * KIB, 64 * KIB);
+    blk_unref(blk);
+    g_array_free(seen.runs, true);
+}
+
+/* An L1 that names nonsense: each table gets its own error, the good ones are seen. */
+static void test_bad_tables(void)
+{
+    Seen seen = {0};
+    uint32_t l1_size;
+    image_create("image", "size=4G");
+    g_autoptr(BlockBackend) blk = image_open_rw("image");
+    image_write(blk, 0, 512, 1);
+    image_write(blk, (int64_t)2 << 30, 512, 1);
+    g_assert_cmpint(blk_flush(blk), ==, 0);
+    g_autofree uint64_t *be = qcow2_l1_dup_be(image_state(blk), &l1_size);
+    qb_stbe64(&be[1], UINT64_C(0x8000000000012200)); /* unaligned */
+    qb_stbe64(&be[2], UINT64_C(0x8000000100000000)); /* beyond the end */
+    Qcow2WalkSource src = {.be_l1 = be, .l1_size = l1_size};
+    BDRV_GRAPH_GUARD();
+    seen_reset(&seen);
+    g_assert_cmpint(qcow2_walk_tables(blk_bs(blk), &src, 0, UINT64_MAX, note_table, &seen), ==, 0);
+    g_assert_cmpuint(seen.tables, ==, 4);
+    g_assert_cmpint(seen.errors, ==, 2);
+    g_array_free(seen.runs, true);
+}
+
+static int stop_at_second(const Qcow2WalkTable *table, void *opaque)
+{
+    unsigned *n = opaque;
+    return ++*n == 2 ? -ECANCELED : 0;
+}
+
+static void test_stop(void)
+{
+    unsigned n = 0;
+    image_create("image", "size=1M,cluster_size=512");
+    g_autoptr(BlockBackend) blk = image_open_rw("image");
+    image_write(blk, 0, 256 * KIB, 1);
+    BDRV_GRAPH_GUARD();
+    g_assert_cmpint(qcow2_walk_tables(blk_bs(blk), NULL, 0, MIB, stop_at_second, &n), ==,
+                    -ECANCELED);
+    g_assert_cmpuint(n, ==, 2);
+}
+
+/* --- edits --- */
+
+typedef struct EditCount {
+    unsigned seen, changed;
+} EditCount;
+
+static int set_zero(uint64_t guest, Qcow2L2Entry *e, void *opaque)
+{
+    EditCount *count = opaque;
+    count->seen++;
+    if (!(e->entry & QCOW2_ENTRY_OFFSET_MASK)) {
+        return 0;
+    }
+    e->entry |= QCOW2_ENTRY_ZERO;
+    count->changed++;
+    return 1;
+}
+
+static void test_edit(void)
+{
+    EditCount count = {0};
+    image_create("image", "size=1M,cluster_size=512");
+    BlockBackend *blk = image_open_rw("image");
+    image_write(blk, 30 * KIB, 4 * KIB, 1);
+    bdrv_graph_rdlock();
+    g_assert_cmpint(qcow2_walk_edit(blk_bs(blk), 31 * KIB, 33 * KIB, set_zero, &count), ==, 0);
+    bdrv_graph_rdunlock();
+    g_assert_cmpuint(count.seen, ==, 4);
+    g_assert_cmpuint(count.changed, ==, 4);
+    image_expect(blk, 30 * KIB, KIB, 1);
+    image_expect(blk, 31 * KIB, 2 * KIB, 0);
+    image_expect(blk, 33 * KIB, KIB, 1);
+    blk_unref(blk);
+    blk = image_open_rw("image");
+    image_expect(blk, 31 * KIB, 2 * KIB, 0);
+    image_expect(blk, 33 * KIB, KIB, 1);
+    blk_unref(blk);
+    image_check("image");
+}
+
+int main(int argc, char **argv)
+{
+    g_test_init(&argc, &argv, NULL);
+    image_setup();
+    g_test_add_func("/qcow2-walk/runs", test_runs);
+    g_test_add_func("/qcow2-walk/many-tables", test_many_tables);
+    g_test_add_func("/qcow2-walk/dirty-tables", test_dirty_tables);
+    g_test_add_func("/qcow2-walk/bad-tables", test_bad_tables);
+    g_test_add_func("/qcow2-walk/stop", test_stop);
+    g_test_add_func("/qcow2-walk/edit", test_edit);
+    int ret = g_test_run();
+    image_teardown();
+    return ret;
+}
