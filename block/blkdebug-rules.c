@@ -6,9 +6,10 @@
  *     [l2_update, any:     state -> 2     ]
  *     [pwritev,   any:     break "A"      ]      suspended:  { "A" thread 7 }, { "B" thread 9 }
  *
- *   event ---> rules of that event and state:  inject    becomes active, in place of those active before
- *                                              set-state changes the state, after all rules were looked at
- *                                              break     suspends the thread; the rule is used up
+ *   event ---> rules of that event and state:
+ *                inject     becomes active, in place of those active before
+ *                set-state  changes the state, after all rules were looked at
+ *                break      suspends the thread; the rule is used up
  *   request -> the first active rule that fits: its error; "once" uses it up
  *
  * The event "none" happens once, when the node is opened: its rules are active from the start.
@@ -18,8 +19,8 @@
  *  2. One breakpoint stops one request.
  *  3. A suspended thread is in the list exactly as long as it waits; the record is on its stack.
  *
- * Not done: "immediately" is accepted and means nothing, since no request ever returns in another way
- * than by returning.
+ * Not done: "immediately" is accepted and means nothing, since no request ever returns in another
+ * way than by returning.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -378,7 +379,8 @@ static bool fits(const BlkdebugRules *r, const Rule *rule, int event)
     return rule->event == event && (rule->state == 0 || rule->state == r->state);
 }
 
-/* Rules that inject: those of this event take the place of those active so far, if there are any. */
+/* Rules that inject: those of this event take the place of those active so far, if there
+ * are any. */
 static void activate_locked(BlkdebugRules *r, int event) QB_REQUIRES(r->lock)
 {
     bool first = true;
@@ -445,7 +447,8 @@ void blkdebug_rules_event(BlkdebugRules *r, const char *event)
     QB_GUARD(&r->lock);
     activate_locked(r, index);
     uint64_t next = next_state_locked(r, index);
-    /* All breakpoints are taken before the first one stops us: those set meanwhile are for others. */
+    /* All breakpoints are taken before the first one stops us: those set meanwhile are
+     * for others. */
     g_autoptr(GPtrArray) tags = g_ptr_array_new_with_free_func(g_free);
     char *tag;
     while ((tag = take_break_locked(r, index))) {

@@ -27,7 +27,8 @@ typedef struct BlkdebugRules BlkdebugRules;
 /* All functions may be called from any thread. */
 BlkdebugRules *blkdebug_rules_new(void);
 void blkdebug_rules_free(BlkdebugRules *r); /* nobody may be suspended */
-/* Adds the rules of an ini-style file: sections [inject-error] and [set-state], lines key = "value". */
+/* Adds the rules of an ini-style file: sections [inject-error] and [set-state] with lines
+ * key = "value". */
 bool blkdebug_rules_load(BlkdebugRules *r, const char *filename, GError **errp);
 /* Takes inject-error.N.* and set-state.N.* out of @options and adds the rules. */
 bool blkdebug_rules_take(BlkdebugRules *r, json_t *options, GError **errp);

@@ -7,10 +7,10 @@
  *      |
  *   [file]
  *
- * Named "blkdebug:CONFIG:FILE" (CONFIG may be empty), or by options: config, image.*, inject-error.N.*,
- * set-state.N.*; and align, max-transfer, opt-write-zero, max-write-zero, opt-discard, max-discard, which
- * become limits of the node.  What the core sends is checked against those limits with assertions: this
- * node is how the core's promises to drivers are tested.
+ * Named "blkdebug:CONFIG:FILE" (CONFIG may be empty), or by options: config, image.*,
+ * inject-error.N.*, set-state.N.*; and align, max-transfer, opt-write-zero, max-write-zero,
+ * opt-discard, max-discard, which become limits of the node.  What the core sends is checked
+ * against those limits with assertions: this node is how the core's promises to drivers are tested.
  *
  * Invariants
  *  1. A request that is to fail does not reach the file.
@@ -247,7 +247,8 @@ static int blkdebug_pwritev_compressed(BlockDriverState *bs, BdrvRequest *req, i
     return blkdebug_pwritev(bs, req, offset, bytes, qiov, qiov_offset, BDRV_REQ_COMPRESSED);
 }
 
-/* True for the head or tail of a longer request; asserts that the core cut it well (invariant 2). */
+/* True for the head or tail of a longer request; asserts that the core cut it well
+ * (invariant 2). */
 static bool is_partial(int64_t offset, int64_t bytes, int64_t unit, int64_t max)
 {
     int64_t end = offset + bytes;

@@ -1,10 +1,10 @@
 /*
  * Debug events: points in the code where a test may make requests fail or stop.
  *
- * A format driver names what it is about to do to a child ("l2_update"), the core names steps of its
- * own ("pwritev_rmw_head").  Only the blkdebug driver listens; everywhere else an event costs a look at
- * one pointer.  Breakpoints are set by a user of the topmost node and land on the first listening node
- * below it.
+ * A format driver names what it is about to do to a child ("l2_update"), the core names steps of
+ * its own ("pwritev_rmw_head").  Only the blkdebug driver listens; everywhere else an event costs a
+ * look at one pointer.  Breakpoints are set by a user of the topmost node and land on the first
+ * listening node below it.
  *
  * SPDX-License-Identifier: MIT
  */

@@ -1,20 +1,20 @@
 /*
  * Drain: a node at rest.
  *
- *   begin:  1. new requests wait at the BlockBackends above      bdrv_parents_quiesce()
- *           2. drivers let go of those that sleep                drain_begin of each node where a
- *                                                                request of those BlockBackends may be
- *           3. all that were counted leave                       BlockBackends, then the node itself
+ *   begin:  1. new requests wait at the BlockBackends above    bdrv_parents_quiesce()
+ *           2. drivers let go of those that sleep              drain_begin of each node where a
+ *                                                              request of theirs may be
+ *           3. all that were counted leave                     BlockBackends, then the node itself
  *   end:    the same backwards, without waiting
  *
  * Nobody polls.  A BlockBackend wakes its drainer when its count falls to zero, a node when its own
  * does: bdrv_request_end() sees bs->quiesce and calls bdrv_drain_wake().
  *
  * Invariants
- *  1. Between begin and end no request is inside the node, except those that the drainer itself makes
- *     on it directly.
- *  2. A driver hears drain_begin and drain_end equally often, from the same drain: the nodes that were
- *     told are remembered (and kept alive) with the drain, since the graph changes in between.
+ *  1. Between begin and end no request is inside the node, except those that the drainer itself
+ *     makes on it directly.
+ *  2. A driver hears drain_begin and drain_end equally often, from the same drain: the nodes that
+ *     were told are remembered (and kept alive) with the drain, since the graph changes in between.
  *  3. No lock is held while waiting, and the caller holds no entry of the graph lock.
  *
  * Breakpoints of blkdebug are not released: a test that stops a request wants it stopped.  A drain
@@ -68,7 +68,8 @@ static void collect_below(BlockDriverState *bs, GPtrArray *nodes)
     }
 }
 
-/* Each node that a request on its way to @bs may be in: all below @bs and below what is above it. */
+/* Each node that a request on its way to @bs may be in: all below @bs and below what is
+ * above it. */
 static void collect_around(BlockDriverState *bs, GPtrArray *nodes)
 {
     collect_below(bs, nodes);

@@ -7,17 +7,18 @@
  *                        head                        tail
  *
  * A read of the wider range goes into one vector: memory of ours for head and tail, the caller's
- * between them.  A write first fills that memory by reading, then writes the same vector back, so that
- * the driver sees one request either way.  Head and tail may fall into the same unit, which is then
- * read once.
+ * between them.  A write first fills that memory by reading, then writes the same vector back, so
+ * that the driver sees one request either way.  Head and tail may fall into the same unit, which is
+ * then read once.
  *
  * Invariants
- *  1. Between the reading of head and tail and the end of the write no other write changes them: the
- *     request is serialising for the whole wider range and has waited for the plain ones in it.
+ *  1. Between the reading of head and tail and the end of the write no other write changes them:
+ *     the request is serialising for the whole wider range and has waited for the plain ones in it.
  *  2. The driver's request begins and ends at multiples of request_alignment.
  *
- * Events, for tests that stop a request there: pwritev_rmw_head and pwritev_rmw_after_head around the
- * reading of the first unit, pwritev_rmw_tail and pwritev_rmw_after_tail around that of the last.
+ * Events, for tests that stop a request there: pwritev_rmw_head and pwritev_rmw_after_head around
+ * the reading of the first unit, pwritev_rmw_tail and pwritev_rmw_after_tail around that of the
+ * last.
  *
  * SPDX-License-Identifier: MIT
  */

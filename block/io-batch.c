@@ -8,21 +8,22 @@
  *                            '                  others, and all where the driver has no run_batch:
  *                                               ordinary requests, several at a time
  *
- * Ordinary requests are shared out by a cursor: the calling thread and helpers in the request pool take
- * the next operation until there is none.  The caller never waits for a helper that has not taken one,
- * so that it gets done alone, too, when all threads of the pool are busy (perhaps with batches).
+ * Ordinary requests are shared out by a cursor: the calling thread and helpers in the request pool
+ * take the next operation until there is none.  The caller never waits for a helper that has not
+ * taken one, so that it gets done alone, too, when all threads of the pool are busy (perhaps with
+ * batches).
  *
- * What goes to the driver is one request in the node's range lock, from the lowest to the highest byte
- * that is written, and a plain one.  Entering one by one could wait for a request that waits for those
- * already entered.
+ * What goes to the driver is one request in the node's range lock, from the lowest to the highest
+ * byte that is written, and a plain one.  Entering one by one could wait for a request that waits
+ * for those already entered.
  *
  * Invariants
  *  1. A Crew lives until the last helper has let go of it; ops are touched only by who took them.
- *  2. Helpers act for the caller's request and borrow its graph entry, between taking an operation and
- *     reporting it done.
+ *  2. Helpers act for the caller's request and borrow its graph entry, between taking an operation
+ *     and reporting it done.
  *  3. FUA of the operations that go to the driver is one flush after them.
- *  4. What the core has something to say about goes the ordinary way: zeroes and discards, alignment,
- *     the end of the node, copy-on-read, detect-zeroes, errors.
+ *  4. What the core has something to say about goes the ordinary way: zeroes and discards,
+ *     alignment, the end of the node, copy-on-read, detect-zeroes, errors.
  *
  * SPDX-License-Identifier: MIT
  */

@@ -6,8 +6,9 @@
  *   in the node   | no    | no    | yes   | no    |
  *                 '-copied in one-' read   '-copied'
  *
- * Copies are whole clusters, read through the node itself (so from wherever the content is), written
- * into it as a write that changes nothing, and then handed to the reader.  Zeroes are written as zeroes.
+ * Copies are whole clusters, read through the node itself (so from wherever the content is),
+ * written into it as a write that changes nothing, and then handed to the reader.  Zeroes are
+ * written as zeroes.
  *
  * Invariants
  *  1. From the look at the map to the end of the copy no write changes the range: the request

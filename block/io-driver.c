@@ -19,8 +19,8 @@
  *     put there.
  *  3. bs->length only rises here, and before the write that raised it returns.
  *
- * Not done: no attempt to bounce only those elements that are not aligned.  Bounce buffers hold 1 MiB;
- * a request that needs one is copied anyway, so more pieces cost little.
+ * Not done: no attempt to bounce only those elements that are not aligned.  Bounce buffers hold 1
+ * MiB; a request that needs one is copied anyway, so more pieces cost little.
  *
  * SPDX-License-Identifier: MIT
  */

@@ -61,7 +61,8 @@ static int finish_layer(BlkQueue *queue, BdrvMapping *mapping, int result)
     return result;
 }
 
-/* The driver of layer[depth] declined; children it had mapped by then are told that nothing happens. */
+/* The driver of layer[depth] declined; children it had mapped by then are told that nothing
+ * happens. */
 static void undo_layer(BlkQueue *queue, BdrvMapping *mapping, unsigned depth)
 {
     while (mapping->layers > depth + 1) {

@@ -1,19 +1,22 @@
 /*
  * Requests on a node as a whole: flush, truncate, VM state.
  *
- * Flush goes down the node's own file only.  A driver that has a flush callback decides itself when to
- * flush what is below it, since that is what its metadata are ordered by; all others have nothing of
- * their own to make stable.  A protocol node with cache.no-flush counts every flush as done.
+ * Flush goes down the node's own file only.  A driver that has a flush callback decides itself when
+ * to flush what is below it, since that is what its metadata are ordered by; all others have
+ * nothing of their own to make stable.  A protocol node with cache.no-flush counts every flush as
+ * done.
  *
- * Truncate takes the range from the smaller of both lengths to infinity.  The old length is read before
- * the range is granted and compared afterwards; when another truncate was faster it starts again.
+ * Truncate takes the range from the smaller of both lengths to infinity.  The old length is read
+ * before the range is granted and compared afterwards; when another truncate was faster it starts
+ * again.
  *
  * Invariants
  *  1. When truncate calls the driver no write at or beyond the smaller length is running, and none
  *     begins before it is done.
  *  2. Growth never lets a longer backing file show through: then the new part is made to read as
  *     zeroes.
- *  3. The cached length is asked for again after every truncate, also after one that failed halfway.
+ *  3. The cached length is asked for again after every truncate, also after one that failed
+ *     halfway.
  *
  * SPDX-License-Identifier: MIT
  */

@@ -5,16 +5,16 @@
  *   base               |  data  |  hole  | data|      |data| end of base
  *   answers   |DATA d=0|DATA d=1|ZERO d=1|  ...|ZERO 0|....|ZERO d=0         |
  *
- * One look is one call of one driver.  A look at a layer that names a place in a file below (RECURSE)
- * goes on there, which finds holes in preallocated images.  Looks are repeated and merged as long as
- * what they say is the same, so that one call answers for any length.
+ * One look is one call of one driver.  A look at a layer that names a place in a file below
+ * (RECURSE) goes on there, which finds holes in preallocated images.  Looks are repeated and merged
+ * as long as what they say is the same, so that one call answers for any length.
  *
- * Where RECURSE comes without DATA and ZERO (raw), the layer below says all there is to say; with DATA
- * it may add ZERO.
+ * Where RECURSE comes without DATA and ZERO (raw), the layer below says all there is to say; with
+ * DATA it may add ZERO.
  *
  * Invariants
- *  1. ALLOCATED: the layer decides the content.  Without it the layer below does; where there is none
- *     below, or it is too short, ZERO is set.
+ *  1. ALLOCATED: the layer decides the content.  Without it the layer below does; where there is
+ *     none below, or it is too short, ZERO is set.
  *  2. A zero answer is never wrong.  In doubt it is data.
  *  3. Merged extents have equal flags, depth, and, with OFFSET_VALID, offsets that continue.
  *
@@ -102,7 +102,8 @@ static int ask_driver(const Look *look, BdrvStatus *ret)
     return 0;
 }
 
-/* What the file below says of the place that @ret names, shortened to as much as it says one thing of. */
+/* What the file below says of the place that @ret names, shortened to as much as it says one thing
+ * of. */
 static int ask_below(BdrvStatus *ret, BdrvStatus *below)
 {
     int64_t length = bdrv_getlength(ret->host_node);
@@ -234,7 +235,8 @@ static bool is_past_end(const ChainEnd *end, BlockDriverState *bs)
     return !bs || (is_base(end, bs) && !end->include_base);
 }
 
-/* One look through the chain. Each layer that does not decide may shorten the range for the next. */
+/* One look through the chain. Each layer that does not decide may shorten the range for
+ * the next. */
 static int look_through_chain(const Look *look, void *opaque, BdrvStatus *ret)
 {
     const ChainEnd *end = opaque;

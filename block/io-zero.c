@@ -6,18 +6,18 @@
  *   wanted zeroes         [===================================)
  *                         a   b         c               d     e
  *   a..b  part of an aligned block: read-modify-write with zeroes from memory
- *   b..c  part of a unit, c..d whole units, and the rest of d..e up to the last block: three calls of
- *         the driver; where it declines (-ENOTSUP) zeroes are written, unless NO_FALLBACK
+ *   b..c  part of a unit, c..d whole units, and the rest of d..e up to the last block: three calls
+ *         of the driver; where it declines (-ENOTSUP) zeroes are written, unless NO_FALLBACK
  *   ..e   the last part of a block: as a..b
  *
- * Discards are cut the same way, but what is no aligned block is left alone, and so is what the driver
- * declines.
+ * Discards are cut the same way, but what is no aligned block is left alone, and so is what the
+ * driver declines.
  *
  * Invariants
  *  1. With NO_FALLBACK nothing has been changed when -ENOTSUP is returned for the middle: it goes
  *     first, the parts of blocks follow.
- *  2. Zeroes are written from one read-only buffer, in pieces of at most 8 MiB: memory does not grow
- *     with the request.
+ *  2. Zeroes are written from one read-only buffer, in pieces of at most 8 MiB: memory does not
+ *     grow with the request.
  *  3. MAY_UNMAP reaches a driver only when the node's option says discard=unmap.
  *
  * SPDX-License-Identifier: MIT

@@ -10,15 +10,15 @@
  *     end
  *
  * Which requests enter serialising: those that need a read-modify-write (and these wait for plain
- * ones, too), zeroes, discards, compressed writes.  All other writes enter as plain ones; a driver that
- * finds out that it has to allocate calls bdrv_request_serialise().
+ * ones, too), zeroes, discards, compressed writes.  All other writes enter as plain ones; a driver
+ * that finds out that it has to allocate calls bdrv_request_serialise().
  *
  * Invariants
- *  1. A range that reaches the code below io.c is a range of non-negative int64_t numbers, lies inside
- *     the vector, and for writes inside the node (or the node grows).
- *  2. Zeroes and discards of more than 1 GiB are requests of at most that, one graph entry each when
- *     the caller holds none, so that a change of the graph never waits for terabytes.  The cuts are at
- *     multiples of 1 GiB and so never split a cluster.
+ *  1. A range that reaches the code below io.c is a range of non-negative int64_t numbers, lies
+ *     inside the vector, and for writes inside the node (or the node grows).
+ *  2. Zeroes and discards of more than 1 GiB are requests of at most that, one graph entry each
+ *     when the caller holds none, so that a change of the graph never waits for terabytes.  The
+ *     cuts are at multiples of 1 GiB and so never split a cluster.
  *
  * Not done: a request drawn earlier is never cut, since its ticket covers it as one.
  *
@@ -109,7 +109,8 @@ static int run_zeroes(const BdrvTransfer *t)
     return ret < 0 ? ret : bdrv_do_pwrite_zeroes(t);
 }
 
-/* Discards are advice: what lies beyond the end is not an error, and who does not want them gets none. */
+/* Discards are advice: what lies beyond the end is not an error, and who does not want them gets
+ * none. */
 static int run_discard(const BdrvTransfer *t)
 {
     int ret = check_change(t);

@@ -1,9 +1,9 @@
 /*
  * null-co and null-aio: nodes without storage, for tests and to measure what is above them.
  *
- * Writes go nowhere.  Reads leave the buffer as it is, or fill it with zeroes with read-zeroes=on, in
- * which case block status says so.  Each request takes latency-ns nanoseconds, in the thread that makes
- * it.  The two names differ in nothing; they exist because users have scripts with both.
+ * Writes go nowhere.  Reads leave the buffer as it is, or fill it with zeroes with read-zeroes=on,
+ * in which case block status says so.  Each request takes latency-ns nanoseconds, in the thread
+ * that makes it.  The two names differ in nothing; they exist because users have scripts with both.
  *
  * SPDX-License-Identifier: MIT
  */

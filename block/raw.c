@@ -4,17 +4,18 @@
  *   file    |----- offset -----|============ size ============|-------|
  *   node                       |============ length ===========|
  *
- * Without "size" the window reaches to the end of the file and moves with it; with "offset" or "size"
- * the driver is a format of its own, without both it changes nothing.  All requests are passed on with
- * the offset added.
+ * Without "size" the window reaches to the end of the file and moves with it; with "offset" or
+ * "size" the driver is a format of its own, without both it changes nothing.  All requests are
+ * passed on with the offset added.
  *
  * Invariants
- *  1. offset + size <= length of the file when the node is opened or reopened; with "size" the length
- *     never changes.
- *  2. In an image whose raw format was only guessed no write makes block 0 look like another format:
- *     the next probing would believe it.  The 512 bytes are looked at in a copy of our own, and that
- *     copy is what is written, so that a guest cannot change them in between.
- *  3. Such an image has a request alignment of 512, so that a write of less than block 0 arrives whole.
+ *  1. offset + size <= length of the file when the node is opened or reopened; with "size" the
+ *     length never changes.
+ *  2. In an image whose raw format was only guessed no write makes block 0 look like another
+ *     format: the next probing would believe it.  The 512 bytes are looked at in a copy of our own,
+ *     and that copy is what is written, so that a guest cannot change them in between.
+ *  3. Such an image has a request alignment of 512, so that a write of less than block 0 arrives
+ *     whole.
  *
  * Not done: the window is not rounded; "offset" may be any number, alignment of the file is its own
  * matter.

@@ -6,19 +6,20 @@
  *                           \--enter_serialising--> runs serialising <-' serialise --'
  *
  * Being counted (bs->in_flight) is what a drain waits for; the ticket in bs->ranges is what puts
- * overlapping requests in order.  Both are taken at begin, which for the requests of blk_submit() is
- * long before a worker picks them up.
+ * overlapping requests in order.  Both are taken at begin, which for the requests of blk_submit()
+ * is long before a worker picks them up.
  *
  * The unit.  A request that was granted a range cannot ask for a wider one: two such requests could
- * wait for one another.  So the core grants ranges that are rounded out to the widest unit the driver
- * changes as one (its cluster), which drivers show in their limits: bdrv_serialising_unit().  A driver
- * that upgrades a request that was serialising from the start asks for nothing new then.
+ * wait for one another.  So the core grants ranges that are rounded out to the widest unit the
+ * driver changes as one (its cluster), which drivers show in their limits: bdrv_serialising_unit().
+ * A driver that upgrades a request that was serialising from the start asks for nothing new then.
  *
  * Invariants
- *  1. in_flight counts every request between begin and end, and is changed under the graph lock only.
+ *  1. in_flight counts every request between begin and end, and is changed under the graph lock
+ *     only.
  *  2. A read has no ticket, its range is IDLE from begin to end.
- *  3. A request is granted at most one range, which never changes then.  It goes there from PLAIN, or
- *     from ENTERED as long as it has not begun to change anything.
+ *  3. A request is granted at most one range, which never changes then.  It goes there from PLAIN,
+ *     or from ENTERED as long as it has not begun to change anything.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -86,8 +87,8 @@ void bdrv_request_end(BdrvRequest *req)
     if (req->type != BDRV_TRACKED_READ) {
         qb_range_leave(&bs->ranges, &req->range);
     }
-    /* The graph lock keeps the node alive over the second look at it. A drainer raises quiesce before
-     * it reads in_flight, both sequentially consistent, so one of the two sees the other. */
+    /* The graph lock keeps the node alive over the second look at it. A drainer raises quiesce
+     * before it reads in_flight, both sequentially consistent, so one of the two sees the other. */
     if (atomic_fetch_sub(&bs->in_flight, 1) == 1 && atomic_load(&bs->quiesce) > 0) {
         bdrv_drain_wake();
     }

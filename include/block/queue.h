@@ -3,7 +3,7 @@
  *
  *      bdrv_map(child, ...)          no waiting, no I/O         [node A]   shifts, looks its map up
  *           |                                                      |       bdrv_map() of its child
- *           v                                                   [node B]   ext[] = (fd, host offset)
+ *           v                                                   [node B]   ext[] = (fd, offset)
  *      the queue does the I/O of ext[]
  *           |
  *      bdrv_map_done(mapping, result)    B, then A hear of the end: link, set dirty bits, leave
@@ -11,17 +11,19 @@
  * Contract
  *  1. One thread calls bdrv_map(), does the I/O and calls bdrv_map_done(), and holds the graph lock
  *     shared all the time.  The mapping does not move in between.
- *  2. -EAGAIN: nothing has happened, the request must go to a worker as an ordinary one.  Nothing is
- *     promised about when the lane is open; users must always have the worker ready.
- *  3. On success mapping->ext[0..n) are the first mapping->bytes (> 0) of the range, in order.  A read
- *     takes a zero extent as zeroes without I/O.  The rest of the range is mapped by another call.
- *  4. From map to done the request counts in each node it passed, and for writes stands in their range
- *     locks as a plain request: a serialising one is neither overtaken nor passed.
+ *  2. -EAGAIN: nothing has happened, the request must go to a worker as an ordinary one.  Nothing
+ *     is promised about when the lane is open; users must always have the worker ready.
+ *  3. On success mapping->ext[0..n) are the first mapping->bytes (> 0) of the range, in order.  A
+ *     read takes a zero extent as zeroes without I/O.  The rest of the range is mapped by another
+ *     call.
+ *  4. From map to done the request counts in each node it passed, and for writes stands in their
+ *     range locks as a plain request: a serialising one is neither overtaken nor passed.
  *  5. A driver's map() answers for its own node and calls bdrv_map() for the child below, with
- *     the offset of its own; it keeps what it must remember in layer[depth].token (depth read before it
- *     goes down).  Its map_done() is called exactly once for each map() that returned 0, lower nodes
- *     first, with the result so far; what it returns is the result for those above.
- *  6. Data are not stable when bdrv_map_done() returns: FUA is a flush afterwards, shared with others.
+ *     the offset of its own; it keeps what it must remember in layer[depth].token (depth read
+ *     before it goes down).  Its map_done() is called exactly once for each map() that returned 0,
+ *     lower nodes first, with the result so far; what it returns is the result for those above.
+ *  6. Data are not stable when bdrv_map_done() returns: FUA is a flush afterwards, shared with
+ *     others.
  *
  * "Use a worker" is also the answer where the core has something to say: alignment, the end of the
  * node, detect-zeroes, copy-on-read, a read-only node, a drain.
@@ -33,7 +35,7 @@
 
 #include "block/driver.h"
 
-/* Maps the start of the range. For users @mapping is zeroed before the call; drivers pass on theirs.
+/* Maps the start of the range. Users zero @mapping before the call; drivers pass on theirs.
  * @queue may be NULL. 0, or -EAGAIN, or another -errno that a worker would meet as well. */
 int bdrv_map(BdrvChild *child, BlkQueue *queue, BdrvMapIntent intent, int64_t offset,
              int64_t bytes, BdrvMapping *mapping);

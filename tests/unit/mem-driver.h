@@ -3,11 +3,13 @@
  *
  *   test-mem      a protocol node: an array of bytes.  Grows with "grow=on".
  *   test-fua      the same with FUA of its own, and run_batch.
- *   test-cow      a format without a file: clusters in memory, those not written come from "backing".
- *                 Allocates like a real format: serialises, looks again, fills the cluster, links it.
+ *   test-cow      a format without a file: clusters in memory, others come from "backing".
+ *                 Allocates like a real format: serialises, looks again, fills the cluster, links
+ *                 it.
  *
- * They check what the core promises to drivers with g_assert.  Data are copied without any lock where
- * the core promises that nobody else is there, so that ThreadSanitizer sees it when that is not true.
+ * They check what the core promises to drivers with g_assert.  Data are copied without any lock
+ * where the core promises that nobody else is there, so that ThreadSanitizer sees it when that is
+ * not true.
  *
  * SPDX-License-Identifier: MIT
  */

@@ -252,7 +252,8 @@ static void test_limits(void)
     g_assert_cmpint(bl->max_pdiscard, ==, 1 << 20);
     expect_bad_limit("align=3", "Cannot meet constraints with align 3");
     expect_bad_limit("align=512,max-transfer=100", "Cannot meet constraints with max-transfer 100");
-    expect_bad_limit("opt-discard=4k,max-discard=5k", "Cannot meet constraints with max-discard 5120");
+    expect_bad_limit("opt-discard=4k,max-discard=5k",
+                     "Cannot meet constraints with max-discard 5120");
     expect_bad_limit("bogus=1", "bogus");
 }
 

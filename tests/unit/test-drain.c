@@ -1,8 +1,8 @@
 /*
  * Drain: waits for what runs, holds back what comes, nests, and tells drivers.
  *
- * Requests are held inside the node by breakpoints of blkdebug, so that nothing here depends on time
- * but the small waits that give a wrong implementation the chance to be seen.
+ * Requests are held inside the node by breakpoints of blkdebug, so that nothing here depends on
+ * time but the small waits that give a wrong implementation the chance to be seen.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -10,8 +10,8 @@
 
 #include <unistd.h>
 
-#define STACK "driver=raw,file.driver=blkdebug,file.node-name=dbg,file.image.driver=test-mem,"        \
-              "file.image.node-name=mem"
+#define STACK                                                                                      \
+    "driver=raw,file.driver=blkdebug,file.image.driver=test-mem,file.image.node-name=mem"
 
 /* Something that runs in a thread of its own, and whether it is done. */
 typedef struct Task {

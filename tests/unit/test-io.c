@@ -1,6 +1,6 @@
 /*
- * Requests: alignment, limits, the end of the node, flags, zeroes, discards, copy-on-read; and random
- * operations against an oracle.
+ * Requests: alignment, limits, the end of the node, flags, zeroes, discards, copy-on-read; and
+ * random operations against an oracle.
  *
  * A failure of the random cases names its seed: run again with  test-io -p /io/random --seed=...
  * (GLib's own option).
@@ -47,7 +47,8 @@ static void test_write_beyond_end(void)
 
 static void test_grow(void)
 {
-    g_autoptr(BlockBackend) blk = open_blk("driver=test-mem,size=1000,capacity=1M,align=512,grow=on");
+    g_autoptr(BlockBackend) blk =
+        open_blk("driver=test-mem,size=1000,capacity=1M,align=512,grow=on");
     uint8_t buf[3] = {1, 2, 3}, back[3];
     g_assert_cmpint(bdrv_pwrite(blk_root(blk), 5000, 3, buf, 0), ==, 0);
     g_assert_cmpint(bdrv_getlength(blk_bs(blk)), ==, 5120);
@@ -248,7 +249,8 @@ static void test_zeroes_fallback(void)
     g_assert_cmpint(s->data[100 + (18 << 20)], ==, 0xff);
     g_assert_cmpint(s->max_seen, <=, 8 << 20);
     memset(s->data, 0xff, 20 << 20);
-    g_assert_cmpint(bdrv_pwrite_zeroes(blk_root(blk), 100, 4096, BDRV_REQ_NO_FALLBACK), ==, -ENOTSUP);
+    int ret = bdrv_pwrite_zeroes(blk_root(blk), 100, 4096, BDRV_REQ_NO_FALLBACK);
+    g_assert_cmpint(ret, ==, -ENOTSUP);
     g_assert_cmpint(s->data[100], ==, 0xff);
     g_assert_cmpint(s->data[4195], ==, 0xff);
 }
@@ -476,15 +478,19 @@ static const char *const stacks[] = {
     "driver=test-mem,align=1,discard=unmap",
     "driver=test-mem,align=2,discard=unmap,detect-zeroes=on",
     "driver=test-mem,align=8,max-transfer=24,discard=unmap",
-    "driver=test-mem,align=512,max-transfer=2k,zero-align=4k,max-zero=8k,discard-align=4k,discard=unmap",
+    "driver=test-mem,align=512,max-transfer=2k,zero-align=4k,max-zero=8k,"
+    "discard-align=4k,discard=unmap",
     "driver=test-mem,align=512,mem-align=512,zeroes=off,detect-zeroes=unmap,discard=unmap",
     "driver=test-mem,align=4k,mem-align=4k,max-iov=3,discard=unmap",
     "driver=test-fua,align=4k,zero-align=16k,discard=unmap",
-    "driver=raw,offset=777,size=40960,discard=unmap,file.driver=test-mem,file.align=512,file.size=50000",
+    "driver=raw,offset=777,size=40960,discard=unmap,file.driver=test-mem,file.align=512,"
+    "file.size=50000",
     "driver=raw,discard=unmap,file.driver=blkdebug,file.align=512,file.max-transfer=4k,"
     "file.opt-write-zero=8k,file.max-write-zero=16k,file.opt-discard=2k,file.max-discard=4k,"
-    "file.image.driver=test-mem,file.image.align=2k,file.image.max-transfer=6k,file.image.size=61440",
-    "driver=test-cow,size=60000,cluster=2k,backing.driver=test-mem,backing.size=30000,discard=unmap",
+    "file.image.driver=test-mem,file.image.align=2k,file.image.max-transfer=6k,"
+    "file.image.size=61440",
+    "driver=test-cow,size=60000,cluster=2k,discard=unmap,"
+    "backing.driver=test-mem,backing.size=30000",
     "driver=test-cow,size=60000,cluster=1k,copy-on-read=on,detect-zeroes=on,"
     "backing.driver=test-cow,backing.cluster=4k,backing.size=50000,"
     "backing.backing.driver=test-mem,backing.backing.size=40000",
@@ -539,8 +545,8 @@ static void test_concurrent_rmw(gconstpointer opts)
     }
 }
 
-/* As above with zeroes and discards in between. Reads are not ordered against the writes of others, so
- * what is read are blocks that nobody else writes. */
+/* As above with zeroes and discards in between. Reads are not ordered against the writes of others,
+ * so what is read are blocks that nobody else writes. */
 static void *disturb(void *opaque)
 {
     Writer *w = opaque;
