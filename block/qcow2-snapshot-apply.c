@@ -130,7 +130,8 @@ static bool take_l1(Apply *a, const Qcow2Snapshot *sn, GError **errp)
 static uint64_t *without_shared(const uint64_t *be, uint32_t size, const uint64_t *other,
                                 uint32_t other_size)
 {
-    uint64_t *own = g_memdup2(be, (size_t)size * 8 + 8);
+    uint64_t *own = g_malloc0((size_t)size * 8 + 8); /* never NULL, which would mean the active L1 */
+    memcpy(own, be, (size_t)size * 8);
     for (uint32_t i = 0; i < MIN(size, other_size); i++) {
         uint64_t same = (qb_ldbe64(&be[i]) ^ qb_ldbe64(&other[i])) & QCOW2_ENTRY_OFFSET_MASK;
         own[i] = same ? own[i] : 0;
