@@ -32,11 +32,6 @@ QbMutex bdrv_graph_change_lock = {.m = PTHREAD_MUTEX_INITIALIZER};
 /* Guards the counting of quiesce and edge->quiesced against other drains. Leaf. */
 static QbMutex quiesce_lock = {.m = PTHREAD_MUTEX_INITIALIZER};
 
-static void assert_may_look(void)
-{
-    assert(bdrv_graph_held() || qb_mutex_held(&bdrv_graph_change_lock));
-}
-
 /* --- looking --- */
 
 /* True when @needle is @bs or below it. */
@@ -76,7 +71,7 @@ BlockDriverState *bdrv_skip_filters(BlockDriverState *bs)
 
 BlockDriverState *bdrv_backing_chain_next(BlockDriverState *bs)
 {
-    assert_may_look();
+    BDRV_GRAPH_GUARD();
     bs = bdrv_skip_filters(bs);
     return bs && bs->backing ? bdrv_skip_filters(bs->backing->bs) : NULL;
 }

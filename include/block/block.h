@@ -89,7 +89,8 @@ bool bdrv_is_read_only(const BlockDriverState *bs);
 int64_t bdrv_getlength(BlockDriverState *bs);
 /* Bytes the node occupies on its storage (st_blocks), children's data files included; or -errno. */
 int64_t bdrv_get_allocated_file_size(BlockDriverState *bs);
-/* The backing node below filters, or NULL. Borrowed; valid under the graph lock. */
+/* The backing node below filters, or NULL. Borrowed: valid while the caller holds the graph lock, or
+ * knows that nobody changes the chain. */
 BlockDriverState *bdrv_backing_chain_next(BlockDriverState *bs);
 /* The backing file name as the image header has it ("" if none), and its format. Borrowed. */
 const char *bdrv_backing_name(const BlockDriverState *bs);
