@@ -299,10 +299,9 @@ static void status_of_run(BlockDriverState *bs, const Qcow2Mapping *m, BdrvStatu
         [QCOW2_COMPRESSED] = BDRV_BLOCK_ALLOCATED | BDRV_BLOCK_DATA | BDRV_BLOCK_COMPRESSED,
     };
     assert(m->type < G_N_ELEMENTS(flags));
+    /* That unallocated ones read as zeroes where nothing is below is for the core to say: with ZERO from
+     * here it would take this layer for the one that decided. */
     *ret = (BdrvStatus){.flags = flags[m->type], .bytes = (int64_t)m->bytes};
-    if (qcow2_type_is_unallocated(m->type) && !bs->backing) {
-        ret->flags |= BDRV_BLOCK_ZERO;
-    }
     if (ret->flags & BDRV_BLOCK_OFFSET_VALID) {
         ret->host_offset = (int64_t)m->host;
         ret->host_node = qcow2_state(bs)->data_file->bs;
