@@ -12,6 +12,7 @@
 #include <stdio.h>
 #include <string.h>
 #include "block/job.h"
+#include "block/locks.h"
 #include "qemu-img/img.h"
 
 typedef struct CommitArgs {
@@ -40,6 +41,7 @@ static const ImgUsage commit_usage = {"commit", "FILE", "Commit an overlay into 
 
 static BlockDriverState *find_base(BlockDriverState *bs, const char *file, const CommitArgs *args)
 {
+    BDRV_GRAPH_GUARD();
     BlockDriverState *base;
 
     if (args->base) {

@@ -225,6 +225,7 @@ static int read_unit(const ConvertPlan *plan, const Unit *u, uint8_t *buf)
         }
         offset += n;
     }
+    memset(buf + u->bytes, 0, (size_t)plan->target_alignment);
     return 0;
 }
 
@@ -269,21 +270,31 @@ static int64_t sparse_step(const ConvertPlan *plan)
     return plan->compress ? MAX(plan->target_alignment, plan->min_sparse) : plan->min_sparse;
 }
 
+/* A compressed write covers whole clusters or reaches the target's end, which may lie beyond the
+ * sources' (sizes are rounded up to sectors). The buffer is zero behind the unit. */
+static int64_t padded(const ConvertPlan *plan, int64_t offset, int64_t bytes)
+{
+    int64_t end = (int64_t)qb_align_up((uint64_t)(offset + bytes), (uint64_t)plan->target_alignment);
+
+    return plan->compress ? MIN(end, plan->target_size) - offset : bytes;
+}
+
 static int write_data(const ConvertPlan *plan, const Unit *u, const uint8_t *buf)
 {
     int flags = plan->compress ? BDRV_REQ_COMPRESSED : 0;
     int64_t n;
 
     if (!plan->min_sparse) {
-        return said_write_error(blk_pwrite(plan->target, u->offset, u->bytes, buf, flags),
-                                u->offset);
+        n = padded(plan, u->offset, u->bytes);
+        return said_write_error(blk_pwrite(plan->target, u->offset, n, buf, flags), u->offset);
     }
     for (int64_t pos = 0; pos < u->bytes; pos += n) {
         bool zero;
         int ret;
         n = uniform_run(buf + pos, u->bytes - pos, sparse_step(plan), &zero);
         ret = zero ? write_zeroes(plan, u->offset + pos, n)
-                   : said_write_error(blk_pwrite(plan->target, u->offset + pos, n, buf + pos,
+                   : said_write_error(blk_pwrite(plan->target, u->offset + pos,
+                                                 padded(plan, u->offset + pos, n), buf + pos,
                                                  flags), u->offset + pos);
         if (ret < 0) {
             return ret;

@@ -272,6 +272,7 @@ static bool open_target(ConvertPlan *plan, const char *name, const char *format,
         }
         return false;
     }
+    plan->target_size = size;
     bdrv_get_info(blk_bs(plan->target), &info, NULL);
     plan->target_alignment = MAX(info.cluster_size, 512);
     return true;

@@ -20,6 +20,7 @@ typedef struct ConvertPlan {
     unsigned nb_sources;
     BlockBackend *target;
     int64_t size;              /* bytes to copy */
+    int64_t target_size;
     int64_t target_alignment;  /* cluster size of the target, or 1 sector */
     bool target_is_zero;       /* what is not written reads as zeroes */
     bool target_has_backing;   /* what the sources' top layers do not have shines through */

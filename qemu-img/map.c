@@ -95,12 +95,31 @@ static bool continues(const MapRow *row, const MapRow *next)
            !g_strcmp0(row->file, next->file);
 }
 
-/* The row at @offset; an extent nobody in the chain decides counts as zeroes of the last layer. */
+/*
+ * The first layer that knows something of the extent.  Layer by layer, not through the chain in one
+ * call: zeroes that come from the layer below being too short, or not there, are "not present" to
+ * readers of a map.
+ */
+static int first_answer(BlockDriverState *bs, int64_t offset, int64_t bytes, BdrvStatus *st)
+{
+    for (int depth = 0; bs; depth++) {
+        int ret = bdrv_block_status(bs, offset, bytes, st);
+        st->depth = depth;
+        if (ret < 0 || st->bytes == 0 || (st->flags & (BDRV_BLOCK_DATA | BDRV_BLOCK_ZERO))) {
+            return ret;
+        }
+        bytes = st->bytes;
+        bs = bdrv_backing_chain_next(bs);
+    }
+    return 0;
+}
+
+/* The row at @offset. */
 static int query_row(BlockDriverState *bs, int64_t offset, int64_t bytes, MapRow *row)
 {
     BDRV_GRAPH_GUARD();
     BdrvStatus st = {0};
-    int ret = bdrv_block_status_above(bs, NULL, offset, bytes, &st);
+    int ret = first_answer(bs, offset, bytes, &st);
 
     if (ret < 0) {
         return ret;
@@ -108,7 +127,7 @@ static int query_row(BlockDriverState *bs, int64_t offset, int64_t bytes, MapRow
     *row = (MapRow){
         .start = offset,
         .length = st.bytes,
-        .depth = st.depth < 0 ? 0 : st.depth,
+        .depth = st.depth,
         .present = st.flags & BDRV_BLOCK_ALLOCATED,
         .zero = st.flags & BDRV_BLOCK_ZERO,
         .data = st.flags & BDRV_BLOCK_DATA,

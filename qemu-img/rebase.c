@@ -249,10 +249,17 @@ static bool prepare_image(Rebase *r)
     return true;
 }
 
+static BlockDriverState *backing_of(BlockDriverState *bs)
+{
+    BDRV_GRAPH_GUARD();
+
+    return bdrv_backing_chain_next(bs);
+}
+
 /* The old backing file as a reader of its own; *ret stays NULL when there is none. */
 static bool open_old(Rebase *r, BlockBackend **ret)
 {
-    BlockDriverState *old = bdrv_backing_chain_next(blk_bs(r->image));
+    BlockDriverState *old = backing_of(blk_bs(r->image));
     GError *err = NULL;
 
     *ret = NULL;
