@@ -338,7 +338,8 @@ static int share_cluster_locked(BDRVQcow2State *s, uint64_t offset, bool *ret_sh
     }
     count = qcow2_refcount_read(qcow2_refblock_data(t), s->refcount_order,
                                 qcow2_slot_of(s, cluster));
-    if (s->compressed_next == offset && count > 0 && count < s->refcount_max) {
+    /* Half of the range stays free, so that at least one snapshot of the image is always possible. */
+    if (s->compressed_next == offset && count > 0 && count < s->refcount_max / 2) {
         qcow2_set_counts_locked(s, t, index, qcow2_slot_of(s, cluster), 1, count + 1);
         *ret_shared = true;
     }
