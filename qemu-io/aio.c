@@ -23,7 +23,7 @@
 enum {
     FILL_READ = 0xab,
     FILL_WRITE = 0xcd,
-    STALL_MS = 200, /* a suspended request this long without any other ending: nothing will */
+    STALL_MS = 100, /* a suspended request this long without any other ending: nothing will */
 };
 
 struct QioAio {
@@ -111,7 +111,7 @@ static int wait_for_one(QioAio *aio)
     return aio->in_flight > 0 || !g_queue_is_empty(&aio->finished);
 }
 
-bool qio_aio_wait(QioShell *sh)
+const char *qio_aio_settle(QioShell *sh)
 {
     int ret;
 
@@ -119,10 +119,17 @@ bool qio_aio_wait(QioShell *sh)
         const char *tag = ret < 0 ? qio_suspended_tag(sh) : NULL;
         qio_aio_report(sh->aio);
         if (tag) {
-            return qio_error("request '%s' is suspended, resume it first", tag);
+            return tag;
         }
     }
-    return true;
+    return NULL;
+}
+
+bool qio_aio_wait(QioShell *sh)
+{
+    const char *tag = qio_aio_settle(sh);
+
+    return !tag || qio_error("request '%s' is suspended, resume it first", tag);
 }
 
 bool qio_cmd_aio_flush(QioShell *sh, const QioArgs *args)

@@ -23,7 +23,7 @@
 
 enum {
     POLL_MS = 1,
-    GRACE_MS = 2000, /* nothing of ours is in flight, but the image's own threads may come by */
+    GRACE_MS = 1000, /* nothing of ours is in flight, but the image's own threads may come by */
 };
 
 static void sleep_ms(uint64_t ms)
@@ -80,8 +80,14 @@ const char *qio_suspended_tag(QioShell *sh)
 
 void qio_release_breakpoints(QioShell *sh)
 {
+    const char *tag;
+
     for (guint i = 0; i < sh->tags->len; i++) {
         (void)bdrv_debug_remove_breakpoint(blk_bs(sh->blk), g_ptr_array_index(sh->tags, i));
+    }
+    /* A request that met several breakpoints at once stops at one after the other. */
+    while ((tag = qio_aio_settle(sh))) {
+        (void)bdrv_debug_remove_breakpoint(blk_bs(sh->blk), tag);
     }
     g_ptr_array_set_size(sh->tags, 0);
 }

@@ -17,7 +17,8 @@ enum { DEFAULT_COUNT = 512 }; /* bytes alloc looks at */
 static int allocated_extent(BlockDriverState *bs, int64_t offset, int64_t bytes, int64_t *ret_bytes)
 {
     BDRV_GRAPH_GUARD();
-    return bdrv_is_allocated_above(bs, bs, true, offset, bytes, ret_bytes);
+    int ret = bdrv_is_allocated_above(bs, bs, true, offset, bytes, ret_bytes);
+    return ret < 0 ? ret : !!(ret & BDRV_BLOCK_ALLOCATED);
 }
 
 /* The same, as far as the answer stays what it is. */

@@ -164,7 +164,6 @@ bool qio_close(QioShell *sh)
     int ret = 0;
 
     qio_release_breakpoints(sh);
-    (void)qio_aio_wait(sh); /* cannot fail, as nothing can be suspended now */
     if (blk_is_writable(sh->blk)) {
         ret = blk_flush(sh->blk);
     }

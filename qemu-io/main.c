@@ -12,6 +12,7 @@
  * SPDX-License-Identifier: MIT
  */
 #include <getopt.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -288,6 +289,9 @@ int main(int argc, char **argv)
 {
     g_autoptr(GPtrArray) commands = g_ptr_array_new(), objects = g_ptr_array_new();
     Program p = {.commands = commands, .objects = objects};
+
+    /* A file size limit is an error of the write that meets it, not the end of the tool. */
+    signal(SIGXFSZ, SIG_IGN);
     bool ok = parse_program(&p, argc, argv);
 
     if (ok) {

@@ -176,8 +176,10 @@ QioAio *qio_aio_new(void);
 void qio_aio_free(QioAio *aio);
 /* Prints the reports of requests that are done; does not wait. */
 void qio_aio_report(QioAio *aio);
-/* Waits until nothing is in flight, and reports. False when that will never be, since a request is
- * suspended at a breakpoint: said. */
+/* Waits until nothing is in flight, and reports: NULL. When that will never be, since a request is
+ * suspended at a breakpoint, returns its tag (borrowed). */
+const char *qio_aio_settle(QioShell *sh);
+/* The same for commands. False: said. */
 bool qio_aio_wait(QioShell *sh);
 unsigned qio_aio_in_flight(QioAio *aio);
 bool qio_cmd_aio_read(QioShell *sh, const QioArgs *args);
@@ -217,7 +219,7 @@ bool qio_cmd_flush(QioShell *sh, const QioArgs *args);
 
 /* The tag of a request that is suspended, or NULL. Borrowed. */
 const char *qio_suspended_tag(QioShell *sh);
-/* Removes all breakpoints; what was suspended goes on. */
+/* Removes all breakpoints and waits for all requests, as they go on. Reports. */
 void qio_release_breakpoints(QioShell *sh);
 bool qio_cmd_break(QioShell *sh, const QioArgs *args);
 bool qio_cmd_remove_break(QioShell *sh, const QioArgs *args);
