@@ -1,0 +1,735 @@
+/*
+ * What single requests do to the map of a qcow2 image: the state table of zero and discard, allocation that
+ * does not happen, races of writes with discards, corrupt entries, compressed writes, VM state and the
+ * fast lane.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include "qcow2-image.h"
+#include "block/queue.h"
+
+enum { C = 64 * KIB };
+
+/* --- the state table --- */
+
+typedef enum Before { UNALLOCATED, PLAIN, ALLOC, DATA, STREAM } Before;
+typedef enum Op { ZERO_KEEP, ZERO_UNMAP, DISCARD } Op;
+
+typedef struct Case {
+    Before before;
+    Op op;
+    Qcow2ClusterType after, after_over_backing, after_no_unref;
+} Case;
+
+static const Case state_table[] = {
+    {UNALLOCATED, ZERO_KEEP, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_UNALLOCATED},
+    {UNALLOCATED, ZERO_UNMAP, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_UNALLOCATED},
+    {UNALLOCATED, DISCARD, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_UNALLOCATED},
+    {PLAIN, ZERO_KEEP, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
+    {PLAIN, ZERO_UNMAP, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
+    {PLAIN, DISCARD, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
+    {ALLOC, ZERO_KEEP, QCOW2_ZERO_ALLOC, QCOW2_ZERO_ALLOC, QCOW2_ZERO_ALLOC},
+    {ALLOC, ZERO_UNMAP, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
+    {ALLOC, DISCARD, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
+    {DATA, ZERO_KEEP, QCOW2_ZERO_ALLOC, QCOW2_ZERO_ALLOC, QCOW2_ZERO_ALLOC},
+    {DATA, ZERO_UNMAP, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
+    {DATA, DISCARD, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
+    {STREAM, ZERO_KEEP, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN},
+    {STREAM, ZERO_UNMAP, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN},
+    {STREAM, DISCARD, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN},
+};
+
+static void write_compressed(BlockBackend *blk, int64_t offset, int64_t bytes, int value, int want)
+{
+    g_autofree uint8_t *buf = g_malloc((size_t)bytes);
+    memset(buf, value, (size_t)bytes);
+    g_assert_cmpint(blk_pwrite(blk, offset, bytes, buf, BDRV_REQ_COMPRESSED), ==, want);
+}
+
+static void put_state(BlockBackend *blk, int64_t offset, Before before)
+{
+    switch (before) {
+    case UNALLOCATED:
+        return;
+    case STREAM:
+        write_compressed(blk, offset, C, 3, 0);
+        return;
+    default:
+        image_write(blk, offset, C, 3);
+    }
+    if (before == PLAIN) {
+        g_assert_cmpint(blk_pdiscard(blk, offset, C), ==, 0);
+    } else if (before == ALLOC) {
+        g_assert_cmpint(blk_pwrite_zeroes(blk, offset, C, 0), ==, 0);
+    }
+}
+
+static void apply_op(BlockBackend *blk, int64_t offset, Op op)
+{
+    int ret = op == DISCARD ? blk_pdiscard(blk, offset, C)
+                            : blk_pwrite_zeroes(blk, offset, C, op == ZERO_UNMAP ? BDRV_REQ_MAY_UNMAP : 0);
+    g_assert_cmpint(ret, ==, 0);
+}
+
+static void create_over_base(const char *opts)
+{
+    g_autofree char *base = image_path("base");
+    g_autofree char *all = g_strdup_printf("%s,backing_file=%s,backing_fmt=qcow2", opts, base);
+    image_create("base", "size=4M");
+    BlockBackend *blk = image_open_rw("base");
+    image_write(blk, 0, 4 * MIB, 0xbb);
+    blk_unref(blk);
+    image_create("image", all);
+}
+
+static void check_state_table(bool backing, bool no_unref)
+{
+    if (backing) {
+        create_over_base("size=4M");
+    } else {
+        image_create("image", "size=4M");
+    }
+    BlockBackend *blk = image_open("image", no_unref ? "discard=unmap,discard-no-unref=on"
+                                                     : "discard=unmap", BDRV_O_RDWR);
+    for (size_t i = 0; i < G_N_ELEMENTS(state_table); i++) {
+        const Case *c = &state_table[i];
+        int64_t offset = (int64_t)i * C;
+        put_state(blk, offset, c->before);
+        apply_op(blk, offset, c->op);
+        Qcow2ClusterType want = no_unref ? c->after_no_unref : backing ? c->after_over_backing : c->after;
+        Qcow2ClusterType got = image_type(blk, (uint64_t)offset);
+        if (got != want) {
+            g_error("case %zu: type %d, not %d", i, (int)got, (int)want);
+        }
+        image_expect(blk, offset, C, 0);
+    }
+    blk_unref(blk);
+    image_check("image");
+}
+
+static void test_state_table(void)
+{
+    check_state_table(false, false);
+}
+
+static void test_state_table_backing(void)
+{
+    check_state_table(true, false);
+}
+
+static void test_state_table_no_unref(void)
+{
+    check_state_table(false, true);
+}
+
+/* Without discard=unmap a discard does nothing and a zero write keeps its cluster. */
+static void test_discard_ignored(void)
+{
+    image_create("image", "size=1M");
+    BlockBackend *blk = image_open("image", "discard=ignore", BDRV_O_RDWR);
+    image_write(blk, 0, 2 * C, 3);
+    g_assert_cmpint(blk_pdiscard(blk, 0, C), ==, 0);
+    image_expect(blk, 0, C, 3);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, C, C, BDRV_REQ_MAY_UNMAP), ==, 0);
+    g_assert_cmpint(image_type(blk, C), ==, QCOW2_ZERO_ALLOC);
+    blk_unref(blk);
+}
+
+/* Version 2: 0 without a backing file; with one discards are ignored and zeroes written out. */
+static void test_version_2(void)
+{
+    image_create("image", "size=4M,compat=0.10");
+    BlockBackend *blk = image_open_rw("image");
+    image_write(blk, 0, 3 * C, 3);
+    g_assert_cmpint(blk_pdiscard(blk, 0, C), ==, 0);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, C, C, 0), ==, 0);
+    g_assert_cmphex(image_entry(blk, 0).entry, ==, 0);
+    g_assert_cmphex(image_entry(blk, C).entry, ==, 0);
+    image_expect(blk, 0, 2 * C, 0);
+    image_expect(blk, 2 * C, C, 3);
+    blk_unref(blk);
+    image_check("image");
+    create_over_base("size=4M,compat=0.10");
+    blk = image_open_rw("image");
+    image_write(blk, 0, C, 3);
+    g_assert_cmpint(blk_pdiscard(blk, 0, C), ==, 0);
+    image_expect(blk, 0, C, 3);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, 0, 2 * C, BDRV_REQ_NO_FALLBACK), ==, -ENOTSUP);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, 0, 2 * C, 0), ==, 0);
+    g_assert_cmpint(image_type(blk, 0), ==, QCOW2_NORMAL);
+    image_expect(blk, 0, 2 * C, 0);
+    image_expect(blk, 2 * C, C, 0xbb);
+    blk_unref(blk);
+    image_check("image");
+}
+
+/* Parts of subclusters, parts of streams. */
+static void test_subclusters(void)
+{
+    enum { SC = 2 * KIB };
+    create_over_base("size=4M,extended_l2=on");
+    BlockBackend *blk = image_open_rw("image");
+    image_write(blk, 0, SC, 3);
+    g_assert_cmphex(image_entry(blk, 0).bitmap, ==, 1);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, SC, 3 * SC, 0), ==, 0);
+    g_assert_cmphex(image_entry(blk, 0).bitmap, ==, 0xe00000001);
+    image_write(blk, 2 * SC + 100, 10, 4);
+    g_assert_cmphex(image_entry(blk, 0).bitmap, ==, 0xa00000005);
+    image_expect(blk, 2 * SC, 100, 0);
+    image_expect(blk, 2 * SC + 100, 10, 4);
+    image_expect(blk, 2 * SC + 110, SC - 110, 0);
+    image_expect(blk, 4 * SC, C - 4 * SC, 0xbb);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, 0, C, BDRV_REQ_MAY_UNMAP), ==, 0);
+    g_assert_cmphex(image_entry(blk, 0).entry, ==, 0);
+    g_assert_cmphex(image_entry(blk, 0).bitmap, ==, 0xffffffff00000000);
+    write_compressed(blk, C, C, 5, 0);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, C + SC, C, 0), ==, 0);
+    image_expect(blk, C, SC, 5);
+    image_expect(blk, C + SC, C, 0);
+    image_expect(blk, 2 * C + SC, C - SC, 0xbb);
+    blk_unref(blk);
+    image_check("image");
+}
+
+/* --- allocation that does not happen --- */
+
+static void test_nothing_from_nothing(void)
+{
+    image_create("image", "size=1T");
+    BlockBackend *blk = image_open_rw("image");
+    int64_t before = bdrv_getlength(blk_bs(blk)->file->bs);
+    uint64_t started = qb_now_ns();
+    g_assert_cmpint(blk_pdiscard(blk, 0, (int64_t)1 << 40), ==, 0);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, 0, (int64_t)1 << 40, BDRV_REQ_MAY_UNMAP), ==, 0);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, 12345, ((int64_t)1 << 40) - 20000, 0), ==, 0);
+    g_assert_cmpuint((qb_now_ns() - started) / 1000000, <, 3000);
+    g_assert_true(qcow2_is_clean(image_state(blk)));
+    g_assert_cmpint(bdrv_getlength(blk_bs(blk)->file->bs), ==, before);
+    blk_unref(blk);
+    image_check("image");
+}
+
+/* Zeroes that are there already change no entry. */
+static void test_unchanged_is_not_written(void)
+{
+    image_create("image", "size=1M");
+    BlockBackend *blk = image_open_rw("image");
+    image_write(blk, 0, C, 1);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, 0, C, 0), ==, 0);
+    g_assert_cmpint(blk_flush(blk), ==, 0);
+    g_assert_cmpint(blk_flush(blk), ==, 0);
+    g_assert_true(qcow2_is_clean(image_state(blk)));
+    g_assert_cmpint(blk_pwrite_zeroes(blk, 0, 4 * C, 0), ==, 0);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, 100, C, 0), ==, 0);
+    g_assert_true(qcow2_is_clean(image_state(blk)));
+    blk_unref(blk);
+}
+
+/* A part of a cluster whose rest is zero too: the entry says it, no data are written. */
+static void test_zero_part(void)
+{
+    create_over_base("size=4M");
+    BlockBackend *blk = image_open_rw("image");
+    g_assert_cmpint(blk_pwrite_zeroes(blk, 100, C - 100, 0), ==, 0);
+    g_assert_cmpint(image_type(blk, 0), ==, QCOW2_NORMAL); /* the first 100 bytes come from below */
+    image_expect(blk, 0, 100, 0xbb);
+    image_expect(blk, 100, C - 100, 0);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, C, C, 0), ==, 0);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, C + 5, 7, 0), ==, 0);
+    g_assert_cmpint(image_type(blk, C), ==, QCOW2_ZERO_PLAIN);
+    blk_unref(blk);
+    image_check("image");
+}
+
+/* A full discard of all that a table maps gives the table back, too. */
+static void test_table_dropped(void)
+{
+    image_create("image", "size=1M,cluster_size=512");
+    BlockBackend *blk = image_open_rw("image");
+    image_write(blk, 0, MIB, 1);
+    bdrv_graph_rdlock();
+    g_assert_cmpint(qcow2_discard_clusters(blk_bs(blk), 10 * KIB, MIB - 10 * KIB,
+                                           QCOW2_DISCARD_FULL, QCOW2_DISCARD_ALWAYS),
+                    ==, 0);
+    bdrv_graph_rdunlock();
+    g_assert_cmphex(qcow2_l1_get(image_state(blk), 0), !=, 0);
+    for (uint64_t i = 1; i < 32; i++) {
+        g_assert_cmphex(qcow2_l1_get(image_state(blk), i), ==, 0);
+    }
+    image_expect(blk, 0, 10 * KIB, 1);
+    image_expect(blk, 10 * KIB, MIB - 10 * KIB, 0);
+    blk_unref(blk);
+    image_check("image");
+}
+
+/* --- races, made to happen with breakpoints --- */
+
+typedef struct Racer {
+    pthread_t thread;
+    BlockBackend *blk;
+    int64_t offset, bytes;
+    int value; /* -1: discard */
+} Racer;
+
+static void *race(void *opaque)
+{
+    Racer *r = opaque;
+    if (r->value < 0) {
+        g_assert_cmpint(blk_pdiscard(r->blk, r->offset, r->bytes), ==, 0);
+    } else {
+        image_write(r->blk, r->offset, r->bytes, r->value);
+    }
+    return NULL;
+}
+
+static void race_start(Racer *r, BlockBackend *blk, int64_t offset, int64_t bytes, int value)
+{
+    *r = (Racer){.blk = blk, .offset = offset, .bytes = bytes, .value = value};
+    g_assert_true(qb_thread_start(&r->thread, "racer", race, r));
+}
+
+static BlockBackend *open_with_breakpoints(void)
+{
+    g_autofree char *path = image_path("image");
+    g_autofree char *opts = g_strdup_printf("driver=qcow2,discard=unmap,file.driver=blkdebug,"
+                                            "file.image.driver=file,file.image.filename=%s", path);
+    GError *err = NULL;
+    json_t *options = qb_opts_parse(opts, NULL, &err);
+    g_assert_no_error(err);
+    BlockBackend *blk = blk_new_open(NULL, options, BDRV_O_RDWR, &err);
+    g_assert_no_error(err);
+    return blk;
+}
+
+static void stop_at(BlockBackend *blk, const char *event)
+{
+    g_assert_cmpint(bdrv_debug_breakpoint(blk_bs(blk), event, "A"), ==, 0);
+}
+
+static void wait_stopped(BlockBackend *blk)
+{
+    for (int i = 0; i < 5000 && !bdrv_debug_is_suspended(blk_bs(blk), "A"); i++) {
+        g_usleep(1000);
+    }
+    g_assert_true(bdrv_debug_is_suspended(blk_bs(blk), "A"));
+}
+
+static void resume(BlockBackend *blk)
+{
+    g_assert_cmpint(bdrv_debug_resume(blk_bs(blk), "A"), ==, 0);
+}
+
+/* A write into a preallocated zero cluster is under way when the cluster is discarded: the discard comes
+ * after it, and nobody else gets the cluster. */
+static void test_write_zero_alloc_against_discard(void)
+{
+    Racer writer, discarder;
+    image_create("image", "size=1M");
+    BlockBackend *blk = open_with_breakpoints();
+    image_write(blk, 0, C, 1);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, 0, C, 0), ==, 0);
+    stop_at(blk, "write_aio");
+    race_start(&writer, blk, 0, C, 5);
+    wait_stopped(blk);
+    race_start(&discarder, blk, 0, C, -1);
+    g_usleep(30000);
+    resume(blk);
+    pthread_join(writer.thread, NULL);
+    pthread_join(discarder.thread, NULL);
+    image_write(blk, 8 * C, C, 9);
+    image_expect(blk, 0, C, 0);
+    image_expect(blk, 8 * C, C, 9);
+    blk_unref(blk);
+    image_check("image");
+}
+
+/* A write in place is under way when its cluster is discarded and somebody needs a new one: the cluster is
+ * not given out before the write has ended, whatever is flushed meanwhile. */
+static void test_write_in_place_against_discard(void)
+{
+    Racer writer;
+    image_create("image", "size=1M");
+    BlockBackend *blk = open_with_breakpoints();
+    image_write(blk, 0, C, 1);
+    uint64_t host = qcow2_entry_host(image_entry(blk, 0));
+    stop_at(blk, "write_aio");
+    race_start(&writer, blk, 0, C, 5);
+    wait_stopped(blk);
+    g_assert_cmpint(blk_pdiscard(blk, 0, C), ==, 0); /* does not wait for the writer */
+    g_assert_cmpint(blk_flush(blk), ==, 0);
+    image_write(blk, 8 * C, C, 9);
+    g_assert_cmphex(qcow2_entry_host(image_entry(blk, 8 * C)), !=, host);
+    resume(blk);
+    pthread_join(writer.thread, NULL);
+    image_expect(blk, 8 * C, C, 9);
+    image_expect(blk, 0, C, 0);
+    g_assert_cmpint(blk_flush(blk), ==, 0);
+    image_write(blk, 12 * C, C, 7); /* now it may be used */
+    g_assert_cmphex(qcow2_entry_host(image_entry(blk, 12 * C)), ==, host);
+    blk_unref(blk);
+    image_check("image");
+}
+
+/* A zero write that keeps the cluster waits for a write that is under way there. */
+static void *zero_keep(void *opaque)
+{
+    g_assert_cmpint(blk_pwrite_zeroes(opaque, 0, C, 0), ==, 0);
+    return NULL;
+}
+
+static void test_write_in_place_against_zero(void)
+{
+    Racer writer;
+    pthread_t zeroer;
+    image_create("image", "size=1M");
+    BlockBackend *blk = open_with_breakpoints();
+    image_write(blk, 0, C, 1);
+    stop_at(blk, "write_aio");
+    race_start(&writer, blk, 0, C, 5);
+    wait_stopped(blk);
+    g_assert_true(qb_thread_start(&zeroer, "zeroer", zero_keep, blk));
+    g_usleep(30000);
+    resume(blk);
+    pthread_join(writer.thread, NULL);
+    pthread_join(zeroer, NULL);
+    image_expect(blk, 0, C, 0);
+    image_write(blk, 0, C, 6);
+    image_expect(blk, 0, C, 6);
+    blk_unref(blk);
+    image_check("image");
+}
+
+/* A read is under way when its cluster is discarded and flushed: the data it reads are not overwritten. */
+static void *read_fives(void *opaque)
+{
+    image_expect(opaque, 0, C, 5);
+    return NULL;
+}
+
+static void test_read_against_reuse(void)
+{
+    pthread_t reader;
+    image_create("image", "size=1M");
+    BlockBackend *blk = open_with_breakpoints();
+    image_write(blk, 0, C, 5);
+    stop_at(blk, "read_aio");
+    g_assert_true(qb_thread_start(&reader, "reader", read_fives, blk));
+    wait_stopped(blk);
+    g_assert_cmpint(blk_pdiscard(blk, 0, C), ==, 0);
+    g_assert_cmpint(blk_flush(blk), ==, 0);
+    image_write(blk, 8 * C, 4 * C, 9);
+    resume(blk);
+    pthread_join(reader, NULL);
+    blk_unref(blk);
+    image_check("image");
+}
+
+/* An overwritten compressed cluster stays as it is in the file until its unlink is stable. */
+static void test_freed_is_not_reused_early(void)
+{
+    image_create("image", "size=1M");
+    BlockBackend *blk = image_open_rw("image");
+    write_compressed(blk, 0, C, 5, 0);
+    uint64_t stream, next;
+    uint32_t bytes;
+    qcow2_parse_compressed(image_state(blk), image_entry(blk, 0).entry, &stream, &bytes);
+    g_assert_cmpint(blk_flush(blk), ==, 0);
+    image_write(blk, 0, C, 6);
+    for (int i = 1; i < 5; i++) {
+        image_write(blk, i * C, C, 7);
+        next = qcow2_entry_host(image_entry(blk, (uint64_t)i * C));
+        g_assert_cmphex(next, !=, qcow2_start_of_cluster(image_state(blk), stream));
+    }
+    blk_unref(blk);
+    image_check("image");
+}
+
+/* --- failures leave nothing behind --- */
+
+static void test_failed_write(void)
+{
+    image_create("image", "size=1M");
+    BlockBackend *blk = open_with_breakpoints();
+    image_write(blk, 0, C, 1);
+    blk_unref(blk);
+    static const char *const events[] = {
+        "write_aio", "cow_read", "cow_write", "l2_update", "l2_alloc_write", "cluster_alloc",
+        "write_compressed", "read_aio", "read_compressed",
+    };
+    for (size_t i = 0; i < G_N_ELEMENTS(events); i++) {
+        g_autofree char *path = image_path("image");
+        g_autofree char *opts = g_strdup_printf(
+            "driver=qcow2,discard=unmap,file.driver=blkdebug,file.image.driver=file,"
+            "file.image.filename=%s,file.inject-error.0.event=%s,file.inject-error.0.errno=5",
+            path, events[i]);
+        GError *err = NULL;
+        json_t *options = qb_opts_parse(opts, NULL, &err);
+        g_assert_no_error(err);
+        blk = blk_new_open(NULL, options, BDRV_O_RDWR, &err);
+        g_assert_no_error(err);
+        uint8_t buf[C] = {7};
+        (void)blk_pwrite(blk, 2 * C + 512, 1024, buf, 0);
+        (void)blk_pwrite(blk, 3 * C, C, buf, BDRV_REQ_COMPRESSED);
+        (void)blk_pwrite(blk, 0, 512, buf, 0);
+        (void)blk_pread(blk, 3 * C, C, buf, 0);
+        (void)blk_pwrite(blk, 3 * C + 512, 512, buf, 0);
+        blk_unref(blk);
+        image_check("image");
+    }
+}
+
+/* --- compressed writes --- */
+
+static void test_compressed_rules(void)
+{
+    image_create("image", "size=1M");
+    BlockBackend *blk = image_open_rw("image");
+    write_compressed(blk, 0, C, 5, 0);
+    g_assert_cmpint(image_type(blk, 0), ==, QCOW2_COMPRESSED);
+    write_compressed(blk, 0, C, 5, -EIO);
+    write_compressed(blk, C, 512, 5, -EINVAL);
+    write_compressed(blk, C + 512, C, 5, -EINVAL);
+    image_write(blk, 2 * C, 512, 1);
+    write_compressed(blk, 2 * C, C, 5, -EIO);
+    write_compressed(blk, 3 * C, C, 0, 0); /* zeroes need nothing */
+    g_assert_cmpint(image_type(blk, 3 * C), ==, QCOW2_UNALLOCATED);
+    image_expect(blk, 0, C, 5);
+    image_expect(blk, 3 * C, C, 0);
+    blk_unref(blk);
+    image_check("image");
+}
+
+/* Streams of one request lie back to back and share clusters; noise is stored as it is. */
+static void test_compressed_run(void)
+{
+    enum { N = 40 };
+    g_autofree uint8_t *data = g_malloc(N * C), *back = g_malloc(N * C);
+    image_create("image", "size=8M");
+    BlockBackend *blk = image_open_rw("image");
+    for (size_t i = 0; i < N * C; i++) {
+        data[i] = i / C % 7 == 3 ? (uint8_t)g_test_rand_int() : (uint8_t)(i / C + 1);
+    }
+    g_assert_cmpint(blk_pwrite(blk, 0, N * C, data, BDRV_REQ_COMPRESSED), ==, 0);
+    for (unsigned i = 0; i < N; i++) {
+        g_assert_cmpint(image_type(blk, (uint64_t)i * C), ==,
+                        i % 7 == 3 ? QCOW2_NORMAL : QCOW2_COMPRESSED);
+    }
+    g_assert_cmpint(blk_pread(blk, 0, N * C, back, 0), ==, 0);
+    g_assert_cmpmem(back, N * C, data, N * C);
+    for (int64_t pos = 0; pos < 4 * C; pos += 512) { /* through the cache of clusters */
+        g_assert_cmpint(blk_pread(blk, pos, 512, back, 0), ==, 0);
+        g_assert_cmpmem(back, 512, data + pos, 512);
+    }
+    blk_unref(blk);
+    image_check("image");
+}
+
+/* Space of a stream that is given to another one: the old content must not come out of the cache. */
+static void test_compressed_cache(void)
+{
+    image_create("image", "size=1M");
+    BlockBackend *blk = image_open_rw("image");
+    for (int round = 1; round < 6; round++) {
+        write_compressed(blk, 0, C, round, 0);
+        image_expect(blk, 512, 512, round);
+        image_expect(blk, 1024, 512, round);
+        g_assert_cmpint(blk_pdiscard(blk, 0, C), ==, 0);
+        g_assert_cmpint(blk_flush(blk), ==, 0);
+        g_assert_cmpint(blk_flush(blk), ==, 0);
+    }
+    blk_unref(blk);
+    image_check("image");
+}
+
+/* --- corrupt entries --- */
+
+static char *last_warning;
+
+static void note_warning(const char *text, void *opaque)
+{
+    g_free(last_warning);
+    last_warning = g_strdup(text);
+}
+
+typedef struct Damage {
+    const char *opts, *text;
+    uint64_t entry, bitmap;
+} Damage;
+
+static int put_damage(uint64_t guest, Qcow2L2Entry *e, void *opaque)
+{
+    const Damage *d = opaque;
+    *e = (Qcow2L2Entry){d->entry, d->bitmap};
+    return 1;
+}
+
+static void test_corrupt_entries(void)
+{
+    static const Damage damages[] = {
+        {"size=1M", "Cluster allocation offset 0x52200 unaligned (L2 offset: 0x",
+         0x8000000000052200, 0},
+        {"size=1M", "Preallocated zero cluster offset 0x52200 unaligned (L2 offset: 0x",
+         0x8000000000052201, 0},
+        {"size=1M,compat=0.10", "Zero cluster entry found in pre-v3 image (L2 offset: 0x", 1, 0},
+        {"size=1M,extended_l2=on", "Invalid cluster entry found  (L2 offset: 0x", 0, 1},
+    };
+    uint8_t buf[512];
+    for (size_t i = 0; i < G_N_ELEMENTS(damages); i++) {
+        const Damage *d = &damages[i];
+        image_create("image", d->opts);
+        BlockBackend *blk = image_open_rw("image");
+        image_write(blk, 0, C, 1);
+        bdrv_graph_rdlock();
+        g_assert_cmpint(qcow2_walk_edit(blk_bs(blk), 0, C, put_damage, (void *)d), ==, 0);
+        bdrv_graph_rdunlock();
+        g_clear_pointer(&last_warning, g_free);
+        g_assert_cmpint(blk_pread(blk, 0, 512, buf, 0), ==, -EIO);
+        g_assert_nonnull(last_warning);
+        g_assert_nonnull(strstr(last_warning, d->text));
+        g_assert_cmpint(blk_pread(blk, 0, 512, buf, 0), <, 0); /* the node is out of order */
+        g_assert_cmpint(blk_pwrite(blk, 512 * KIB, 512, buf, 0), <, 0);
+        blk_unref(blk);
+    }
+}
+
+/* --- VM state --- */
+
+static void test_vmstate(void)
+{
+    g_autofree uint8_t *data = g_malloc(3 * MIB), *back = g_malloc(3 * MIB);
+    IoVector out, in;
+    create_over_base("size=1M,cluster_size=4k");
+    BlockBackend *blk = image_open_rw("image");
+    memset(data, 0x77, 3 * MIB);
+    iov_vector_init_buf(&out, data, 3 * MIB);
+    iov_vector_init_buf(&in, back, 3 * MIB);
+    g_assert_cmpint(blk_save_vmstate(blk, &out, 12345), ==, 0);
+    g_assert_cmpint(blk_load_vmstate(blk, &in, 12345), ==, 0);
+    g_assert_cmpmem(back, 3 * MIB, data, 3 * MIB);
+    iov_vector_init_buf(&in, back, 12345);
+    g_assert_cmpint(blk_load_vmstate(blk, &in, 0), ==, 0);
+    g_assert_true(qb_buffer_is_zero(back, 12345)); /* not the backing file, which is longer than the disk */
+    image_expect(blk, 0, MIB, 0xbb);
+    blk_unref(blk);
+    image_check("image");
+}
+
+/* --- the fast lane --- */
+
+static int map(BlockBackend *blk, BdrvMapIntent intent, int64_t offset, int64_t bytes,
+               BdrvMapping *m)
+{
+    memset(m, 0, sizeof(*m));
+    return bdrv_map(blk_root(blk), NULL, intent, offset, bytes, m);
+}
+
+static void test_map(void)
+{
+    BdrvMapping m;
+    image_create("image", "size=1M");
+    BlockBackend *blk = image_open_rw("image");
+    image_write(blk, 0, 2 * C, 1);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, 3 * C, C, 0), ==, 0);
+    write_compressed(blk, 5 * C, C, 4, 0);
+    g_assert_cmpint(blk_flush(blk), ==, 0);
+    uint64_t host = qcow2_entry_host(image_entry(blk, 0));
+    bdrv_graph_rdlock();
+    g_assert_cmpint(map(blk, BDRV_MAP_READ, 4096, 3 * C, &m), ==, 0);
+    g_assert_cmpint(m.bytes, ==, 2 * C - 4096);
+    g_assert_cmpuint(m.n, ==, 1);
+    g_assert_cmpint(m.ext[0].host_offset, ==, (int64_t)host + 4096);
+    g_assert_cmpint(bdrv_map_done(NULL, &m, 0), ==, 0);
+    g_assert_cmpint(map(blk, BDRV_MAP_READ, 2 * C, 3 * C, &m), ==, 0); /* nothing, zeroes, nothing */
+    g_assert_cmpint(m.bytes, ==, 3 * C);
+    g_assert_true(m.ext[0].zero);
+    g_assert_cmpint(bdrv_map_done(NULL, &m, 0), ==, 0);
+    g_assert_cmpint(map(blk, BDRV_MAP_READ, 5 * C, 4096, &m), ==, -EAGAIN);
+    g_assert_cmpint(map(blk, BDRV_MAP_WRITE, 8 * C, 4096, &m), ==, -EAGAIN);
+    g_assert_cmpint(map(blk, BDRV_MAP_WRITE, 3 * C, 4096, &m), ==, -EAGAIN);
+    g_assert_cmpint(map(blk, BDRV_MAP_WRITE, C, 4096, &m), ==, 0);
+    g_assert_cmpint(m.ext[0].host_offset, ==, (int64_t)host + C);
+    g_assert_cmpint(bdrv_map_done(NULL, &m, 0), ==, 0);
+    bdrv_graph_rdunlock();
+    blk_unref(blk);
+}
+
+/* --- external data file --- */
+
+static void test_data_file(bool raw)
+{
+    g_autofree char *path = image_path("data");
+    g_autofree char *opts = g_strdup_printf("size=1M,data_file=%s,data_file_raw=%s", path,
+                                            raw ? "on" : "off");
+    g_unlink(path);
+    image_create("image", opts);
+    BlockBackend *blk = image_open_rw("image");
+    image_write(blk, 100, 3 * C, 5);
+    g_assert_cmphex(image_entry(blk, 0).entry, ==, QCOW2_ENTRY_COPIED);
+    g_assert_cmphex(image_entry(blk, C).entry, ==, QCOW2_ENTRY_COPIED | C);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, C, C, 0), ==, 0);
+    g_assert_cmpint(blk_pdiscard(blk, 2 * C, C), ==, 0);
+    write_compressed(blk, 8 * C, C, 5, -ENOTSUP);
+    image_expect(blk, 0, 100, 0);
+    image_expect(blk, 100, C - 100, 5);
+    image_expect(blk, C, 2 * C, 0);
+    image_expect(blk, 3 * C, 100, 5);
+    image_write(blk, C + 10, 20, 6);
+    image_expect(blk, C, 10, 0);
+    image_expect(blk, C + 10, 20, 6);
+    image_expect(blk, C + 30, 2 * C - 30, 0);
+    blk_unref(blk);
+    image_check("image");
+    if (raw) {
+        g_autoptr(BlockBackend) data = image_open("data", "driver=raw", 0);
+        image_expect(data, 100, C - 100, 5);
+        image_expect(data, C + 30, 2 * C - 30, 0);
+        image_expect(data, C + 10, 20, 6);
+    }
+}
+
+static void test_data_file_plain(void)
+{
+    test_data_file(false);
+}
+
+static void test_data_file_raw(void)
+{
+    test_data_file(true);
+}
+
+int main(int argc, char **argv)
+{
+    g_test_init(&argc, &argv, NULL);
+    image_setup();
+    bdrv_set_warning_handler(note_warning, NULL);
+    g_test_add_func("/qcow2-requests/state-table", test_state_table);
+    g_test_add_func("/qcow2-requests/state-table-backing", test_state_table_backing);
+    g_test_add_func("/qcow2-requests/state-table-no-unref", test_state_table_no_unref);
+    g_test_add_func("/qcow2-requests/discard-ignored", test_discard_ignored);
+    g_test_add_func("/qcow2-requests/version-2", test_version_2);
+    g_test_add_func("/qcow2-requests/subclusters", test_subclusters);
+    g_test_add_func("/qcow2-requests/nothing-from-nothing", test_nothing_from_nothing);
+    g_test_add_func("/qcow2-requests/unchanged-is-not-written", test_unchanged_is_not_written);
+    g_test_add_func("/qcow2-requests/zero-part", test_zero_part);
+    g_test_add_func("/qcow2-requests/table-dropped", test_table_dropped);
+    g_test_add_func("/qcow2-requests/write-zero-alloc-against-discard",
+                    test_write_zero_alloc_against_discard);
+    g_test_add_func("/qcow2-requests/write-in-place-against-discard",
+                    test_write_in_place_against_discard);
+    g_test_add_func("/qcow2-requests/write-in-place-against-zero", test_write_in_place_against_zero);
+    g_test_add_func("/qcow2-requests/read-against-reuse", test_read_against_reuse);
+    g_test_add_func("/qcow2-requests/freed-is-not-reused-early", test_freed_is_not_reused_early);
+    g_test_add_func("/qcow2-requests/failed-write", test_failed_write);
+    g_test_add_func("/qcow2-requests/compressed-rules", test_compressed_rules);
+    g_test_add_func("/qcow2-requests/compressed-run", test_compressed_run);
+    g_test_add_func("/qcow2-requests/compressed-cache", test_compressed_cache);
+    g_test_add_func("/qcow2-requests/corrupt-entries", test_corrupt_entries);
+    g_test_add_func("/qcow2-requests/vmstate", test_vmstate);
+    g_test_add_func("/qcow2-requests/map", test_map);
+    g_test_add_func("/qcow2-requests/data-file", test_data_file_plain);
+    g_test_add_func("/qcow2-requests/data-file-raw", test_data_file_raw);
+    int ret = g_test_run();
+    g_clear_pointer(&last_warning, g_free);
+    image_teardown();
+    return ret;
+}
