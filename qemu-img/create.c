@@ -105,6 +105,21 @@ static bool check_option_names(const char *file, const QbOptDesc *table, const j
     return true;
 }
 
+/* The options of both tables, those of the same name once. */
+static char *describe_merged(const QbOptDesc *table, const QbOptDesc *below)
+{
+    g_autoptr(GArray) merged = g_array_new(true, false, sizeof(QbOptDesc));
+    for (const QbOptDesc *desc = table; desc->name; desc++) {
+        g_array_append_val(merged, *desc);
+    }
+    for (const QbOptDesc *desc = below; desc && desc->name; desc++) {
+        if (!qb_opts_find(table, desc->name)) {
+            g_array_append_val(merged, *desc);
+        }
+    }
+    return qb_opts_describe((const QbOptDesc *)(void *)merged->data);
+}
+
 /* `-o help`: options of the format, and with a file name those of its protocol too. */
 static int print_option_help(const char *format, const char *file)
 {
@@ -120,8 +135,8 @@ static int print_option_help(const char *format, const char *file)
     if (file) {
         const BlockDriver *protocol = bdrv_find_protocol(file, true, NULL);
         const QbOptDesc *below = protocol ? bdrv_create_options(protocol) : NULL;
-        g_autofree char *more = below ? qb_opts_describe(below) : g_strdup("");
-        printf("Supported options:\n%s%s", text, more);
+        g_autofree char *all = describe_merged(table, below);
+        printf("Supported options:\n%s", all);
         return 0;
     }
     printf("Supported %s options:\n%s\n"

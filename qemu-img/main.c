@@ -8,6 +8,7 @@
  *
  * SPDX-License-Identifier: MIT
  */
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -99,6 +100,8 @@ int main(int argc, char **argv)
     int status = 0;
     int verb;
 
+    /* A file size limit is an error of the write that meets it, not the end of the tool. */
+    signal(SIGXFSZ, SIG_IGN);
     img_set_argv0(argv[0]);
     verb = parse_global(argc, argv, &status);
     if (verb < 0) {
