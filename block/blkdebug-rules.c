@@ -31,6 +31,7 @@
 #include "util/thread.h"
 
 #include <string.h>
+#include <unistd.h>
 
 static const char *const event_names[] = {
     "none", "l1_update", "l1_grow_alloc_table", "l1_grow_write_table", "l1_grow_activate_table",
@@ -356,8 +357,12 @@ bool blkdebug_rules_load(BlkdebugRules *r, const char *filename, GError **errp)
 {
     g_autofree char *content = NULL;
     g_autoptr(GError) err = NULL;
+    if (access(filename, R_OK) < 0) {
+        qb_error_set_errno(errp, errno, "Could not read blkdebug config file");
+        return false;
+    }
     if (!g_file_get_contents(filename, &content, NULL, &err)) {
-        qb_error_set(errp, ENOENT, "Could not read blkdebug config file: %s", err->message);
+        qb_error_set(errp, EIO, "Could not read blkdebug config file: %s", err->message);
         return false;
     }
     g_auto(GStrv) lines = g_strsplit(content, "\n", -1);

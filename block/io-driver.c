@@ -197,19 +197,28 @@ static void zero_beyond(const BdrvTransfer *t, int64_t length)
     iov_vector_memset(t->qiov, t->qiov_offset + (size_t)keep, 0, (size_t)(t->bytes - keep));
 }
 
+static int read_inside(const BdrvTransfer *t, int64_t bytes)
+{
+    BdrvTransfer inside = transfer_head(t, bytes);
+    inside.flags = 0; /* no request flag means anything to a driver's read */
+    return in_pieces(&inside, max_transfer(t->bs), read_piece);
+}
+
+bool bdrv_known_to_reach(const BlockDriverState *bs, int64_t end)
+{
+    return end <= atomic_load(&bs->length);
+}
+
 int bdrv_aligned_preadv(const BdrvTransfer *t)
 {
+    if (bdrv_known_to_reach(t->bs, t->offset + t->bytes)) {
+        return read_inside(t, t->bytes);
+    }
     int64_t length = bdrv_getlength(t->bs);
     if (length < 0) {
         return (int)length;
     }
-    int ret = 0;
-    int64_t readable = readable_bytes(t, length);
-    if (readable > 0) {
-        BdrvTransfer inside = transfer_head(t, readable);
-        inside.flags = 0; /* no request flag means anything to a read */
-        ret = in_pieces(&inside, max_transfer(t->bs), read_piece);
-    }
+    int ret = read_inside(t, readable_bytes(t, length));
     if (ret == 0) {
         zero_beyond(t, length);
     }

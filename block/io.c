@@ -50,6 +50,9 @@ static int check_change(const BdrvTransfer *t)
 
 static int check_end(const BdrvTransfer *t)
 {
+    if (bdrv_known_to_reach(t->bs, t->offset + t->bytes)) {
+        return 0;
+    }
     int64_t length = bdrv_getlength(t->bs);
     if (length < 0) {
         return (int)length;
@@ -135,6 +138,9 @@ static int drawn(BdrvChild *child, BdrvTransfer t, int (*run)(const BdrvTransfer
     assert(bdrv_graph_held());
     assert(t.req->bs == child->bs); /* nobody may have changed the graph in between */
     t.bs = child->bs;
+    if (t.bs->cache_no_flush && !t.bs->file) {
+        t.flags &= ~BDRV_REQ_FUA; /* nothing is made stable there, see io-node.c */
+    }
     int ret = run(&t);
     bdrv_request_end(t.req);
     return ret;

@@ -202,9 +202,12 @@ static void test_fua(void)
 
 static void test_no_flush(void)
 {
-    g_autoptr(BlockBackend) blk = open_blk("driver=raw,file.driver=test-mem,cache.no-flush=on");
+    g_autoptr(BlockBackend) blk = open_blk("driver=raw,file.driver=test-fua,cache.no-flush=on");
+    uint8_t buf[512] = {1};
     g_assert_cmpint(bdrv_flush(blk_bs(blk)), ==, 0);
     g_assert_cmpuint(mem_state(bottom(blk))->flushes, ==, 0);
+    g_assert_cmpint(bdrv_pwrite(blk_root(blk), 0, 512, buf, BDRV_REQ_FUA), ==, 0);
+    g_assert_cmpint(mem_state(bottom(blk))->last_flags, ==, 0);
 }
 
 static void test_flush_goes_down(void)
