@@ -3,8 +3,10 @@
  *
  * All return 0 or -errno and block until the request is done.  Any alignment, any length up to
  * BDRV_REQUEST_MAX_BYTES for transfers and any int64_t length for zero, discard and status; the
- * core pads, splits and serialises.  Reads past the end of the node return zeroes where the range
- * begins inside; a range that reaches beyond the end fails with -EIO unless the driver can grow.
+ * core pads, splits and serialises.  Reads of what lies beyond the end of the node return zeroes;
+ * writes and zeroes that reach beyond it fail with -EIO unless the node grows (files do); discards
+ * are cut.  Writes to a read-only node fail with -EPERM, bad ranges with -EIO.  BlockBackends are
+ * stricter.
  * The caller holds the graph lock shared (nested entry is taken anyway).
  *
  * SPDX-License-Identifier: MIT
@@ -22,7 +24,7 @@ typedef enum BdrvRequestFlags {
     BDRV_REQ_COMPRESSED = 1 << 3,  /* write compressed */
     BDRV_REQ_COPY_ON_READ = 1 << 4,
     BDRV_REQ_REGISTERED_BUF = 1 << 5, /* accepted, a hint */
-    BDRV_REQ_UNCHANGED = 1 << 6,   /* write that does not change what the guest reads (COR, commit) */
+    BDRV_REQ_UNCHANGED = 1 << 6,   /* write that leaves what the guest reads (COR, commit) */
 } BdrvRequestFlags;
 
 int bdrv_pread(BdrvChild *child, int64_t offset, int64_t bytes, void *buf, int flags);
@@ -42,7 +44,7 @@ int bdrv_pdiscard(BdrvChild *child, int64_t offset, int64_t bytes);
 /* Makes all writes that have returned stable, down to the last protocol node. */
 int bdrv_flush(BlockDriverState *bs);
 /* New length. @exact: -ENOTSUP rather than a longer node. @prealloc of the grown part.
- * BDRV_REQ_... : @zero_new: the grown part must read as zeroes (else it may show the backing file). */
+ * @zero_new: the grown part must read as zeroes, also where a longer backing file would show. */
 bool bdrv_truncate(BdrvChild *child, int64_t offset, bool exact, PreallocMode prealloc,
                    bool zero_new, GError **errp);
 
@@ -61,6 +63,7 @@ typedef struct BdrvBatchOp {
     int ret;   /* out */
 } BdrvBatchOp;
 /* Runs all of @ops at depth and returns when all are done: 0, or the first error in array order.
+ * Each op follows the rules of its single form and has its result in ret.
  * The order of effects is not defined; ops of one batch must not overlap unless all read. */
 int bdrv_run_batch(BdrvChild *child, BdrvBatchOp *ops, size_t n);
 
@@ -72,29 +75,37 @@ typedef enum BdrvBlockStatus {
     BDRV_BLOCK_ALLOCATED = 1 << 3,    /* this layer decides the content (not the backing file) */
     BDRV_BLOCK_EOF = 1 << 4,          /* the extent reaches the end of the node */
     BDRV_BLOCK_COMPRESSED = 1 << 5,
-    BDRV_BLOCK_RECURSE = 1 << 6,      /* driver only: ask the node below about zeroes */
+    /* Driver only, with OFFSET_VALID: ask there about zeroes; without DATA and ZERO: ask there for
+     * all but ALLOCATED. */
+    BDRV_BLOCK_RECURSE = 1 << 6,
 } BdrvBlockStatus;
 typedef struct BdrvStatus {
     int flags;             /* BdrvBlockStatus */
     int depth;             /* layers above the one that decided; -1: none of them did */
-    int64_t bytes;         /* > 0: length of the extent, merged over as far as cheaply known */
+    int64_t bytes;         /* length of the extent, merged; 0 only beyond the end of the node */
     int64_t host_offset;   /* with OFFSET_VALID */
     BlockDriverState *host_node; /* with OFFSET_VALID: borrowed */
 } BdrvStatus;
-/* What one node says of [offset, offset+bytes): ALLOCATED tells whether it decides. */
+/* What one node says of [offset, offset+bytes): ALLOCATED tells whether it decides.  Without it
+ * ZERO says that there is nothing below, or that what is below is too short. *ret is set on success
+ * only, here and below. */
 int bdrv_block_status(BlockDriverState *bs, int64_t offset, int64_t bytes, BdrvStatus *ret);
 /* Through the chain: @base excluded (NULL: to the end of the chain). Short backing files read as
- * zeroes beyond their end, decided by the layer above. */
+ * zeroes beyond their end, decided (ALLOCATED) by the layer above. */
 int bdrv_block_status_above(BlockDriverState *bs, BlockDriverState *base, int64_t offset,
                             int64_t bytes, BdrvStatus *ret);
-/* As above without protocol look-ups: flags say ALLOCATED (and ZERO where the layer knows). */
+/* As above without look-ups in files below.  Returns BDRV_BLOCK_ALLOCATED, with BDRV_BLOCK_ZERO
+ * where the layer that decides knows it; 0: no layer decides; or -errno.  *ret_bytes as in
+ * BdrvStatus. */
 int bdrv_is_allocated_above(BlockDriverState *bs, BlockDriverState *base, bool include_base,
                             int64_t offset, int64_t bytes, int64_t *ret_bytes);
-/* 1 when the range is known to read as zeroes, 0 when not, or -errno. Never reads data. */
+/* 1 when the range is known to read as zeroes (beyond the end it does), 0 when not, or -errno.
+ * Never reads data. */
 int bdrv_is_zero_fast(BlockDriverState *bs, int64_t offset, int64_t bytes);
 
 /* --- quiescing --- */
-/* Waits for all requests of @bs and its parents' BlockBackends and keeps new ones waiting. Nests. */
+/* Waits for all requests of @bs and its parents' BlockBackends and keeps new ones waiting. Nests.
+ * Not under the graph lock, not inside a request. */
 void bdrv_drained_begin(BlockDriverState *bs);
 void bdrv_drained_end(BlockDriverState *bs);
 
