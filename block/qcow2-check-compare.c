@@ -6,8 +6,7 @@
  *         |                                            |         |        |        |
  *       block: R counts, read many at a time           `- read --'        `- all counts 0 -'
  *         |
- *         `-- 64 counts at a time against a leaf of the map --> findings, and what a repair has to
- *         do
+ *         `-- 64 counts at a time against a leaf of the map --> findings, work for a repair
  *
  * A block is SOUND when it lies inside the file, aligned, and nothing else refers to its cluster.
  * Reserved bits in its entry are a finding of their own and do not make it less readable.  The
@@ -47,7 +46,8 @@ static void judge_table(Qcow2Check *c)
     if (!s->reftable.nb_entries) {
         qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "refcount-table-place",
                            c->reftable_offset,
-                           "ERROR refcount table offset=%" PRIx64 " clusters=%" PRIu32 " is invalid",
+                           "ERROR refcount table offset=%" PRIx64 " clusters=%" PRIu32
+                           " is invalid",
                            c->reftable_offset, c->reftable_clusters);
         c->reftable_clusters = 0;
     } else if (qcow2_check_count(c, c->reftable_offset, bytes, 1, QCOW2_REF_META)) {
@@ -231,6 +231,8 @@ static void compare_cluster(Qcow2Check *c, uint64_t cluster, uint64_t disk,
     unsigned slot = cluster % QCOW2_REF_LEAF;
     uint32_t refs = leaf ? qcow2_refleaf_count(leaf, slot) : 0;
     unsigned flags = leaf ? leaf->flags[slot] : 0;
+    c->overflowing |= refs > c->s->refcount_max;
+    refs = MIN(refs, c->s->refcount_max);
     if (disk != refs) {
         report_difference(c, cluster, disk, refs, block);
     }
@@ -373,7 +375,7 @@ uint64_t qcow2_check_disk_count(Qcow2Check *c, uint64_t cluster)
     if (block->state == QCOW2_BLOCK_SOUND && !differs) {
         return qcow2_refmap_count(c->map, cluster);
     }
-    if (block->state == QCOW2_BLOCK_ABSENT || block->state == QCOW2_BLOCK_BROKEN) {
+    if (block->state != QCOW2_BLOCK_SOUND && block->state != QCOW2_BLOCK_SHARED) {
         return 0;
     }
     uint64_t slot = cluster & (counts_per_block(c) - 1);

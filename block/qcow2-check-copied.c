@@ -12,8 +12,9 @@
  *   2. Compressed entries and entries without a place are not looked at; nor are detached tables.
  *   3. A table is rewritten only if its cluster has no other owner, and in one write.  The same
  *      holds for the active L1; its copy in c->be_l1 follows what was written.
- *   4. With clear_only the flag is only ever taken away: a COPIED flag that is missing does no
- *      harm.
+ *   4. With clear_only, before counts are repaired, the flag is only taken away, and judged by
+ *      what the counts will be: a COPIED flag that is missing does no harm.  What cannot be
+ *      rewritten is left to the pass that follows the repair.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -27,6 +28,13 @@ typedef struct CopiedPass {
     uint32_t next_l1; /* L1 entries below it have been judged */
     bool l1_changed;
 } CopiedPass;
+
+/* What the count of a cluster is, or will be when the repair is done. */
+static uint64_t count_of(Qcow2Check *c, const CopiedPass *pass, uint64_t cluster)
+{
+    return pass->clear_only ? qcow2_refmap_count(c->map, cluster)
+                            : qcow2_check_disk_count(c, cluster);
+}
 
 static bool flag_is_right(const CopiedPass *pass, uint64_t entry, uint64_t refcount)
 {
@@ -43,8 +51,8 @@ static void judge_l1_entry(Qcow2Check *c, CopiedPass *pass, uint32_t i)
     if (!offset) {
         return;
     }
-    uint64_t refcount = qcow2_check_disk_count(c, offset >> c->s->cluster_bits);
-    if (flag_is_right(pass, entry, refcount)) {
+    uint64_t refcount = count_of(c, pass, offset >> c->s->cluster_bits);
+    if (flag_is_right(pass, entry, refcount) || (pass->clear_only && !pass->l1_repair)) {
         return;
     }
     qcow2_check_report(c, BDRV_FINDING_CORRUPTION, pass->l1_repair, "copied-flag-l1", offset,
@@ -84,8 +92,8 @@ static bool judge_l2_entry(Qcow2Check *c, const CopiedPass *pass, bool may_write
 {
     uint64_t offset = entry & QCOW2_ENTRY_OFFSET_MASK;
     uint64_t refcount =
-        c->s->has_data_file ? 1 : qcow2_check_disk_count(c, offset >> c->s->cluster_bits);
-    if (flag_is_right(pass, entry, refcount)) {
+        c->s->has_data_file ? 1 : count_of(c, pass, offset >> c->s->cluster_bits);
+    if (flag_is_right(pass, entry, refcount) || (pass->clear_only && !may_write)) {
         return true;
     }
     qcow2_check_report(c, BDRV_FINDING_CORRUPTION, may_write, "copied-flag-data", offset,
@@ -131,6 +139,7 @@ void qcow2_check_copied(Qcow2Check *c, bool repair, bool clear_only)
     if (pass.l1_changed) {
         write_l1(c);
     }
+    c->copied_uncounted |= clear_only; /* the map's flags are no longer those on disk */
     if (repair && c->touched) {
         qcow2_check_barrier(c);
     }

@@ -3,32 +3,27 @@
  *
  *      table (refs times)                        map
  *      [ data | 0 | zero | compressed | ... ]     +refs per entry on each host cluster touched
- *           |                                     flags: DATA or COMP; of active tables also
- *           ACTIVE, and `-> check_entry()                            COPIED or SHARED
+ *           |                                     flags: DATA or COMP; of active tables
+ *           `-> check_entry()                            also ACTIVE, and COPIED or SHARED
  *
- * What is wrong with an entry is told at once, unless it can be repaired: then its repair is put on
- * a list and told when it is done, because only when everything is counted is it known whether the
- * table lies in a cluster of its own.  An entry that is to be repaired is counted as it will be.
- *
- * Repaired here, with BDRV_FIX_ERRORS: a preallocated zero cluster at an impossible place loses the
- * place; bits that no reader looks at are cleared (reserved ones, COPIED on compressed clusters);
- * the subcluster bitmap of a compressed cluster becomes zero, as the format has it.
+ * What is wrong with an entry is told at once, unless it is to be repaired (qcow2-check-fixes.c);
+ * then it is counted as it will be.  Repaired are: a preallocated zero cluster at an impossible
+ * place loses the place; bits that no reader looks at are cleared (reserved ones, COPIED on
+ * compressed clusters); the subcluster bitmap of a compressed cluster becomes zero, as the format
+ * has it; the place of data in an external data file becomes the only one it can be.
  *
  * Invariants
  *   1. A data entry that is not aligned keeps the cluster it points into from being freed.
  *   2. With an external data file no data cluster is counted.
- *   3. The list of repairs is bounded; what does not fit stays an error until the next repair.
  *
  * SPDX-License-Identifier: MIT
  */
 #include "block/qcow2-check.h"
 
 #include <inttypes.h>
-#include <stdarg.h>
 
 enum {
     TABLES_PER_WALK = 1024,
-    MAX_ENTRY_FIXES = 65536,
 };
 
 /* ---------------------------------------------------------------- walking */
@@ -104,27 +99,20 @@ typedef struct EntryCheck {
     uint64_t next_contiguous; /* host offset where the run of data would go on, 0: no run yet */
 } EntryCheck;
 
-/*
- * Something is wrong with x->e; @becomes would be right.  @fmt follows "ERROR" or "Repairing". Told
- * now, or when repaired. @times: references that the repair takes away.
- */
-static void G_GNUC_PRINTF(5, 6) fixable(EntryCheck *x, Qcow2L2Entry becomes, uint64_t times,
-                                        const char *code, const char *fmt, ...)
+/* The repair of x->e; @times: references that it takes away. */
+static Qcow2EntryFix fix_of(const EntryCheck *x, Qcow2L2Entry becomes, uint64_t times,
+                            const char *code)
 {
-    Qcow2Check *c = x->c;
-    va_list ap;
-    va_start(ap, fmt);
-    g_autofree char *text = g_strdup_vprintf(fmt, ap);
-    va_end(ap);
-    if (!(c->fix & BDRV_FIX_ERRORS) || c->entry_fixes->len >= MAX_ENTRY_FIXES) {
-        qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, code, x->t->offset, "ERROR%s", text);
-        return;
-    }
-    Qcow2EntryFix fix = {
-        .table = x->t->offset, .index = x->index, .was = x->e, .becomes = becomes, .code = code,
-        .text = g_steal_pointer(&text), .times = times};
-    g_array_append_val(c->entry_fixes, fix);
-    x->e = becomes;
+    return (Qcow2EntryFix){
+        .pos = x->t->offset + (uint64_t)x->index * x->c->s->l2_entry_size,
+        .bytes = x->c->s->l2_entry_size,
+        .owner = QCOW2_REF_L2,
+        .l1_index = UINT32_MAX,
+        .was = x->e,
+        .becomes = becomes,
+        .times = times,
+        .code = code,
+    };
 }
 
 /* ---------------------------------------------------------------- one entry */
@@ -142,9 +130,12 @@ static void check_compressed(EntryCheck *x)
     qcow2_parse_compressed(c->s, x->e.entry & ~QCOW2_ENTRY_COPIED, &host, &bytes);
     if (x->e.entry & QCOW2_ENTRY_COPIED) {
         Qcow2L2Entry becomes = {x->e.entry & ~QCOW2_ENTRY_COPIED, x->e.bitmap};
-        fixable(x, becomes, 0, "compressed-copied",
-                ": coffset=0x%" PRIx64 ": copied flag must never be set for compressed clusters",
-                host);
+        if (qcow2_check_fixable(c, fix_of(x, becomes, 0, "compressed-copied"),
+                                ": coffset=0x%" PRIx64
+                                ": copied flag must never be set for compressed clusters",
+                                host)) {
+            x->e = becomes;
+        }
     }
     if (c->s->has_data_file) {
         qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "compressed-with-data-file", host,
@@ -154,10 +145,12 @@ static void check_compressed(EntryCheck *x)
     }
     if (x->e.bitmap) {
         Qcow2L2Entry becomes = {x->e.entry, 0};
-        fixable(x, becomes, 0, "compressed-bitmap",
-                " compressed cluster %" PRIu32 " with non-zero subcluster allocation bitmap, "
-                "entry=0x%" PRIx64,
-                x->index, x->e.entry);
+        if (qcow2_check_fixable(c, fix_of(x, becomes, 0, "compressed-bitmap"),
+                                " compressed cluster %" PRIu32
+                                " with non-zero subcluster allocation bitmap, entry=0x%" PRIx64,
+                                x->index, x->e.entry)) {
+            x->e = becomes;
+        }
     }
     c->res->allocated_clusters += x->t->active_refs;
     c->res->compressed_clusters += x->t->active_refs;
@@ -185,8 +178,10 @@ static void check_reserved_bits(EntryCheck *x)
         return;
     }
     Qcow2L2Entry becomes = {x->e.entry & ~mask, x->e.bitmap};
-    fixable(x, becomes, 0, "l2-entry-reserved-bits",
-            " found l2 entry with reserved bits set: %" PRIx64, x->e.entry);
+    if (qcow2_check_fixable(x->c, fix_of(x, becomes, 0, "l2-entry-reserved-bits"),
+                            " found l2 entry with reserved bits set: %" PRIx64, x->e.entry)) {
+        x->e = becomes;
+    }
 }
 
 static void check_subclusters(EntryCheck *x, uint64_t offset, bool allocated)
@@ -227,32 +222,38 @@ static void check_misaligned(EntryCheck *x, uint64_t offset)
                            offset);
     } else {
         Qcow2L2Entry becomes = {s->has_subclusters ? 0 : QCOW2_ENTRY_ZERO, x->e.bitmap};
-        fixable(x, becomes, x->t->refs, "zero-unaligned",
-                " offset=%" PRIx64
-                ": Preallocated cluster is not properly aligned; L2 entry corrupted.",
-                offset);
+        if (qcow2_check_fixable(c, fix_of(x, becomes, x->t->refs, "zero-unaligned"),
+                                " offset=%" PRIx64 ": Preallocated cluster is not properly "
+                                "aligned; L2 entry corrupted.",
+                                offset)) {
+            x->e = becomes;
+        }
     }
-    if (!s->has_data_file && x->e.entry == was) {
+    if (x->e.entry == was) {
         qcow2_check_count(c, qcow2_start_of_cluster(s, offset), s->cluster_size, x->t->refs,
                           QCOW2_REF_DATA);
         c->copied_uncounted |= is_active(x);
     }
 }
 
-/* Guest data lies in the data file where the guest has it. */
+/* Guest data lies in the data file where the guest has it, so an entry can say nothing else. */
 static void check_data_file_entry(EntryCheck *x, uint64_t offset)
 {
     const BDRVQcow2State *s = x->c->s;
-    if (!is_active(x)) {
+    if (x->t->active_refs != 1) {
         return;
     }
     uint64_t guest = ((uint64_t)x->t->active_index << (s->cluster_bits + s->l2_bits)) +
                      ((uint64_t)x->index << s->cluster_bits);
-    if (offset != guest) {
-        qcow2_check_report(x->c, BDRV_FINDING_CORRUPTION, false, "data-file-offset", x->t->offset,
-                           "ERROR offset=%" PRIx64 ": External data file cluster does not match "
-                           "guest offset %" PRIx64 "; L2 entry corrupted.",
-                           offset, guest);
+    uint64_t entry = (x->e.entry & ~QCOW2_ENTRY_OFFSET_MASK) | guest | QCOW2_ENTRY_COPIED;
+    Qcow2L2Entry becomes = {entry, x->e.bitmap};
+    const char *what = qcow2_offset_into_cluster(s, offset)
+                           ? "Data cluster is not properly aligned"
+                           : "External data file cluster is not where the guest has it";
+    if (offset != guest && qcow2_check_fixable(x->c, fix_of(x, becomes, 0, "data-file-offset"),
+                                               " offset=%" PRIx64 ": %s; L2 entry corrupted.",
+                                               offset, what)) {
+        x->e = becomes;
     }
     x->c->copied_uncounted |= !(x->e.entry & QCOW2_ENTRY_COPIED);
 }
@@ -281,10 +282,10 @@ static void check_standard(EntryCheck *x)
         return;
     }
     count_fragments(x, offset);
-    if (qcow2_offset_into_cluster(s, offset)) {
-        check_misaligned(x, offset);
-    } else if (s->has_data_file) {
+    if (s->has_data_file) {
         check_data_file_entry(x, offset);
+    } else if (qcow2_offset_into_cluster(s, offset)) {
+        check_misaligned(x, offset);
     } else {
         count_data(x, offset);
     }
@@ -308,37 +309,4 @@ void qcow2_check_l2_tables(Qcow2Check *c)
 {
     qb_progress_grow(c->opts->progress, (uint64_t)c->tables->len * c->s->cluster_size);
     qcow2_check_for_tables(c, 0, c->tables->len, check_table, NULL);
-}
-
-/* ---------------------------------------------------------------- repairs put off */
-
-static bool write_entry(Qcow2Check *c, const Qcow2EntryFix *fix)
-{
-    uint8_t buf[16];
-    if (!qcow2_check_exclusive(c, fix->table, c->s->cluster_size, QCOW2_REF_L2)) {
-        return false;
-    }
-    qb_stbe64(buf, fix->becomes.entry);
-    qb_stbe64(buf + 8, fix->becomes.bitmap);
-    uint64_t pos = fix->table + (uint64_t)fix->index * c->s->l2_entry_size;
-    return qcow2_check_write(c, pos, c->s->l2_entry_size, buf) == 0;
-}
-
-void qcow2_check_apply_fixes(Qcow2Check *c)
-{
-    BDRVQcow2State *s = c->s;
-    for (guint i = 0; i < c->entry_fixes->len; i++) {
-        const Qcow2EntryFix *fix = &g_array_index(c->entry_fixes, Qcow2EntryFix, i);
-        bool fixed = write_entry(c, fix);
-        qcow2_check_report(c, BDRV_FINDING_CORRUPTION, fixed, fix->code, fix->table, "%s%s",
-                           fixed ? "Repairing" : "ERROR", fix->text);
-        if (!fixed && fix->times) {
-            uint64_t offset = fix->was.entry & QCOW2_ENTRY_OFFSET_MASK;
-            qcow2_check_count(c, qcow2_start_of_cluster(s, offset), s->cluster_size, fix->times,
-                              QCOW2_REF_DATA);
-        }
-    }
-    if (c->entry_fixes->len && c->touched) {
-        qcow2_check_barrier(c);
-    }
 }

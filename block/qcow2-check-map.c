@@ -14,7 +14,8 @@
  *
  * Invariants
  *   1. A cluster without a leaf has count 0 and no flags.
- *   2. Counts never pass the cap: the width of refcounts in the image, or 2^32-1.
+ *   2. A count that passes the cap, the width of refcounts in the image, is reported; it is kept
+ *      as it is (up to 2^32-1), so that references can be taken back.
  *   3. ALIAS is set once two owners were seen that cannot both be right:
  *        META with anything; L2 with DATA or COMP; DATA with COMP; active data twice.
  *      Data of two trees (active, snapshots), and compressed streams among themselves, share.
@@ -40,7 +41,7 @@ Qcow2RefMap *qcow2_refmap_new(uint64_t cap)
     Qcow2RefMap *map = g_new0(Qcow2RefMap, 1);
     map->nslots = 64;
     map->slots = g_new0(Qcow2RefLeaf *, map->nslots);
-    map->cap = MIN(cap, UINT32_MAX);
+    map->cap = cap;
     return map;
 }
 
@@ -158,14 +159,10 @@ void qcow2_refmap_add(Qcow2RefMap *map, uint64_t first, uint64_t n, uint64_t tim
             leaf->flags[slot] |= QCOW2_REF_ALIAS;
         }
         leaf->flags[slot] |= flags;
-        if (times > map->cap - count) {
-            if (overflow) {
-                overflow(c, opaque);
-            }
-            set_count(leaf, slot, map->cap);
-        } else {
-            set_count(leaf, slot, count + times);
+        if (overflow && (count > map->cap || times > map->cap - count)) {
+            overflow(c, opaque);
         }
+        set_count(leaf, slot, MIN(count + MIN(times, UINT32_MAX), UINT32_MAX));
     }
 }
 

@@ -50,6 +50,7 @@ static void report_overflow(uint64_t cluster, void *opaque)
 {
     Qcow2Check *c = opaque;
     uint64_t offset = cluster << c->s->cluster_bits;
+    c->overflows++;
     qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "refcount-overflow", offset,
                        "ERROR: overflow cluster offset=0x%" PRIx64, offset);
     qcow2_check_report(c, BDRV_FINDING_INFO, false, "refcount-overflow", offset,
@@ -103,16 +104,30 @@ static void misaligned_l1_entry(Qcow2Check *c, uint64_t offset, uint64_t times)
     c->lost = true;
 }
 
-/* An entry that @times L1 tables have; @active: the active one, at @l1_index. */
-static void check_l1_entry(Qcow2Check *c, uint64_t entry, uint64_t times, bool active,
+/* Readers mask reserved bits; and COPIED without a table is one more of them. */
+static void check_l1_reserved_bits(Qcow2Check *c, uint64_t pos, uint64_t entry, uint32_t l1_index)
+{
+    uint64_t becomes = entry & ~QCOW2_L1_RESERVED_MASK;
+    if (!(entry & QCOW2_ENTRY_OFFSET_MASK)) {
+        becomes = 0;
+    }
+    Qcow2EntryFix fix = {
+        .pos = pos, .bytes = sizeof(entry), .owner = QCOW2_REF_META, .l1_index = l1_index,
+        .was.entry = entry, .becomes.entry = becomes, .code = "l1-entry-reserved-bits"};
+    if (entry != becomes) {
+        qcow2_check_fixable(c, fix, " found L1 entry with reserved bits set: %" PRIx64, entry);
+    }
+}
+
+/* An entry at @pos that @times L1 tables have; @l1_index: where the active one has it, or
+ * UINT32_MAX when it has not. */
+static void check_l1_entry(Qcow2Check *c, uint64_t pos, uint64_t entry, uint64_t times,
                            uint32_t l1_index)
 {
     BDRVQcow2State *s = c->s;
     uint64_t offset = entry & QCOW2_ENTRY_OFFSET_MASK;
-    if (entry & QCOW2_L1_RESERVED_MASK) {
-        qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "l1-entry-reserved-bits", offset,
-                           "ERROR found L1 entry with reserved bits set: %" PRIx64, entry);
-    }
+    bool active = l1_index != UINT32_MAX;
+    check_l1_reserved_bits(c, pos, entry, l1_index);
     if (!offset) {
         return;
     }
@@ -136,7 +151,7 @@ static void check_active_l1(Qcow2Check *c)
     for (uint32_t i = 0; i < c->l1_size; i++) {
         uint64_t entry = be64toh(c->be_l1[i]);
         if (entry) {
-            check_l1_entry(c, entry, 1, true, i);
+            check_l1_entry(c, c->s->header.l1_offset + i * sizeof(entry), entry, 1, i);
         }
     }
     c->nb_active_tables = c->tables->len;
@@ -206,7 +221,7 @@ static void sweep_range(Qcow2Check *c, uint64_t offset, uint64_t end, uint64_t t
         }
         for (size_t i = 0; i < bytes / sizeof(uint64_t); i++) {
             if (buf[i]) {
-                check_l1_entry(c, be64toh(buf[i]), times, false, 0);
+                check_l1_entry(c, offset + i * sizeof(buf[i]), be64toh(buf[i]), times, UINT32_MAX);
             }
         }
     }

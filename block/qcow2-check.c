@@ -5,6 +5,7 @@
  *
  *     qcow2-check-refs.c     who refers to which host cluster: header, L1s, snapshots, crypto area
  *     qcow2-check-l2.c         L2 tables, each read once however many L1s name it
+ *     qcow2-check-fixes.c      entries that a repair rewrites
  *     qcow2-check-bitmaps.c    stored bitmaps
  *     qcow2-check-map.c        the counts that come of it, in memory
  *     qcow2-check-compare.c  the refcount structure, and every count on disk against the map
@@ -16,17 +17,18 @@
  * record, "Repairing ...", of the class that is counted nowhere.
  *
  * Rules
- *  1. What is on disk is checked, not what memory believes: everything is read from the file,
- *     behind the caches, after a flush.  No check marks the image corrupt or changes it unless it
- *     repairs.
+ *  1. What is on disk is checked: a flush comes first, then tables and refcounts are read from the
+ *     file (or from a cache that equals it; a repair empties the caches before it begins).  No check
+ *     marks the image corrupt or changes it unless it repairs.
  *  2. Something that cannot be read may hold references.  While there is such a thing no count is
  *     lowered and no cluster is taken for free.
  *  3. A repair raises before it lowers, with a barrier between (invariant 1).  On version 3 the
  *     dirty bit is stable before the first count or flag changes and goes when all of them are
  *     right; on version 2 COPIED flags are cleared before counts rise and set after they fell
  *     (invariant 4).
- *  4. Two owners of one cluster are told apart and never blessed with a higher count: the refcount
- *     structure moves away, guest data is copied; where neither is possible the finding stays.
+ *  4. Two owners of one cluster that cannot both be right are told apart and never blessed with a
+ *     higher count: the refcount structure moves away, guest data is copied; where neither is
+ *     possible the finding stays.
  *  5. Corrupt and dirty bits are cleared only when no error is left.
  *
  * Not done: guessing.  An entry that points nowhere is left as it is.
@@ -133,7 +135,8 @@ bool qcow2_check_exclusive(const Qcow2Check *c, uint64_t offset, uint64_t bytes,
 
 /* ---------------------------------------------------------------- snapshot table */
 
-/* Snapshots that do not fit are given up by a repair of errors only; until then they hold clusters. */
+/* Snapshots that do not fit are given up by a repair of errors only; until then they hold
+ * clusters. */
 static void check_overhang(Qcow2Check *c, uint64_t overhang)
 {
     if (c->fix & BDRV_FIX_ERRORS) {
@@ -144,10 +147,11 @@ static void check_overhang(Qcow2Check *c, uint64_t overhang)
         c->res->corruptions += overhang;
         return;
     }
+    bool too_many = c->s->header.nb_snapshots > QCOW2_MAX_SNAPSHOTS;
     c->incomplete = true;
     qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "snapshot-overhang",
                        c->s->header.snapshots_offset, "ERROR snapshot table %s",
-                       c->s->header.nb_snapshots > QCOW2_MAX_SNAPSHOTS ? "too large" : "is cut off");
+                       too_many ? "too large" : "is cut off");
     qcow2_check_report(c, BDRV_FINDING_INFO, false, "snapshot-overhang", UINT64_MAX,
                        "You can force-remove all %" PRIu64
                        " overhanging snapshots with qemu-img check -r all",
@@ -187,10 +191,23 @@ static void check_snapshot_table(Qcow2Check *c)
     c->snapshots_broken = c->snapshot_faults > 0;
 }
 
+/* A damaged table claims clusters of others: only those before the first of them are its own. */
+static uint64_t own_table_bytes(const Qcow2Check *c)
+{
+    const BDRVQcow2State *s = c->s;
+    uint64_t bytes = 0;
+    while (bytes < s->snapshots_bytes &&
+           qcow2_check_exclusive(c, s->header.snapshots_offset + bytes, 1, QCOW2_REF_META)) {
+        bytes += s->cluster_size;
+    }
+    return MIN(bytes, s->snapshots_bytes);
+}
+
 /* Writes the table again, as memory has it, to new clusters. The counts have been put right. */
 static void repair_snapshot_table(Qcow2Check *c)
 {
     g_autoptr(GError) err = NULL;
+    c->s->snapshots_bytes = own_table_bytes(c);
     GArray *list = c->s->snapshots ? qcow2_snapshots_dup(c->s->snapshots) : qcow2_snapshots_new();
     if (!qcow2_snapshots_store(c->bs, list, NULL, NULL, &err) || qcow2_flush(c->bs) < 0) {
         qcow2_check_report(c, BDRV_FINDING_CHECK_ERROR, false, "snapshot-table-write", UINT64_MAX,

@@ -35,14 +35,14 @@ typedef struct Qcow2RefLeaf {
 
 typedef struct Qcow2RefMap Qcow2RefMap;
 
-/* An empty map whose counts stop at @cap (at least 1). Not thread safe. */
+/* An empty map; @cap (at least 1) is the highest count an image can hold. Not thread safe. */
 Qcow2RefMap *qcow2_refmap_new(uint64_t cap);
 void qcow2_refmap_free(Qcow2RefMap *map);
 /*
  * Adds @times (at least 1) references of the kind and with the flags in @flags to @n clusters from
  * @first on. Sets ALIAS where a kind meets one it cannot share with, or active data meets active
- * data. Calls @overflow (may be NULL) for each cluster whose count would pass the cap; it stays at
- * the cap.
+ * data. Calls @overflow (may be NULL) for each cluster whose count is beyond the cap then. Counts
+ * stop at UINT32_MAX.
  */
 void qcow2_refmap_add(Qcow2RefMap *map, uint64_t first, uint64_t n, uint64_t times, unsigned flags,
                       void (*overflow)(uint64_t cluster, void *opaque), void *opaque);
@@ -95,10 +95,12 @@ typedef struct Qcow2CheckBlock {
     uint8_t todo;
 } Qcow2CheckBlock;
 
-/* An L2 entry that a repair rewrites once all owners are known. */
+/* An entry of L1 or L2 that a repair rewrites once all owners are known. */
 typedef struct Qcow2EntryFix {
-    uint64_t table;
-    uint32_t index;
+    uint64_t pos;       /* in the file */
+    unsigned bytes;     /* 8 or 16 */
+    unsigned owner;     /* QCOW2_REF_META or QCOW2_REF_L2: who alone must have its cluster */
+    uint32_t l1_index;  /* in the active L1; UINT32_MAX elsewhere */
     Qcow2L2Entry was, becomes;
     const char *code;
     char *text;      /* owned; without its first word */
@@ -136,6 +138,8 @@ typedef struct Qcow2Check {
     uint32_t reftable_clusters;
     bool uncounted;          /* something is referenced where there is no block */
     uint64_t structure_faults, count_faults, count_leaks; /* found in table and blocks; in counts */
+    uint64_t overflows;      /* found while counting */
+    bool overflowing;        /* some are left */
     uint64_t free_hint;      /* no free cluster below */
     GHashTable *taken;       /* clusters that the repair took into use */
     struct {
@@ -162,7 +166,7 @@ bool qcow2_check_exclusive(const Qcow2Check *c, uint64_t offset, uint64_t bytes,
 
 /* Fills the map, the tables and the findings on everything but refcounts. */
 void qcow2_check_count_all(Qcow2Check *c);
-/* False, and says so, when [offset, +bytes) reaches one cluster or more beyond the end of the file. */
+/* False, and says so, when [offset, +bytes) reaches a cluster or more beyond the end of file. */
 bool qcow2_check_inside(Qcow2Check *c, uint64_t offset, uint64_t bytes);
 /* Counts @times references to each cluster touched; false when that was refused (see above). */
 bool qcow2_check_count(Qcow2Check *c, uint64_t offset, uint64_t bytes, uint64_t times,
@@ -180,6 +184,15 @@ void qcow2_check_for_tables(Qcow2Check *c, guint first, guint n, Qcow2CheckTable
                             void *opaque);
 /* Entry @index of a table as on disk. */
 Qcow2L2Entry qcow2_check_entry(const BDRVQcow2State *s, const uint8_t *entries, uint32_t index);
+/* ======================= qcow2-check-fixes.c: entries to be rewritten ======================= */
+
+/*
+ * Something is wrong with the entry that @fix tells of. @fmt follows "ERROR" or "Repairing". With
+ * BDRV_FIX_ERRORS it is told when qcow2_check_apply_fixes() rewrites it, and the entry is to be
+ * counted as it will be: true; else it is told now: false.
+ */
+bool qcow2_check_fixable(Qcow2Check *c, Qcow2EntryFix fix, const char *fmt, ...)
+    G_GNUC_PRINTF(3, 4);
 /* Rewrites the entries whose repair was put off until all owners were known. */
 void qcow2_check_apply_fixes(Qcow2Check *c);
 

@@ -266,12 +266,12 @@ static bool plan(Qcow2Check *c)
 /* ---------------------------------------------------------------- counts */
 
 /* What the count of a cluster is to become (invariant 3). */
-static uint64_t wanted(unsigned flags, uint32_t refs, uint64_t disk)
+static uint64_t wanted(const Qcow2Check *c, unsigned flags, uint32_t refs, uint64_t disk)
 {
     if ((flags & QCOW2_REF_ALIAS) && (flags & QCOW2_REF_KINDS) != QCOW2_REF_DATA) {
         return MAX(disk, 1);
     }
-    return refs;
+    return MIN(refs, c->s->refcount_max);
 }
 
 static void report_repair(Qcow2Check *c, uint64_t cluster, uint64_t disk, uint64_t refs)
@@ -297,7 +297,8 @@ static bool correct_block(Qcow2Check *c, uint64_t index, uint8_t *data, unsigned
         uint64_t disk = qcow2_refcount_read(data, order, slot);
         uint64_t count = 0;
         if (leaf) {
-            count = wanted(leaf->flags[in_leaf], qcow2_refleaf_count(leaf, in_leaf), disk);
+            uint32_t refs = qcow2_refleaf_count(leaf, in_leaf);
+            count = wanted(c, leaf->flags[in_leaf], refs, disk);
         }
         if (todo == QCOW2_BLOCK_RAISE ? disk >= count : disk <= count) {
             continue;
@@ -516,7 +517,7 @@ void qcow2_check_verify(Qcow2Check *c, bool hooked_up)
     uint64_t structure = c->structure_faults;
     c->res = &again;
     c->quiet = true;
-    c->copied_suspect = false;
+    c->copied_suspect = c->overflowing = false;
     if (hooked_up) {
         adopt_blocks(c);
         structure = 0;
@@ -526,6 +527,8 @@ void qcow2_check_verify(Qcow2Check *c, bool hooked_up)
     c->res = res;
     c->quiet = false;
     settle_counter(&res->corruptions, &res->corruptions_fixed, c->structure_faults, structure);
+    settle_counter(&res->corruptions, &res->corruptions_fixed, c->overflows,
+                   c->overflowing ? c->overflows : 0);
     settle_counter(&res->corruptions, &res->corruptions_fixed, c->count_faults, again.corruptions);
     settle_counter(&res->leaks, &res->leaks_fixed, c->count_leaks, again.leaks);
     res->check_errors += again.check_errors;
