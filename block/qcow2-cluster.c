@@ -6,15 +6,16 @@
  *      L1 table  [ ...   e   ... ]  |
  *                        '--> L2 table [ ... entry, bitmap ... ] --> host cluster
  *
- * An entry is two words, the second one 0 without extended L2.  All code works on subclusters; an image
- * without them has one per cluster, which is the cluster.
+ * An entry is two words, the second one 0 without extended L2.  All code works on subclusters; an
+ * image without them has one per cluster, which is the cluster.
  *
  * A look-up takes no metadata lock.  It is safe because
- *  1. the caller is announced, so no host cluster (of data or of a table) that was reachable when it
- *     began gets new content before it leaves;
+ *  1. the caller is announced, so no host cluster (of data or of a table) that was reachable when
+ *     it began gets new content before it leaves;
  *  2. entries are copied out of a table under the cache's lock, both words of an entry at once;
- *  3. after copying it looks whether the table was poisoned or L1 names another one; if so, it starts
- *     again from L1.  A table that was taken out of L1 after that was right when it was read.
+ *  3. after copying it looks whether the table was poisoned or L1 names another one; if so, it
+ *     starts again from L1.  A table that was taken out of L1 after that was right when it was
+ *     read.
  * So every entry returned stood in the map at some moment after the caller announced itself.  Two
  * entries of one run may stem from two moments; requests that care have their range serialised.
  *
@@ -283,7 +284,7 @@ static int get_table(BlockDriverState *bs, uint64_t l1_entry, uint64_t l1_index,
     BDRVQcow2State *s = qcow2_state(bs);
     uint64_t offset = l1_entry & QCOW2_ENTRY_OFFSET_MASK;
     if (nowait) {
-        *ret = qcow2_cache_peek(s->cache, offset);
+        *ret = qcow2_cache_peek(s->cache, QCOW2_TABLE_L2, offset);
         return *ret ? 0 : -EAGAIN;
     }
     int err = qcow2_l1_entry_judge(bs, l1_entry, l1_index);

@@ -4,9 +4,9 @@
  *   cluster --compress--> stream, at most cluster - 1 bytes      or -ENOSPC: store it as it is
  *   stream + whatever else is in its last sector --decompress--> cluster
  *
- * How long a stream is is known to the sector only, so a decoder is given more than the stream and stops
- * when the cluster is full.  Deflate need not have seen its end then; zstd must have ended a frame, and
- * several frames may follow one another.
+ * How long a stream is is known to the sector only, so a decoder is given more than the stream and
+ * stops when the cluster is full.  Deflate need not have seen its end then; zstd must have ended a
+ * frame, and several frames may follow one another.
  *
  * Making a compressor costs more than compressing a small cluster, so each thread keeps what it has
  * used, until it ends.

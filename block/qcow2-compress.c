@@ -1,23 +1,23 @@
 /*
  * Compressed clusters of an image: reading runs of them, writing new ones.
  *
- *   read    streams are read as a batch while announced; then each is unpacked, in parallel when there
- *           are several, into the caller's memory or, for a part of a cluster, into the cache
+ *   read    streams are read as a batch while announced; then each is unpacked, in parallel when
+ *           there are several, into the caller's memory or, for a part of a cluster, into the cache
  *   write   clusters of the request, up to MAX_BATCH at a time
  *             pack       all at once in the compute pool
  *             place      in guest order, streams back to back
  *             write      streams that lie back to back as one
  *             link       only now; what does not shrink is written as a normal cluster
  *
- * The cache holds a few unpacked clusters, found by the place of their streams, for guests that read a
- * compressed cluster in small pieces.
+ * The cache holds a few unpacked clusters, found by the place of their streams, for guests that
+ * read a compressed cluster in small pieces.
  *
  * Invariants
  *  1. A stream is in the file before an entry names it.
- *  2. A cached cluster is what its place in the file holds.  Before a stream is written, clusters cached
- *     for that place are dropped and the generation rises; a reader puts a cluster into the cache only if
- *     the generation is the one from the time when it was announced.  Space of a stream is given to
- *     another one only after such readers have left.
+ *  2. A cached cluster is what its place in the file holds.  Before a stream is written, clusters
+ *     cached for that place are dropped and the generation rises; a reader puts a cluster into the
+ *     cache only if the generation is the one from the time when it was announced.  Space of a
+ *     stream is given to another one only after such readers have left.
  *  3. Only clusters without a host cluster or stream are written to; the request is serialised.
  *
  * Not done: an unpacked cluster is not kept when all of it was asked for.

@@ -16,17 +16,19 @@
  *     fill              [  head  )                        [    tail    )
  *                       fill_start start                 end           fill_end
  *
- * Head and tail reach out to the subcluster, and in a new host cluster to all subclusters whose content
- * was in the old one.  They are read as a guest would read them (so old data, streams, zeroes and the
- * backing file need no cases here) and go out with the data in one vector.  Long ones that read zero are
- * left to the file's zero operation.
+ * Head and tail reach out to the subcluster, and in a new host cluster to all subclusters whose
+ * content was in the old one.  They are read as a guest would read them (so old data, streams,
+ * zeroes and the backing file need no cases here) and go out with the data in one vector.  Long
+ * ones that read zero are left to the file's zero operation.
  *
  * Invariants
- *  1. New host clusters are named by no entry until their content is written; failure gives them back.
- *  2. From serialise to the end of the request nobody else changes entries in its range.  qcow2_link()
- *     compares all the same, and a difference begins the step anew.
+ *  1. New host clusters are named by no entry until their content is written; failure gives
+ *     them back.
+ *  2. From serialise to the end of the request nobody else changes entries in its range.
+ *     qcow2_link() compares all the same, and a difference begins the step anew.
  *  3. A subcluster gets its "allocated" bit only if all of it was written or was valid before.
- *  4. Nothing that is written in place is read for filling: those subclusters are valid as they are.
+ *  4. Nothing that is written in place is read for filling: those subclusters are valid as
+ *     they are.
  *
  * Not done: no search for zeroes in copied data.
  *
@@ -172,7 +174,6 @@ static WriteHow how_to_write(const WriteStep *w, size_t i)
     return all_normal(s, w->old[i], first, end) ? WRITE_IN_PLACE : WRITE_REUSE;
 }
 
-/* Cuts the step to the clusters that are written the same way as the first, host clusters in one row. */
 static void step_cut(WriteStep *w, size_t n)
 {
     const BDRVQcow2State *s = w->io->s;
@@ -180,6 +181,7 @@ static void step_cut(WriteStep *w, size_t n)
     w->end = MIN(w->end, w->cluster + ((uint64_t)n << s->cluster_bits));
 }
 
+/* Cuts the step to the clusters that are written like the first, with host clusters in a row. */
 static void step_choose(WriteStep *w)
 {
     const BDRVQcow2State *s = w->io->s;

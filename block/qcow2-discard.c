@@ -9,18 +9,20 @@
  *   data                         zero flag set     plain zero, freed         0, freed
  *   compressed                   plain zero, freed plain zero, freed         0, freed
  *
- * "Plain zero" is 0 on version 2 (only without a backing file, else the request is declined) and where
- * the creator vouched that there will never be a backing file.  discard-no-unref turns "unmap" into
- * "keep" followed by a hole in the file.  A part of an extended L2 cluster changes its bits only.
+ * "Plain zero" is 0 on version 2 (only without a backing file, else the request is declined) and
+ * where the creator vouched that there will never be a backing file.  discard-no-unref turns
+ * "unmap" into "keep" followed by a hole in the file.  A part of an extended L2 cluster changes its
+ * bits only.
  *
- *     step:  skip what L1 does not map | drop a table that is cleared as a whole | load, change, link
+ *     step:  skip what L1 does not map | drop a table that is cleared whole | load, change, link
  *
  * Invariants
  *  1. A range that was never allocated allocates nothing and costs a look at L1.
- *  2. Entries change first; what they referred to is freed afterwards, and punched by the quarantine
- *     when the change is stable.
- *  3. Where the host cluster stays with its guest cluster, requests that were writing there are waited
- *     for after the change, so that a late one cannot overwrite what a later request puts there.
+ *  2. Entries change first; what they referred to is freed afterwards, and punched by the
+ *     quarantine when the change is stable.
+ *  3. Where the host cluster stays with its guest cluster, requests that were writing there are
+ *     waited for after the change, so that a late one cannot overwrite what a later request puts
+ *     there.
  *  4. A step of at most MAX_STEP entries is done or not; the request may stop between steps.
  *
  * An external data file has no clusters to free.  A raw one must itself read zero: there zeroes are
@@ -56,7 +58,8 @@ static uint64_t covered(const Clear *c, uint64_t cluster)
     uint64_t from = MAX(c->guest, cluster) - cluster;
     uint64_t to = MIN(c->end, cluster + s->cluster_size) - cluster;
     assert(from < to);
-    return (UINT64_C(1) << (to >> s->subcluster_bits)) - (UINT64_C(1) << (from >> s->subcluster_bits));
+    uint64_t first = from >> s->subcluster_bits, last = to >> s->subcluster_bits;
+    return (UINT64_C(1) << last) - (UINT64_C(1) << first);
 }
 
 static bool covers_all(const Clear *c, uint64_t mask)
@@ -329,8 +332,8 @@ static int zero_data_file(BlockDriverState *bs, uint64_t guest, uint64_t bytes, 
                               flags & BDRV_REQ_MAY_UNMAP);
 }
 
-/* The entries do not name the range any more. After a full discard the backing file shows there, so the
- * data go only when that is stable; else they read zero before and after. */
+/* The entries do not name the range any more. After a full discard the backing file shows there, so
+ * the data go only when that is stable; else they read zero before and after. */
 static int discard_in_data_file(BlockDriverState *bs, uint64_t guest, uint64_t bytes,
                                 Qcow2DiscardHow how, Qcow2DiscardType type)
 {
@@ -458,14 +461,14 @@ static int zero_part_of_cluster(BlockDriverState *bs, BdrvRequest *req, uint64_t
     return ret == -ENOTSUP ? write_zeroes_out(bs, req, guest, end - guest) : ret;
 }
 
-/* [start, end): multiples of the subcluster size. Only with extended L2 there is a head or a tail. */
+/* [start, end): multiples of the subcluster size. Only extended L2 has heads and tails. */
 static int zero_widened(BlockDriverState *bs, BdrvRequest *req, uint64_t start, uint64_t end,
                         int flags)
 {
     BDRVQcow2State *s = qcow2_state(bs);
     uint64_t first = qb_align_up(start, s->cluster_size);
     uint64_t last = qcow2_start_of_cluster(s, end);
-    if (first >= last) { /* no whole cluster between: let the core choose what to do if we decline */
+    if (first >= last) { /* no whole cluster: if this is declined, the core writes zeroes */
         return qcow2_zero_clusters(bs, start, end - start, flags);
     }
     int ret = qcow2_zero_clusters(bs, first, last - first, flags);

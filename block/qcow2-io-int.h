@@ -11,8 +11,8 @@
  *       qcow2-link.c      changes L2 entries
  *       qcow2-cluster.c   reads L2 entries
  *
- * Who reads entries is announced (qcow2_user_announce()) meanwhile; who changes them is not, and has
- * the guest range serialised.
+ * Who reads entries is announced (qcow2_user_announce()) meanwhile; who changes them is not, and
+ * has the guest range serialised.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -22,7 +22,7 @@
 #include <inttypes.h>
 #include "block/qcow2.h"
 
-/* Beside 0 and -errno: what was looked at has changed meanwhile, begin again. A number no I/O returns. */
+/* Beside 0 and -errno: what was looked at has changed, begin again. No I/O returns it. */
 #define QCOW2_STALE 2
 
 /* A guest transfer. The pieces of it are named by guest ranges; the vector follows from them. */
@@ -67,7 +67,7 @@ unsigned qcow2_entry_run(const BDRVQcow2State *s, Qcow2L2Entry e, unsigned sc,
 /* What @e says of [guest, end), as far as its cluster and one type go. */
 Qcow2Mapping qcow2_entry_mapping(const BDRVQcow2State *s, Qcow2L2Entry e, uint64_t guest,
                                  uint64_t end);
-/* Appends @next to @m when it continues it (same type, host bytes contiguous). An empty @m takes all. */
+/* Appends @next to @m if it continues it (same type, host bytes contiguous) or @m is empty. */
 bool qcow2_mapping_extend(Qcow2Mapping *m, const Qcow2Mapping *next);
 static inline bool qcow2_type_is_zero(Qcow2ClusterType type)
 {
@@ -80,8 +80,8 @@ static inline bool qcow2_type_is_unallocated(Qcow2ClusterType type)
 
 /* --- qcow2-cluster.c: entries of the active tables --- */
 
-/* 0, or -EIO with the image marked corrupt when @e is impossible. It stands at @index in the table at
- * @l2_offset and maps @guest. No mutex held. */
+/* 0, or -EIO with the image marked corrupt when @e is impossible. It stands at @index in the table
+ * at @l2_offset and maps @guest. No mutex held. */
 int qcow2_entry_judge(BlockDriverState *bs, Qcow2L2Entry e, uint64_t guest, uint64_t l2_offset,
                       unsigned index);
 /* Judges an L1 entry; 0 or -EIO. */
@@ -89,7 +89,7 @@ int qcow2_l1_entry_judge(BlockDriverState *bs, uint64_t l1_entry, uint64_t l1_in
 /* Reads the @n entries from cluster-aligned @guest on, possibly of several tables, all judged. The
  * caller is announced, or keeps all changes away. Blocks on cache misses. */
 int qcow2_load_entries(BlockDriverState *bs, uint64_t guest, size_t n, Qcow2L2Entry *ret);
-/* Length of the stretch from @guest on, at most @bytes, for which L1 names no table; 0 if it does. */
+/* Length of the stretch from @guest on, at most @bytes, for which L1 names no table. May be 0. */
 uint64_t qcow2_unmapped_by_l1(const BDRVQcow2State *s, uint64_t guest, uint64_t bytes);
 /* Like qcow2_lookup(), but -EAGAIN rather than waiting for a table. */
 int qcow2_lookup_nowait(BlockDriverState *bs, uint64_t guest, uint64_t bytes, Qcow2Mapping *ret);
@@ -104,17 +104,17 @@ typedef struct Qcow2Change {
     Qcow2DiscardType type; /* for host clusters that lose their reference */
 } Qcow2Change;
 /*
- * Stores the entries that differ, table by table, making or copying L2 tables as needed, and then frees
- * what @old referred to and @new does not.  0; QCOW2_STALE: an entry is no longer what @old says; or -errno.
- * *ret_done: entries from the first on that are done; of a table all or none.  The guest range is
- * serialised; no lock held, not announced.
+ * Stores the entries that differ, table by table, making or copying L2 tables as needed, and then
+ * frees what @old referred to and @new does not.  0; QCOW2_STALE: an entry is no longer what @old
+ * says; or -errno.  *ret_done: entries from the first on that are done; of a table all or none.
+ * The guest range is serialised; no lock held, not announced.
  */
 int qcow2_link(BlockDriverState *bs, const Qcow2Change *change, size_t *ret_done);
 /* Frees what @n entries refer to, contiguous host clusters as one run. */
 void qcow2_free_entries(BlockDriverState *bs, const Qcow2L2Entry *e, size_t n,
                         Qcow2DiscardType type);
-/* Takes the whole table @l1_index out of the active L1 and frees it with all that it refers to. Its guest
- * range is serialised; no lock held, not announced. */
+/* Takes the whole table @l1_index out of the active L1 and frees it with all that it refers to. Its
+ * guest range is serialised; no lock held, not announced. */
 int qcow2_drop_table(BlockDriverState *bs, uint64_t l1_index, Qcow2DiscardType type);
 /* Writes metadata back when more waits than should. 0 or -errno. No lock held, not announced. */
 int qcow2_relieve(BlockDriverState *bs);
@@ -123,15 +123,16 @@ int qcow2_relieve(BlockDriverState *bs);
 
 /* Reads [guest, +bytes) to where @io has it; beyond the end of the disk as well. Not announced. */
 int qcow2_read_guest(const Qcow2Io *io, uint64_t guest, uint64_t bytes);
-/* 1 when all of the range reads as zeroes and no write in place can change that (no mapped cluster is
- * in it), 0 when not or not known, or -errno. Not announced. */
+/* 1 when all of the range reads as zeroes and no write in place can change that (no mapped cluster
+ * is in it), 0 when not or not known, or -errno. Not announced. */
 int qcow2_reads_zero(BlockDriverState *bs, uint64_t guest, uint64_t bytes);
-/* Bytes from @guest on, at most @bytes, that the backing file decides on where this image has nothing; the
- * rest reads zero: it lies beyond the end of the backing file or of the disk. 0 or -errno. */
+/* Bytes from @guest on, at most @bytes, that the backing file decides on where this image has
+ * nothing; the rest reads zero: it lies beyond the end of the backing file or of the disk. 0 or
+ * -errno. */
 int qcow2_backing_bytes(BlockDriverState *bs, uint64_t guest, uint64_t bytes, uint64_t *ret);
-/* Up to here an entry that says nothing may show the backing file, now or later: the end of the disk does not
- * count (truncate clears behind it before it moves it), and a backing file that is named but not open
- * may hold anything. 0 or -errno. */
+/* Up to here an entry that says nothing may show the backing file, now or later: the end of the
+ * disk does not count (truncate clears behind it before it moves it), and a backing file that is
+ * named but not open may hold anything. 0 or -errno. */
 int qcow2_backing_end(BlockDriverState *bs, uint64_t *ret);
 /* Appends operations for [host, +bytes) of @io's vector position @pos, one per piece of memory. */
 void qcow2_batch_add(GArray *ops, BdrvBatchKind kind, uint64_t host, uint64_t bytes,
@@ -146,7 +147,7 @@ void qcow2_serialise(BDRVQcow2State *s, BdrvRequest *req);
 
 /* --- qcow2-compress.c --- */
 
-/* A compressed run of a read: read while the caller is announced, unpacked when it is not any more. */
+/* A compressed run of a read: read while the caller is announced, unpacked afterwards. */
 typedef struct Qcow2Stream {
     Qcow2Mapping map;                 /* part of one compressed cluster */
     uint8_t *data;                    /* owned: the stream */

@@ -6,8 +6,9 @@
  *   body           qcow2-read.c, qcow2-cow.c
  *   FUA            a shared flush: its barrier covers the data, its second one the entries
  *
- * VM state lies in the guest's address space behind the disk, at the next multiple of what one L1 entry
- * covers; L1 grows to reach it.  Saving holds the whole node, so its writes need no order of their own.
+ * VM state lies in the guest's address space behind the disk, at the next multiple of what one L1
+ * entry covers; L1 grows to reach it.  Saving holds the whole node, so its writes need no order of
+ * their own.
  *
  * SPDX-License-Identifier: MIT
  */

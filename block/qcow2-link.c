@@ -12,14 +12,15 @@
  *     free what old[] referred to and new[] does not
  *
  * Invariants
- *  1. Allocation and cache misses happen outside the metadata lock; what they took time for is looked
- *     at again under it.
+ *  1. Allocation and cache misses happen outside the metadata lock; what they took time for is
+ *     looked at again under it.
  *  2. Of the entries of one table all change or none.
- *  3. A host cluster is freed after the entry that named it has changed, never before (a free may let
- *     a flush run, and the flush would make the freed cluster's entry stable).
- *  4. An L1 entry with COPIED names a table that only the active L1 refers to.  Only such a table is
- *     stored to.
- *  5. Entries that do not change are not written, and where none of a table changes no table is made.
+ *  3. A host cluster is freed after the entry that named it has changed, never before (a free may
+ *     let a flush run, and the flush would make the freed cluster's entry stable).
+ *  4. An L1 entry with COPIED names a table that only the active L1 refers to.  Only such a table
+ *     is stored to.
+ *  5. Entries that do not change are not written, and where none of a table changes no table
+ *     is made.
  *
  * Not done: tables that became all zero stay; those that a request clears as a whole are dropped
  * (qcow2_drop_table()).
@@ -58,7 +59,7 @@ static int64_t alloc_table(BlockDriverState *bs)
     return offset;
 }
 
-/* Puts a table at @offset, a copy of @old or empty, into L1; QCOW2_STALE: L1 has changed meanwhile. */
+/* Puts a table at @offset, a copy of @old or empty, into L1. QCOW2_STALE: L1 has changed. */
 static int install_table_locked(BDRVQcow2State *s, uint64_t l1_index, uint64_t l1_entry,
                                 const Qcow2Table *old, uint64_t offset)
     QB_REQUIRES(s->lock)

@@ -4,9 +4,10 @@
  *   map        announce -> look up without waiting -> pin -> the file's map        -> token
  *   map_done   leave
  *
- * One mapping covers the zero runs at the start of the range and then one run of the file; callers ask
- * again for the rest.  Everything else is answered with -EAGAIN, "use a worker": a table that is not in
- * memory, an allocation, compressed clusters, the backing file, a header that must change first.
+ * One mapping covers the zero runs at the start of the range and then one run of the file; callers
+ * ask again for the rest.  Everything else is answered with -EAGAIN, "use a worker": a table that
+ * is not in memory, an allocation, compressed clusters, the backing file, a header that must change
+ * first.
  *
  * The announcement lasts from map to map_done, that is as long as the file I/O.
  *

@@ -1,15 +1,15 @@
 /*
  * Preallocation of the map: every cluster of a range gets its host cluster before it is written.
  *
- *   entry was                      becomes
- *   unallocated, plain zero        zero with host cluster      (the cluster's old content must not show)
- *     extended L2                  host cluster, bits as they are
- *     version 2                    data, the host cluster zeroed before
- *     external data file           data at the same offset, which the caller made read zero
- *   anything else                  as it is
+ *   entry was                  becomes
+ *   unallocated, plain zero    zero with host cluster (whose old content must not show)
+ *     extended L2              host cluster, bits as they are
+ *     version 2                data, the host cluster zeroed before
+ *     external data file       data at the same offset, which the caller made read zero
+ *   anything else              as it is
  *
- * Steps of at most MAX_STEP clusters; between them the operation may be cancelled or fail, which leaves
- * what was mapped so far.
+ * Steps of at most MAX_STEP clusters; between them the operation may be cancelled or fail, which
+ * leaves what was mapped so far.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -43,7 +43,7 @@ static Qcow2L2Entry mapped_entry(const BDRVQcow2State *s, Qcow2L2Entry old, uint
     return e;
 }
 
-/* Space for the first *n clusters, fewer if they are not to be had in one run. Host offset or -errno. */
+/* Space for the first *n clusters, for fewer if there is no such run. Host offset or -errno. */
 static int64_t take_space(Prealloc *p, size_t *n)
 {
     uint64_t bytes = (uint64_t)*n << p->s->cluster_bits;
@@ -86,7 +86,8 @@ static int64_t map_some(Prealloc *p, size_t n)
         return host;
     }
     for (size_t i = 0; i < n; i++) {
-        p->new[i] = mapped_entry(p->s, p->old[i], (uint64_t)host + ((uint64_t)i << p->s->cluster_bits));
+        uint64_t at = (uint64_t)host + ((uint64_t)i << p->s->cluster_bits);
+        p->new[i] = mapped_entry(p->s, p->old[i], at);
     }
     int ret = prepare_space(p, (uint64_t)host, n);
     if (ret == 0) {

@@ -5,15 +5,16 @@
  *                                                                              |
  *                           zeroes, backing file, unpacking of streams <-------'
  *
- * A request is cut into steps of up to MAX_RUNS runs.  Within a step all runs that lie in the data file
- * are read as one batch, so that a fragmented image is read at depth; a single run is one plain request.
+ * A request is cut into steps of up to MAX_RUNS runs.  Within a step all runs that lie in the data
+ * file are read as one batch, so that a fragmented image is read at depth; a single run is one
+ * plain request.
  *
  * Invariants
  *  1. Host clusters are read only while announced: none of them gets other content meanwhile.
- *  2. Nothing that may wait for others is done while announced: no lock of long holding, no worker, no
- *     other image.
- *  3. Where this image has nothing the backing file shows up to the end of the shorter of both disks;
- *     zeroes follow.  VM state lies beyond the end and so never sees the backing file.
+ *  2. Nothing that may wait for others is done while announced: no lock of long holding, no worker,
+ *     no other image.
+ *  3. Where this image has nothing the backing file shows up to the end of the shorter of both
+ *     disks; zeroes follow.  VM state lies beyond the end and so never sees the backing file.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -299,8 +300,8 @@ static void status_of_run(BlockDriverState *bs, const Qcow2Mapping *m, BdrvStatu
         [QCOW2_COMPRESSED] = BDRV_BLOCK_ALLOCATED | BDRV_BLOCK_DATA | BDRV_BLOCK_COMPRESSED,
     };
     assert(m->type < G_N_ELEMENTS(flags));
-    /* That unallocated ones read as zeroes where nothing is below is for the core to say: with ZERO from
-     * here it would take this layer for the one that decided. */
+    /* That unallocated ones read as zeroes where nothing is below is for the core to say: with ZERO
+     * from here it would take this layer for the one that decided. */
     *ret = (BdrvStatus){.flags = flags[m->type], .bytes = (int64_t)m->bytes};
     if (ret->flags & BDRV_BLOCK_OFFSET_VALID) {
         ret->host_offset = (int64_t)m->host;
@@ -319,7 +320,7 @@ static bool status_extend(BdrvStatus *st, const BdrvStatus *next)
     return true;
 }
 
-/* Runs that differ only in what users cannot see are one extent. Announced for one run at a time. */
+/* Runs that differ only in what users cannot see are one extent. */
 int qcow2_block_status(BlockDriverState *bs, int64_t offset, int64_t bytes, BdrvStatus *ret)
 {
     BdrvStatus st = {0}, next;

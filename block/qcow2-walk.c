@@ -8,19 +8,20 @@
  *        else, in file order, many at once:      read
  *      then, in L1 order:                    fn(table) fn(table) ...
  *
- * L1 entries of 0 cost a look at L1.  Tables that are read from the file do not go into the cache: a walk
- * over a large image must not push out what guests use.
+ * L1 entries of 0 cost a look at L1.  Tables that are read from the file do not go into the cache:
+ * a walk over a large image must not push out what guests use.
  *
  * Invariants
- *  1. A table that is in memory is taken from there, for active and detached L1 alike: what is in the
- *     file may be older.  After reading from the file it is looked for once more.
- *  2. Tables of the active L1 are read while announced, and read again if L1 names another one then.
+ *  1. A table that is in memory is taken from there, for active and detached L1 alike: what is in
+ *     the file may be older.  After reading from the file it is looked for once more.
+ *  2. Tables of the active L1 are read while announced, and read again if L1 names another
+ *     one then.
  *  3. No lock is held and nobody is announced while a callback runs; walk_edit()'s runs under the
  *     metadata lock and so must not wait.
  *  4. Memory is bounded by BATCH_BYTES of tables, whatever an L1 claims.
  *
- * A walk over active tables that others change meanwhile sees each table as it was at some moment of the
- * walk; those who need one moment for all hold the whole node.
+ * A walk over active tables that others change meanwhile sees each table as it was at some moment
+ * of the walk; those who need one moment for all hold the whole node.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -78,7 +79,7 @@ static bool batch_collect(Walk *w)
 /* Takes the table from memory, if it is there. */
 static bool slot_from_cache(const Walk *w, Slot *slot)
 {
-    g_autoptr(Qcow2Table) t = qcow2_cache_peek(w->s->cache, slot->offset);
+    g_autoptr(Qcow2Table) t = qcow2_cache_peek(w->s->cache, QCOW2_TABLE_L2, slot->offset);
     if (!t) {
         return false;
     }

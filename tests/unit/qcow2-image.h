@@ -1,6 +1,6 @@
 /*
- * qcow2 images for tests of the driver through the whole block layer: made in a directory that goes away
- * with the test, opened with short option strings.
+ * qcow2 images for tests of the driver through the whole block layer: made in a directory that goes
+ * away with the test, opened with short option strings.
  *
  * SPDX-License-Identifier: MIT
  */

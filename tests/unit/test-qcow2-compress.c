@@ -1,6 +1,6 @@
 /*
- * Streams of compressed clusters: round trips, what may follow a stream in its last sector, streams of
- * other writers, and streams that are broken.
+ * Streams of compressed clusters: round trips, what may follow a stream in its last sector, streams
+ * of other writers, and streams that are broken.
  *
  * SPDX-License-Identifier: MIT
  */

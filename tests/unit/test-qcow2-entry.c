@@ -1,6 +1,6 @@
 /*
- * L2 entries: types, host offsets, runs and compressed descriptors, for every cluster size, with and
- * without extended L2 and an external data file.
+ * L2 entries: types, host offsets, runs and compressed descriptors, for every cluster size, with
+ * and without extended L2 and an external data file.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -79,7 +79,8 @@ static void test_copied(void)
     g_assert_true(qcow2_entry_copied(&s, entry(QCOW2_ENTRY_COPIED | 0x50000, 0)));
     g_assert_false(qcow2_entry_copied(&s, entry(0x50000, 0)));
     g_assert_false(qcow2_entry_copied(&s, entry(QCOW2_ENTRY_COPIED, 0)));
-    g_assert_false(qcow2_entry_copied(&s, entry(QCOW2_ENTRY_COPIED | QCOW2_ENTRY_COMPRESSED | 512, 0)));
+    uint64_t stream = QCOW2_ENTRY_COMPRESSED | 512;
+    g_assert_false(qcow2_entry_copied(&s, entry(QCOW2_ENTRY_COPIED | stream, 0)));
 }
 
 /* --- extended entries --- */
@@ -164,12 +165,12 @@ static void test_mapping(void)
 static void test_extend(void)
 {
     Qcow2Mapping m = {.guest = 0};
-    Qcow2Mapping a = {.type = QCOW2_NORMAL, .bytes = 512, .host = 4096, .copied = true};
-    Qcow2Mapping b = {.type = QCOW2_NORMAL, .guest = 512, .bytes = 512, .host = 4608, .copied = true};
+    Qcow2Mapping a = {QCOW2_NORMAL, .guest = 0, .bytes = 512, .host = 4096, .copied = true};
+    Qcow2Mapping b = {QCOW2_NORMAL, .guest = 512, .bytes = 512, .host = 4608, .copied = true};
     g_assert_true(qcow2_mapping_extend(&m, &a));
     g_assert_true(qcow2_mapping_extend(&m, &b));
     g_assert_cmpuint(m.bytes, ==, 1024);
-    Qcow2Mapping far = {.type = QCOW2_NORMAL, .guest = 1024, .bytes = 512, .host = 9216, .copied = true};
+    Qcow2Mapping far = {QCOW2_NORMAL, .guest = 1024, .bytes = 512, .host = 9216, .copied = true};
     g_assert_false(qcow2_mapping_extend(&m, &far));
     Qcow2Mapping shared = {.type = QCOW2_NORMAL, .guest = 1024, .bytes = 512, .host = 5120};
     g_assert_false(qcow2_mapping_extend(&m, &shared));

@@ -1,7 +1,7 @@
 /*
  * Guest requests on qcow2 images: random operations against an oracle in memory over cluster sizes,
- * versions, subclusters, backing and data files, by one thread and by several; and what single requests
- * do to the map.
+ * versions, subclusters, backing and data files, by one thread and by several; and what single
+ * requests do to the map.
  *
  * A failure of a random case names its seed:  test-qcow2-io -p /qcow2-io/random --seed=...
  *
@@ -273,7 +273,7 @@ static void test_random(const void *data)
     g_rand_free(w.rand);
 }
 
-/* --- several threads, each with a part of its own that shares tables and clusters with the others' --- */
+/* --- several threads with parts of their own, which share tables and clusters --- */
 
 #define THREADS 4
 
@@ -310,7 +310,7 @@ static void test_threads(const void *data)
     image_check("image");
 }
 
-/* --- several threads on the same few clusters: content is anybody's, the map must stay sound --- */
+/* --- several threads on the same clusters: content is anybody's, the map must stay sound --- */
 
 static void *run_brawl(void *opaque)
 {

@@ -1,7 +1,7 @@
 /*
- * What single requests do to the map of a qcow2 image: the state table of zero and discard, allocation that
- * does not happen, races of writes with discards, corrupt entries, compressed writes, VM state and the
- * fast lane.
+ * What single requests do to the map of a qcow2 image: the state table of zero and discard,
+ * allocation that does not happen, races of writes with discards, corrupt entries, compressed
+ * writes, VM state and the fast lane.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -66,8 +66,9 @@ static void put_state(BlockBackend *blk, int64_t offset, Before before)
 
 static void apply_op(BlockBackend *blk, int64_t offset, Op op)
 {
+    int flags = op == ZERO_UNMAP ? BDRV_REQ_MAY_UNMAP : 0;
     int ret = op == DISCARD ? blk_pdiscard(blk, offset, C)
-                            : blk_pwrite_zeroes(blk, offset, C, op == ZERO_UNMAP ? BDRV_REQ_MAY_UNMAP : 0);
+                            : blk_pwrite_zeroes(blk, offset, C, flags);
     g_assert_cmpint(ret, ==, 0);
 }
 
@@ -96,7 +97,9 @@ static void check_state_table(bool backing, bool no_unref)
         int64_t offset = (int64_t)i * C;
         put_state(blk, offset, c->before);
         apply_op(blk, offset, c->op);
-        Qcow2ClusterType want = no_unref ? c->after_no_unref : backing ? c->after_over_backing : c->after;
+        Qcow2ClusterType want = no_unref  ? c->after_no_unref
+                                : backing ? c->after_over_backing
+                                          : c->after;
         Qcow2ClusterType got = image_type(blk, (uint64_t)offset);
         if (got != want) {
             g_error("case %zu: type %d, not %d", i, (int)got, (int)want);
@@ -319,8 +322,8 @@ static void resume(BlockBackend *blk)
     g_assert_cmpint(bdrv_debug_resume(blk_bs(blk), "A"), ==, 0);
 }
 
-/* A write into a preallocated zero cluster is under way when the cluster is discarded: the discard comes
- * after it, and nobody else gets the cluster. */
+/* A write into a preallocated zero cluster is under way when the cluster is discarded: the discard
+ * comes after it, and nobody else gets the cluster. */
 static void test_write_zero_alloc_against_discard(void)
 {
     Racer writer, discarder;
@@ -343,8 +346,8 @@ static void test_write_zero_alloc_against_discard(void)
     image_check("image");
 }
 
-/* A write in place is under way when its cluster is discarded and somebody needs a new one: the cluster is
- * not given out before the write has ended, whatever is flushed meanwhile. */
+/* A write in place is under way when its cluster is discarded and somebody needs a new one: the
+ * cluster is not given out before the write has ended, whatever is flushed meanwhile. */
 static void test_write_in_place_against_discard(void)
 {
     Racer writer;
@@ -399,7 +402,7 @@ static void test_write_in_place_against_zero(void)
     image_check("image");
 }
 
-/* A read is under way when its cluster is discarded and flushed: the data it reads are not overwritten. */
+/* A read is under way when its cluster is discarded: what it reads is not overwritten. */
 static void *read_fives(void *opaque)
 {
     image_expect(opaque, 0, C, 5);
@@ -524,7 +527,7 @@ static void test_compressed_run(void)
     image_check("image");
 }
 
-/* Space of a stream that is given to another one: the old content must not come out of the cache. */
+/* Space of a stream is given to another: the old content must not come out of the cache. */
 static void test_compressed_cache(void)
 {
     image_create("image", "size=1M");
@@ -608,7 +611,7 @@ static void test_vmstate(void)
     g_assert_cmpmem(back, 3 * MIB, data, 3 * MIB);
     iov_vector_init_buf(&in, back, 12345);
     g_assert_cmpint(blk_load_vmstate(blk, &in, 0), ==, 0);
-    g_assert_true(qb_buffer_is_zero(back, 12345)); /* not the backing file, which is longer than the disk */
+    g_assert_true(qb_buffer_is_zero(back, 12345)); /* not the backing file, longer than the disk */
     image_expect(blk, 0, MIB, 0xbb);
     blk_unref(blk);
     image_check("image");
@@ -639,8 +642,8 @@ static void test_map(void)
     g_assert_cmpuint(m.n, ==, 1);
     g_assert_cmpint(m.ext[0].host_offset, ==, (int64_t)host + 4096);
     g_assert_cmpint(bdrv_map_done(NULL, &m, 0), ==, 0);
-    g_assert_cmpint(map(blk, BDRV_MAP_READ, 2 * C, 3 * C, &m), ==, 0); /* nothing, zeroes, nothing */
-    g_assert_cmpint(m.bytes, ==, 3 * C);
+    g_assert_cmpint(map(blk, BDRV_MAP_READ, 2 * C, 3 * C, &m), ==, 0);
+    g_assert_cmpint(m.bytes, ==, 3 * C); /* nothing, zeroes, nothing */
     g_assert_true(m.ext[0].zero);
     g_assert_cmpint(bdrv_map_done(NULL, &m, 0), ==, 0);
     g_assert_cmpint(map(blk, BDRV_MAP_READ, 5 * C, 4096, &m), ==, -EAGAIN);
@@ -716,7 +719,8 @@ int main(int argc, char **argv)
                     test_write_zero_alloc_against_discard);
     g_test_add_func("/qcow2-requests/write-in-place-against-discard",
                     test_write_in_place_against_discard);
-    g_test_add_func("/qcow2-requests/write-in-place-against-zero", test_write_in_place_against_zero);
+    g_test_add_func("/qcow2-requests/write-in-place-against-zero",
+                    test_write_in_place_against_zero);
     g_test_add_func("/qcow2-requests/read-against-reuse", test_read_against_reuse);
     g_test_add_func("/qcow2-requests/freed-is-not-reused-early", test_freed_is_not_reused_early);
     g_test_add_func("/qcow2-requests/failed-write", test_failed_write);

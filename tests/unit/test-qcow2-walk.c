@@ -1,6 +1,6 @@
 /*
- * The iterator over tables: active and detached L1, tables in memory and in the file only, ranges, runs
- * over table borders, damaged tables, and edits.
+ * The iterator over tables: active and detached L1, tables in memory and in the file only, ranges,
+ * runs over table borders, damaged tables, and edits.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -109,8 +109,8 @@ static void test_many_tables(void)
                     cold.runs->len * sizeof(Qcow2Mapping));
     g_assert_cmpmem(hot.runs->data, hot.runs->len * sizeof(Qcow2Mapping), detached.runs->data,
                     detached.runs->len * sizeof(Qcow2Mapping));
-    g_assert_null(qcow2_cache_peek(image_state(blk)->cache, /* nothing was put into the cache */
-                                   qb_ldbe64(be) & QCOW2_ENTRY_OFFSET_MASK));
+    uint64_t first = qb_ldbe64(be) & QCOW2_ENTRY_OFFSET_MASK; /* nothing was put into the cache */
+    g_assert_null(qcow2_cache_peek(image_state(blk)->cache, QCOW2_TABLE_L2, first));
     blk_unref(blk);
     g_array_free(hot.runs, true);
     g_array_free(cold.runs, true);
