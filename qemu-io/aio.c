@@ -21,8 +21,6 @@
 #include "qemu-io/qio.h"
 
 enum {
-    FILL_READ = 0xab,
-    FILL_WRITE = 0xcd,
     STALL_MS = 100, /* a suspended request this long without any other ending: nothing will */
 };
 
@@ -154,7 +152,7 @@ bool qio_cmd_aio_read(QioShell *sh, const QioArgs *args)
         return inject_invalid("read");
     }
     if (!qio_parse_size(args->operand[0], &req->offset) ||
-        !qio_request_alloc_vector(sh, req, args, 1, FILL_READ) ||
+        !qio_request_alloc_vector(sh, req, args, 1, QIO_FILL_READ) ||
         !qio_request_parse_check(req, args)) {
         return false;
     }
@@ -180,7 +178,7 @@ static bool submit_zeroes(QioShell *sh, QioRequest *req, const QioArgs *args)
 static bool submit_write(QioShell *sh, QioRequest *req, const QioArgs *args)
 {
     g_autoptr(QioRequest) owned = req;
-    int fill = FILL_WRITE;
+    int fill = QIO_FILL_WRITE;
 
     if ((args->given['P'] && !qio_parse_byte(args->value['P'], &fill)) ||
         !qio_parse_size(args->operand[0], &req->offset) ||

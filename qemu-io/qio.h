@@ -125,6 +125,11 @@ void qio_dump(const uint8_t *data, size_t bytes, int64_t offset);
 
 /* ---- request.c ---- */
 
+enum {
+    QIO_FILL_READ = 0xab,  /* what a read must overwrite */
+    QIO_FILL_WRITE = 0xcd, /* what is written where nothing was said */
+};
+
 /* A transfer from its command line to its report. */
 typedef struct QioRequest {
     const char *verb;      /* of the report: "read", "wrote", "discard" */
@@ -149,7 +154,7 @@ typedef struct QioRequest {
 /* NULL is fine. */
 void qio_request_free(QioRequest *req);
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(QioRequest, qio_request_free)
-/* A request with what -C -q -v -f -u -n -z -c -r ask for; no range, no buffer. */
+/* A request with what -C -q -v -f -u -n -c -r ask for; no range, no buffer. */
 QioRequest *qio_request_new(const QioArgs *args);
 /* -P and, with it, -s and -l of the readers, once the range is known. False: said. */
 bool qio_request_parse_check(QioRequest *req, const QioArgs *args);

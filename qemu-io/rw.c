@@ -11,11 +11,6 @@
 #include <string.h>
 #include "qemu-io/qio.h"
 
-enum {
-    FILL_READ = 0xab,  /* what a read must overwrite */
-    FILL_WRITE = 0xcd, /* what is written where nothing was said */
-};
-
 typedef int Transfer(BlockBackend *blk, QioRequest *req);
 
 static bool run_request(QioShell *sh, QioRequest *req, Transfer *transfer)
@@ -68,7 +63,7 @@ bool qio_cmd_read(QioShell *sh, const QioArgs *args)
         return false;
     }
     return qio_parse_range(args, &req->offset, &req->bytes) &&
-           qio_request_parse_check(req, args) && qio_request_alloc(sh, req, FILL_READ) &&
+           qio_request_parse_check(req, args) && qio_request_alloc(sh, req, QIO_FILL_READ) &&
            run_request(sh, req, args->given['b'] ? transfer_load_vmstate : transfer_read);
 }
 
@@ -79,7 +74,7 @@ bool qio_cmd_readv(QioShell *sh, const QioArgs *args)
     req->verb = "read";
     req->fail_verb = "readv";
     return qio_parse_size(args->operand[0], &req->offset) &&
-           qio_request_alloc_vector(sh, req, args, 1, FILL_READ) &&
+           qio_request_alloc_vector(sh, req, args, 1, QIO_FILL_READ) &&
            qio_request_parse_check(req, args) && run_request(sh, req, transfer_read);
 }
 
@@ -170,7 +165,7 @@ static bool fill_from_file(QioRequest *req, const char *name)
 
 static bool parse_fill(const QioArgs *args, int *ret)
 {
-    *ret = FILL_WRITE;
+    *ret = QIO_FILL_WRITE;
     return !args->given['P'] || qio_parse_byte(args->value['P'], ret);
 }
 

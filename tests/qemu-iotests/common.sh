@@ -3,8 +3,9 @@
 #     . "$(dirname "$0")/common.sh"
 #
 # and then runs in an empty directory of its own, which is removed at the end (KEEP=1 keeps it).  It
-# succeeds when it reaches its end, is skipped with `skip REASON`, fails with `fail REASON` or at the
-# first command that fails.  From the build system: QEMU_IMG and QEMU_IO, the tools under test; by hand:
+# succeeds when it reaches its end, is skipped with `skip REASON`, fails with `fail REASON` or at
+# the first command that fails.  The build system gives QEMU_IMG and QEMU_IO, the tools under test;
+# by hand:
 #
 #     QEMU_IMG=build/qemu-img/qemu-img QEMU_IO=build/qemu-io/qemu-io sh tests/qemu-iotests/NAME
 #
@@ -144,8 +145,8 @@ filter()
         -e 's/^([0-9]+,[0-9]+),[0-9]+:[0-9:.]+,[0-9.]+,[0-9.]+$/\1,T,R,R/'
 }
 
-# expect_output WANTED COMMAND...: must succeed; what it prints, filtered, must be WANTED: the content of
-# the file of that name, or the text itself.
+# expect_output WANTED COMMAND...: must succeed; what it prints, filtered, must be WANTED: the content
+# of the file of that name, or the text itself.
 expect_output()
 {
     wanted=$1
