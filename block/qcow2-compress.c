@@ -484,6 +484,19 @@ static int batch_write_plain(Batch *b)
     return ret;
 }
 
+/* Puts the streams into the file, all of them or none. */
+static int batch_store(Batch *b)
+{
+    int ret = batch_place(b);
+    if (ret == 0) {
+        ret = batch_write(b);
+    }
+    if (ret < 0) {
+        batch_undo(b, 0);
+    }
+    return ret;
+}
+
 static int batch_run(Batch *b)
 {
     int ret = batch_check_targets(b);
@@ -493,12 +506,11 @@ static int batch_run(Batch *b)
     if (ret < 0) {
         return ret;
     }
-    ret = batch_place(b);
-    if (ret == 0) {
-        ret = batch_write(b);
+    ret = batch_store(b);
+    if (ret == -ENOSPC && qcow2_reclaim(b->io->bs)) {
+        ret = batch_store(b); /* what quarantine held may do */
     }
     if (ret < 0) {
-        batch_undo(b, 0);
         return ret;
     }
     ret = batch_link(b);
@@ -562,7 +574,7 @@ int qcow2_pwritev_compressed(BlockDriverState *bs, BdrvRequest *req, int64_t off
         return -EINVAL;
     }
     qcow2_serialise(s, req);
-    int ret = qcow2_begin_change(bs, true);
+    int ret = 0;
     Qcow2Io io = {
         .bs = bs, .s = s, .req = req, .qiov = qiov, .qiov_offset = qiov_offset,
         .base = (uint64_t)offset,

@@ -302,6 +302,10 @@ static int clear_range(Clear *c, uint64_t guest, uint64_t bytes)
     if (ret < 0 || bytes == 0) {
         return ret;
     }
+    ret = qcow2_relieve(c->bs); /* what idles since earlier ones, before more comes */
+    if (ret < 0) {
+        return ret;
+    }
     c->kept = g_array_new(false, false, sizeof(Qcow2HostRun));
     ret = clear_all(c);
     int err = finish_kept(c);
@@ -407,7 +411,7 @@ static int begin_request(BlockDriverState *bs, BdrvRequest *req)
         return -ENOMEDIUM;
     }
     qcow2_serialise(s, req);
-    return qcow2_begin_change(bs, true);
+    return 0;
 }
 
 /* Moves *pos down (or up) to a multiple of the subcluster size if what lies between reads zero. */

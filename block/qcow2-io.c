@@ -1,8 +1,8 @@
 /*
  * Guest requests: the driver's entries for reads and writes, and VM state.
  *
+ *   gate           in qcow2.c: before the first change of a session the header is made fit for it
  *   entry          refuse on a node marked corrupt
- *                  writes: clear stale autoclear bits before the first change of the session
  *   body           qcow2-read.c, qcow2-cow.c
  *   FUA            a shared flush: its barrier covers the data, its second one the entries
  *
@@ -54,9 +54,6 @@ int qcow2_pwritev(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_
     Qcow2Io io = guest_io(bs, req, (uint64_t)offset, qiov, qiov_offset);
     int ret = refuse_if_corrupt(bs);
     if (ret == 0) {
-        ret = qcow2_begin_change(bs, true);
-    }
-    if (ret == 0) {
         ret = qcow2_write_guest(&io, (uint64_t)offset, (uint64_t)bytes);
     }
     if (ret == 0 && (flags & BDRV_REQ_FUA)) {
@@ -91,9 +88,6 @@ int qcow2_save_vmstate(BlockDriverState *bs, IoVector *qiov, int64_t pos)
     int ret = refuse_if_corrupt(bs);
     if (ret == 0) {
         ret = vmstate_range(bs, pos, qiov->size, &start, &end);
-    }
-    if (ret == 0) {
-        ret = qcow2_begin_change(bs, true);
     }
     if (ret == 0 && qcow2_size_to_l1(s, end) > qcow2_l1_size(s)) {
         ret = qcow2_l1_grow(bs, qcow2_size_to_l1(s, end), false);

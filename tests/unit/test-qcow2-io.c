@@ -260,7 +260,7 @@ static void test_random(const void *data)
     make_image(c, oracle);
     for (int session = 0; session < 3; session++) {
         w.blk = open_image(c);
-        for (int i = 0; i < 150; i++) {
+        for (int i = 0; i < 100; i++) {
             random_op(&w);
         }
         expect_equal(&w, 0, c->size);
