@@ -51,8 +51,6 @@ int bdrv_write_pieces(const BdrvTransfer *t);
  * our back answers reads with zeroes and writes by growing, whenever it was asked.
  */
 bool bdrv_known_to_reach(const BlockDriverState *bs, int64_t end);
-/* True when writes may make @bs longer. */
-bool bdrv_can_grow(const BlockDriverState *bs);
 /* A write up to @end has succeeded. */
 void bdrv_raise_length(BlockDriverState *bs, int64_t end);
 /* @max (0: none) as a number of bytes that is a multiple of @align, at least @align. */

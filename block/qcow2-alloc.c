@@ -1,11 +1,13 @@
 /*
  * Allocation: where free host clusters are, and taking them.
  *
+ *      blocks not looked at yet that lie before the first one that may have the run: look at up to 8
+ *        |
  *      find in the index  -- a block that may have the run? --> search it: take, or make the bound exact
  *        | none
- *      blocks not looked at yet: look at up to 8, search again
- *        | none
  *      append: new blocks behind the last one, the run behind them
+ *
+ * A file that cannot grow (a device) gives -ENOSPC here and not at a flush, where nobody could help.
  *
  * First fit by lowest host offset.  The free tail of the last block is free space like any other, so a
  * file grows simply because the lowest free cluster lies at its end; before that happens with much in
@@ -17,70 +19,123 @@
  * 2. Cluster 0 is never handed out, whatever the counts say.
  * 3. No I/O under the alloc lock.  A block that must be loaded means that the search starts again.
  * 4. Whatever the cache may hold at the place of a new cluster is the past: it is poisoned.
- * 5. compressed_next always lies inside a cluster whose count is at least 1 because of a stream before
- *    it, or is 0.  A cluster that lost its last stream is noticed by its count.
+ * 5. compressed_next is 0 or lies behind a stream, in whose cluster a stream lives that is neither freed
+ *    nor undone: each of those resets it, and who has taken it sets it again only behind his own.  So a
+ *    cluster whose references are all in quarantine never gets another one.
  *
  * SPDX-License-Identifier: MIT
  */
 #include "block/qcow2-refcount-int.h"
 
 #include <inttypes.h>
+#include <string.h>
 
 #define MAX_LOOKS 8 /* blocks looked at for one allocation */
 
 /* ---- searching one block ---- */
 
-typedef struct Found {
-    uint64_t slot, n; /* the run; n 0: none */
-} Found;
-
-/* The first run of at least @min free slots from @from on, cut to @max. *ret_longest: the longest run
- * seen on the way (all of the block when nothing was found). */
-static Found search_block(const BDRVQcow2State *s, const uint8_t *data, uint64_t from, uint64_t min,
-                          uint64_t max, uint64_t *ret_longest, uint64_t *ret_first)
+/* Eight bytes of counts: no zero in a word of them (of any width) means no free cluster there.  The
+ * usual trick: taking 1 from every count borrows from the top bit of those that are 0. */
+static bool word_has_free(uint64_t word, unsigned order)
 {
-    uint64_t per_block = qcow2_counts_per_block(s), n = 0;
+    static const uint64_t ones[] = {
+        UINT64_MAX, UINT64_MAX / 0x3, UINT64_MAX / 0xf, UINT64_MAX / 0xff, UINT64_MAX / 0xffff,
+        UINT64_MAX / 0xffffffff, 1,
+    };
+    uint64_t tops = ones[order] << ((1u << order) - 1);
 
-    *ret_longest = 0;
-    *ret_first = per_block;
-    for (uint64_t slot = from; slot < per_block; slot++) {
-        if (qcow2_refcount_read(data, s->refcount_order, slot)) {
-            n = 0;
-            continue;
-        }
-        *ret_first = MIN(*ret_first, slot);
-        n++; /* MAX() evaluates its arguments twice */
-        *ret_longest = MAX(*ret_longest, n);
-        if (n == min) {
-            uint64_t start = slot + 1 - n;
-            while (n < max && start + n < per_block &&
-                   !qcow2_refcount_read(data, s->refcount_order, start + n)) {
-                n++;
-            }
-            return (Found){start, n};
-        }
-    }
-    return (Found){0, 0};
+    return ((word - ones[order]) & ~word & tops) != 0;
 }
 
-/* Tries block @index. Makes the index exact when there is no such run. */
-static Found take_from_block_locked(BDRVQcow2State *s, Qcow2Table *t, uint64_t index, uint64_t min,
-                                    uint64_t max)
+static bool word_may_have(uint64_t word, unsigned order, bool want_free)
 {
-    uint64_t first_hint = qcow2_free_index_first(s->free_index, index), longest, first;
-    uint64_t from = index == 0 ? MAX(first_hint, 1) : first_hint;
-    Found f = search_block(s, qcow2_refblock_data(t), from, min, max, &longest, &first);
+    return want_free ? word_has_free(word, order) : word != 0;
+}
+
+/* The first slot in [@slot, @end) that is free, or not: @end when there is none. Words without one are passed over. */
+static uint64_t next_slot(const BDRVQcow2State *s, const uint8_t *data, uint64_t slot, uint64_t end,
+                          bool want_free)
+{
+    unsigned order = s->refcount_order;
+    uint64_t per_word = UINT64_C(64) >> order;
+
+    while (slot < end) {
+        uint64_t word;
+        if (slot % per_word == 0) {
+            memcpy(&word, data + (slot << order >> 3), sizeof(word));
+            if (!word_may_have(word, order, want_free)) {
+                slot += per_word;
+                continue;
+            }
+        }
+        if ((qcow2_refcount_read(data, order, slot) == 0) == want_free) {
+            return slot;
+        }
+        slot++;
+    }
+    return end;
+}
+
+typedef struct Found {
+    uint64_t slot, n; /* the run; n 0: none */
+    uint64_t first;   /* the lowest free slot seen */
+    uint64_t longest; /* the longest run seen; of all the block when nothing was found */
+} Found;
+
+/* The first run of at least @min free slots from @from on, cut to @max. */
+static Found search_block(const BDRVQcow2State *s, const uint8_t *data, uint64_t from, uint64_t min,
+                          uint64_t max)
+{
+    uint64_t per_block = qcow2_counts_per_block(s);
+    Found f = {.first = per_block};
+
+    for (uint64_t slot = from; slot < per_block;) {
+        uint64_t start = next_slot(s, data, slot, per_block, true);
+        uint64_t end = max < per_block - start ? start + max : per_block;
+        slot = next_slot(s, data, start, end, false);
+        f.first = MIN(f.first, start);
+        f.longest = MAX(f.longest, slot - start);
+        if (slot - start >= min) {
+            f.slot = start;
+            f.n = slot - start;
+            break;
+        }
+    }
+    return f;
+}
+
+/* ---- one attempt ---- */
+
+typedef struct Request {
+    uint64_t want;       /* cluster to continue at, 0: anywhere */
+    uint64_t min, max;   /* clusters */
+    uint64_t limit;      /* clusters that the file can hold */
+    uint64_t cluster, n; /* the result */
+} Request;
+
+/* Tries block @index: r->n tells. Makes the index exact when there is no such run. -ENOSPC: the lowest
+ * run lies beyond the end of a file that cannot grow, and so do all others. */
+static int take_from_block_locked(BDRVQcow2State *s, Qcow2Table *t, uint64_t index, Request *r)
+{
+    uint64_t hint = qcow2_free_index_first(s->free_index, index);
+    uint64_t from = index == 0 ? MAX(hint, 1) : hint; /* cluster 0 is the header */
+    Found f = search_block(s, qcow2_refblock_data(t), from, r->min, r->max);
+    uint64_t cluster = (index << s->refblock_bits) + f.slot;
 
     qb_mutex_assert_held(&s->alloc_lock);
     if (!f.n) {
-        qcow2_free_index_set(s->free_index, index, longest, first);
-        return f;
+        qcow2_free_index_set(s->free_index, index, f.longest, f.first);
+        return 0;
     }
-    qcow2_set_counts_locked(s, t, index, f.slot, f.n, 1);
-    if (first == f.slot) {
-        qcow2_free_index_raise_first(s->free_index, index, f.slot + f.n);
+    if (cluster >= r->limit || r->limit - cluster < r->min) {
+        return -ENOSPC;
     }
-    return f;
+    r->cluster = cluster;
+    r->n = MIN(f.n, r->limit - cluster);
+    qcow2_set_counts_locked(s, t, index, f.slot, r->n, 1);
+    qcow2_free_index_raise_first(s->free_index, index,
+                                 f.first == f.slot ? f.slot + r->n : f.first);
+    return 0;
 }
 
 /* Is the run at @cluster free for at least one cluster? Takes up to @max of it. */
@@ -97,25 +152,36 @@ static uint64_t take_at_locked(BDRVQcow2State *s, Qcow2Table *t, uint64_t cluste
     return n;
 }
 
-/* ---- one attempt ---- */
-
-typedef struct Request {
-    uint64_t want;     /* cluster to continue at, 0: anywhere */
-    uint64_t min, max; /* clusters */
-    uint64_t cluster, n; /* the result */
-} Request;
-
-/* Looks at a block for the first time: everything in it may be free until a search says more. */
+/* Looks at a block for the first time. One that is missing leaves its clusters free. */
 static int look_at_locked(BDRVQcow2State *s, uint64_t index)
 {
     g_autoptr(Qcow2Table) t = NULL;
-    uint64_t longest, first;
     bool dropped = false;
-    int ret = qcow2_pin_block_locked(s, index, &t, &dropped);
+    int ret;
 
+    if (!qcow2_block_offset_locked(s, index)) {
+        qcow2_free_index_set(s->free_index, index, qcow2_counts_per_block(s), 0);
+        return 0;
+    }
+    ret = qcow2_pin_block_locked(s, index, &t, &dropped);
     if (ret == 0 && !qcow2_free_index_seen(s->free_index, index)) {
-        search_block(s, qcow2_refblock_data(t), index == 0, UINT64_MAX, 0, &longest, &first);
-        qcow2_free_index_set(s->free_index, index, longest, first);
+        Found f = search_block(s, qcow2_refblock_data(t), index == 0, UINT64_MAX, UINT64_MAX);
+        qcow2_free_index_set(s->free_index, index, f.longest, f.first);
+    }
+    return ret;
+}
+
+/* Blocks not looked at yet that lie before the first one known to have the run: they may have it, too. */
+static int look_ahead_locked(BDRVQcow2State *s, const Request *r)
+{
+    int ret = 0;
+
+    for (int looks = 0; looks < MAX_LOOKS && ret == 0; looks++) {
+        uint64_t index = qcow2_free_index_unseen(s->free_index);
+        if (index == UINT64_MAX || qcow2_free_index_find(s->free_index, r->min) < index) {
+            break;
+        }
+        ret = look_at_locked(s, index);
     }
     return ret;
 }
@@ -127,7 +193,7 @@ static int try_want_locked(BDRVQcow2State *s, Request *r)
     bool dropped = false;
     int ret;
 
-    if (!r->want || !qcow2_block_offset_locked(s, index)) {
+    if (!r->want || r->want >= r->limit || !qcow2_block_offset_locked(s, index)) {
         return 0;
     }
     ret = qcow2_pin_block_locked(s, index, &t, &dropped);
@@ -135,19 +201,19 @@ static int try_want_locked(BDRVQcow2State *s, Request *r)
         return ret;
     }
     r->cluster = r->want;
-    r->n = take_at_locked(s, t, r->want, r->max);
+    r->n = take_at_locked(s, t, r->want, MIN(r->max, r->limit - r->want));
     return 0;
 }
 
 /* A range of clusters whose block is missing is free but for what the block itself takes. */
-static int make_missing_locked(BDRVQcow2State *s, uint64_t index)
+static int make_missing_locked(BDRVQcow2State *s, uint64_t index, const Request *r)
 {
     int64_t ret;
 
     if (qcow2_block_offset_locked(s, index)) {
         return 0;
     }
-    ret = qcow2_append_blocks_locked(s, index, 0);
+    ret = qcow2_append_blocks_locked(s, index, 0, r->limit);
     return ret < 0 ? (int)ret : 0;
 }
 
@@ -155,53 +221,27 @@ static int make_missing_locked(BDRVQcow2State *s, uint64_t index)
 static int try_index_locked(BDRVQcow2State *s, Request *r)
 {
     uint64_t index;
+    int ret = 0;
 
-    while ((index = qcow2_free_index_find(s->free_index, r->min)) != UINT64_MAX) {
+    while (ret == 0 && !r->n &&
+           (index = qcow2_free_index_find(s->free_index, r->min)) != UINT64_MAX) {
         g_autoptr(Qcow2Table) t = NULL;
         bool dropped = false;
-        Found f;
-        int ret = make_missing_locked(s, index);
+        ret = make_missing_locked(s, index, r);
         if (ret == 0) {
             ret = qcow2_pin_block_locked(s, index, &t, &dropped);
         }
-        if (ret < 0) {
-            return ret;
-        }
-        if (dropped) {
-            continue; /* the index may have changed meanwhile */
-        }
-        f = take_from_block_locked(s, t, index, r->min, r->max);
-        if (f.n) {
-            r->cluster = (index << s->refblock_bits) + f.slot;
-            r->n = f.n;
-            return 0;
+        /* the index may have changed while the lock was let go */
+        if (ret == 0 && (!dropped || qcow2_free_index_find(s->free_index, r->min) == index)) {
+            ret = take_from_block_locked(s, t, index, r);
         }
     }
-    return 0;
-}
-
-static int try_unseen_locked(BDRVQcow2State *s, Request *r)
-{
-    for (int looks = 0; looks < MAX_LOOKS && !r->n; looks++) {
-        uint64_t index = qcow2_free_index_unseen(s->free_index);
-        int ret;
-        if (index == UINT64_MAX) {
-            return 0;
-        }
-        ret = look_at_locked(s, index);
-        if (ret == 0) {
-            ret = try_index_locked(s, r);
-        }
-        if (ret < 0) {
-            return ret;
-        }
-    }
-    return 0;
+    return ret;
 }
 
 static int append_locked(BDRVQcow2State *s, Request *r)
 {
-    int64_t offset = qcow2_append_blocks_locked(s, s->reftable.nb_blocks, r->min);
+    int64_t offset = qcow2_append_blocks_locked(s, s->reftable.nb_blocks, r->min, r->limit);
 
     if (offset < 0) {
         return (int)offset;
@@ -221,10 +261,10 @@ static int attempt_locked(BDRVQcow2State *s, Request *r)
     }
     ret = try_want_locked(s, r);
     if (ret == 0 && !r->n) {
-        ret = try_index_locked(s, r);
+        ret = look_ahead_locked(s, r);
     }
     if (ret == 0 && !r->n) {
-        ret = try_unseen_locked(s, r);
+        ret = try_index_locked(s, r);
     }
     if (ret == 0 && !r->n) {
         ret = append_locked(s, r);
@@ -249,10 +289,20 @@ static uint64_t request_end(const BDRVQcow2State *s, const Request *r)
 /* The file would grow although a good part of it waits in quarantine. */
 static bool should_reclaim(BDRVQcow2State *s, const Request *r)
 {
-    uint64_t waiting = qcow2_quarantine_bytes(s);
+    uint64_t end = atomic_load(&s->file_end);
 
-    return request_end(s, r) > atomic_load(&s->file_end) &&
-           waiting > MAX(atomic_load(&s->file_end) / 64, UINT64_C(1) << 20);
+    return request_end(s, r) > end &&
+           qcow2_quarantine_releasable(s) > MAX(end / 64, UINT64_C(1) << 20);
+}
+
+/* Host clusters that the file can hold. */
+static int file_limit(BlockDriverState *bs, uint64_t *ret)
+{
+    const BDRVQcow2State *s = qcow2_state(bs);
+    int64_t length = bdrv_can_grow(bs->file->bs) ? INT64_MAX : bdrv_getlength(bs->file->bs);
+
+    *ret = (uint64_t)MAX(length, 0) >> s->cluster_bits;
+    return (int)MIN(length, 0);
 }
 
 static void note_end(BDRVQcow2State *s, const Request *r)
@@ -266,13 +316,18 @@ static void note_end(BDRVQcow2State *s, const Request *r)
 static int allocate(BlockDriverState *bs, Request *r)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    int ret = attempt(s, r);
+    int ret = file_limit(bs, &r->limit);
 
     assert(!qb_mutex_held(&s->lock) && !qb_mutex_held(&s->alloc_lock));
+    if (ret == 0) {
+        ret = attempt(s, r);
+    }
     if (ret == 0 && should_reclaim(s, r)) {
         qcow2_alloc_undo(bs, r->cluster << s->cluster_bits, r->n << s->cluster_bits);
         r->n = 0;
         qcow2_reclaim(bs);
+        ret = attempt(s, r);
+    } else if (ret == -ENOSPC && qcow2_reclaim(bs)) {
         ret = attempt(s, r);
     }
     if (ret == 0) {
@@ -313,7 +368,9 @@ void qcow2_alloc_undo(BlockDriverState *bs, uint64_t offset, uint64_t bytes)
 {
     Qcow2HostRun run = {offset, bytes};
 
-    /* Tables that were made in it are dropped; a count that cannot be lowered leaks the cluster. */
+    /* Tables that were made in it are dropped; a count that cannot be lowered leaks the cluster. No
+     * stream is packed behind one that is gone: it could be the last live one of its cluster. */
+    qcow2_alloc_leave(qcow2_state(bs), offset, bytes);
     qcow2_cache_poison(qcow2_state(bs)->cache, offset, bytes);
     qcow2_update_refcounts(bs, &run, 1, -1);
 }
@@ -385,18 +442,17 @@ static int alloc_behind(BlockDriverState *bs, uint32_t size, uint64_t *ret_offse
         return 0;
     }
     drop_share(bs, next);
-    if (more >= 0) {
-        qcow2_alloc_undo(bs, (uint64_t)more, got);
-    }
-    return more < 0 ? (int)more : 0;
+    *ret_offset = (uint64_t)MAX(more, 0); /* a fresh cluster elsewhere will do */
+    return (int)MIN(more, 0);
 }
 
 void qcow2_alloc_leave(BDRVQcow2State *s, uint64_t offset, uint64_t bytes)
 {
     QB_GUARD(&s->alloc_lock);
     uint64_t start = qcow2_start_of_cluster(s, offset);
+    uint64_t end = qb_align_up(offset + bytes, s->cluster_size); /* it may point right behind the run */
 
-    if (qb_ranges_overlap(start, offset + bytes - start, s->compressed_next, 1)) {
+    if (s->compressed_next >= start && s->compressed_next < end) {
         s->compressed_next = 0;
     }
 }

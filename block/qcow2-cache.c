@@ -285,6 +285,13 @@ uint64_t qcow2_cache_dirty_bytes(Qcow2Cache *c)
     return atomic_load(&c->dirty_bytes);
 }
 
+bool qcow2_cache_too_dirty(Qcow2Cache *c)
+{
+    uint64_t limit = atomic_load(&c->limit), all = process_limit();
+
+    return atomic_load(&c->dirty_bytes) > MIN(limit, all);
+}
+
 /* ---- finding and loading ---- */
 
 /* Waits for another thread's load. 0, or the load's error with the pin dropped. */
@@ -368,26 +375,46 @@ static Qcow2Table *find_or_enter_locked(Qcow2Cache *c, Shard *shard, Qcow2TableK
     return t;
 }
 
-int qcow2_cache_get(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset, Qcow2Table **ret)
+/* The image's L1 and its refcount table name the same cluster. */
+static int refuse_other_kind(const Qcow2Cache *c, uint64_t offset)
+{
+    return qcow2_signal_corruption(c->bs, true, (int64_t)offset, "Cluster at offset %#"
+                                   G_GINT64_MODIFIER "x is an L2 table and a refcount block",
+                                   offset);
+}
+
+/* Pins the table that is there, once it is loaded, or a new one that the caller has to load. */
+static int enter(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset, Qcow2Table **ret,
+                 bool *ret_new)
 {
     Shard *shard = shard_of(c, offset);
-    Qcow2Table *t;
-    bool is_new;
+    bool other_kind;
     int err = 0;
 
     qb_mutex_lock(&shard->lock);
-    t = find_or_enter_locked(c, shard, kind, offset, &is_new);
-    if (t && !is_new) {
-        err = wait_loaded_locked(t);
-    }
-    if (t && is_new) {
+    *ret = find_or_enter_locked(c, shard, kind, offset, ret_new);
+    other_kind = *ret && (*ret)->kind != kind;
+    if (*ret_new) {
         trim_shard_locked(c, shard);
+    } else if (other_kind) {
+        unpin_locked(*ret);
+    } else {
+        err = wait_loaded_locked(*ret);
     }
     qb_mutex_unlock(&shard->lock);
-    if (!t) {
-        return -ENOMEM;
+    if (other_kind) {
+        return refuse_other_kind(c, offset);
     }
-    if (is_new) {
+    return *ret ? err : -ENOMEM;
+}
+
+int qcow2_cache_get(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset, Qcow2Table **ret)
+{
+    Qcow2Table *t;
+    bool is_new;
+    int err = enter(c, kind, offset, &t, &is_new);
+
+    if (err == 0 && is_new) {
         err = read_table(t);
         finish_load(t, err);
         if (err < 0) {
@@ -401,13 +428,13 @@ int qcow2_cache_get(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset, Qcow2Ta
     return 0;
 }
 
-Qcow2Table *qcow2_cache_peek(Qcow2Cache *c, uint64_t offset)
+Qcow2Table *qcow2_cache_peek(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset)
 {
     Shard *shard = shard_of(c, offset);
     QB_GUARD(&shard->lock);
     Qcow2Table *t = g_hash_table_lookup(shard->tables, &offset);
 
-    if (!t || t->state != TABLE_READY) {
+    if (!t || t->state != TABLE_READY || t->kind != kind) {
         return NULL;
     }
     pin_locked(t);
@@ -493,7 +520,8 @@ static GArray *offsets_between(Shard *shard, uint64_t start, uint64_t end)
     return offsets;
 }
 
-/* Few clusters are looked up one by one, many by going through what is cached. */
+/* Clusters are looked up one by one where they are fewer than the tables in memory, else the other way
+ * round: the cost is bounded by both. */
 void qcow2_cache_poison(Qcow2Cache *c, uint64_t offset, uint64_t bytes)
 {
     uint64_t start = qb_align_down(offset, c->table_bytes);
@@ -502,7 +530,7 @@ void qcow2_cache_poison(Qcow2Cache *c, uint64_t offset, uint64_t bytes)
     if (atomic_load(&c->bytes) == 0) {
         return;
     }
-    if ((end - start) / c->table_bytes <= 64) {
+    if (end - start <= atomic_load(&c->bytes)) {
         for (; start < end; start += c->table_bytes) {
             poison_one(c, start);
         }

@@ -265,7 +265,7 @@ static int take_space(WriteStep *w)
         w->host = w->cluster;
         return 0;
     }
-    int64_t host = qcow2_alloc_run(w->io->bs, w->want, &bytes);
+    int64_t host = qcow2_alloc_run(w->io->bs, w->io->first_fit ? 0 : w->want, &bytes);
     if (host < 0) {
         return (int)host;
     }
@@ -501,11 +501,24 @@ void qcow2_serialise(BDRVQcow2State *s, BdrvRequest *req)
     bdrv_request_serialise(req, (int64_t)start, (int64_t)(end - start));
 }
 
+/* Without space below, what quarantine holds may do: once more, in the lowest free clusters. */
+static int64_t write_step_or_reclaim(const Qcow2Io *io, uint64_t guest, uint64_t bytes)
+{
+    int64_t done = write_step(io, guest, bytes);
+    if (done == -ENOSPC && !io->s->has_data_file && qcow2_reclaim(io->bs)) {
+        Qcow2Io again = *io;
+        again.first_fit = true;
+        done = write_step(&again, guest, bytes);
+    }
+    return done;
+}
+
 int qcow2_write_guest(const Qcow2Io *io, uint64_t guest, uint64_t bytes)
 {
     bool alone = !io->req || io->req->range.state == QB_RANGE_GRANTED;
     while (bytes > 0) {
-        int64_t done = alone ? write_step(io, guest, bytes) : write_in_place(io, guest, bytes);
+        int64_t done = alone ? write_step_or_reclaim(io, guest, bytes)
+                             : write_in_place(io, guest, bytes);
         if (done < 0) {
             return (int)done;
         }

@@ -1,8 +1,8 @@
 /*
  * Flush: the order in which memory becomes disk.
  *
- *   under the metadata lock    copy dirty L2 sectors and the L1; the generation ends here
- *     and the alloc lock too   copy dirty refcount blocks and the refcount table
+ *   under the metadata lock    copy dirty L2 sectors and the L1
+ *     and the alloc lock too   copy dirty refcount blocks and the refcount table; the generation ends
  *   ------------------------------------------------------------------------------------------
  *   phase 1   new L2 tables, all refcount blocks, a refcount table or L1 at a new place
  *             BARRIER (covers guest data too; an external data file's comes first)
@@ -23,6 +23,8 @@
  * 2. A failed phase leaves everything dirty that it did not make stable.  A table is "unlinked" again only
  *    when the first barrier did not pass; afterwards a pointer to it may be on disk.
  * 3. No mutex is held across I/O here; the flusher's turn is a flag.
+ * 4. A generation ends while both locks are held that changes are made under.  So whatever is freed in
+ *    a generation was unlinked in a table that its flush, or one before, has copied.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -41,7 +43,7 @@ struct Qcow2Flusher {
     QbCond changed;
     FlushRound *next; /* the round that late comers join */
     bool running;
-    _Atomic(uint64_t) generation; /* ended by the next copy; written under the metadata lock */
+    _Atomic(uint64_t) generation; /* ended by the next copy; invariant 4 */
 };
 
 /* What one flush writes. */
@@ -107,7 +109,13 @@ static int copy_refcounts(BDRVQcow2State *s, FlushCopy *c)
     QB_GUARD(&s->alloc_lock);
     int ret = qcow2_cache_collect_dirty(s->cache, QCOW2_TABLE_REFBLOCK, c->refblocks);
 
-    return ret < 0 ? ret : qcow2_reftable_collect_locked(s, c->reftable, &c->reftable_copy);
+    if (ret == 0) {
+        ret = qcow2_reftable_collect_locked(s, c->reftable, &c->reftable_copy);
+    }
+    if (ret == 0) {
+        c->generation = atomic_fetch_add(&s->flusher->generation, 1);
+    }
+    return ret;
 }
 
 static int copy_map(BDRVQcow2State *s, FlushCopy *c)
@@ -118,13 +126,7 @@ static int copy_map(BDRVQcow2State *s, FlushCopy *c)
     if (ret == 0) {
         ret = qcow2_l1_collect_locked(s, c->l1, &c->l1_copy);
     }
-    if (ret == 0) {
-        ret = copy_refcounts(s, c);
-    }
-    if (ret == 0) {
-        c->generation = atomic_fetch_add(&s->flusher->generation, 1);
-    }
-    return ret;
+    return ret < 0 ? ret : copy_refcounts(s, c);
 }
 
 /* Gives everything back: clean after success, dirty again where it failed. */

@@ -33,6 +33,7 @@ typedef struct Qcow2Io {
     IoVector *qiov;
     size_t qiov_offset; /* of the byte for guest offset @base */
     uint64_t base;
+    bool first_fit;     /* space is short: no room kept for clusters in a row, the lowest free ones are taken */
 } Qcow2Io;
 
 static inline size_t qcow2_io_pos(const Qcow2Io *io, uint64_t guest)

@@ -84,32 +84,47 @@ static int install_table_locked(BDRVQcow2State *s, uint64_t l1_index, uint64_t l
     return 0;
 }
 
-/* Replaces the table that @l1_entry names (or none) by one of our own. */
-static int replace_table(BlockDriverState *bs, uint64_t l1_index, uint64_t l1_entry)
+/* Replaces the table @old that @l1_entry names (NULL: none) by one of our own. */
+static int replace_table(BlockDriverState *bs, uint64_t l1_index, uint64_t l1_entry,
+                         const Qcow2Table *old)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    uint64_t old_offset = l1_entry & QCOW2_ENTRY_OFFSET_MASK;
-    g_autoptr(Qcow2Table) old = NULL;
     int64_t offset = alloc_table(bs);
     if (offset < 0) {
         return (int)offset;
     }
-    int ret = 0;
-    if (old_offset) {
-        bdrv_debug_event(bs->file, "l2_alloc_cow_read");
-        ret = qcow2_cache_get(s->cache, QCOW2_TABLE_L2, old_offset, &old);
-    }
-    if (ret == 0) {
-        bdrv_debug_event(bs->file, "l2_alloc_write");
-        QB_GUARD(&s->lock);
-        ret = install_table_locked(s, l1_index, l1_entry, old, (uint64_t)offset);
-    }
+    bdrv_debug_event(bs->file, "l2_alloc_write");
+    qb_mutex_lock(&s->lock);
+    int ret = install_table_locked(s, l1_index, l1_entry, old, (uint64_t)offset);
+    qb_mutex_unlock(&s->lock);
     if (ret != 0) {
         qcow2_alloc_undo(bs, (uint64_t)offset, s->cluster_size);
-    } else if (old_offset) {
-        qcow2_free_run(bs, old_offset, s->cluster_size, QCOW2_DISCARD_OTHER);
+    } else if (old) {
+        qcow2_free_run(bs, qcow2_table_offset(old), s->cluster_size, QCOW2_DISCARD_OTHER);
     }
     return ret;
+}
+
+/* Pins the table that L1 names now, *ret_entry; none: NULL. Announced meanwhile, so that its cluster does
+ * not become something else between the look at L1 and the reading. */
+static int get_table(BlockDriverState *bs, uint64_t l1_index, uint64_t *ret_entry, Qcow2Table **ret)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    Qcow2User user;
+    *ret = NULL;
+    qcow2_user_announce(s, &user);
+    uint64_t l1_entry = qcow2_l1_get(s, l1_index);
+    uint64_t offset = l1_entry & QCOW2_ENTRY_OFFSET_MASK;
+    int err = qcow2_l1_entry_judge(bs, l1_entry, l1_index);
+    if (err == 0 && offset && !is_writable_entry(l1_entry)) {
+        bdrv_debug_event(bs->file, "l2_alloc_cow_read");
+    }
+    if (err == 0 && offset) {
+        err = qcow2_cache_get(s->cache, QCOW2_TABLE_L2, offset, ret);
+    }
+    qcow2_user_leave(s, &user);
+    *ret_entry = l1_entry;
+    return err;
 }
 
 /* Pins a table at @l1_index that the active L1 alone refers to (invariant 4). */
@@ -117,19 +132,20 @@ static int get_writable_table(BlockDriverState *bs, uint64_t l1_index, Qcow2Tabl
 {
     BDRVQcow2State *s = qcow2_state(bs);
     for (;;) {
-        uint64_t l1_entry = qcow2_l1_get(s, l1_index);
-        int err = qcow2_l1_entry_judge(bs, l1_entry, l1_index);
+        uint64_t l1_entry;
+        g_autoptr(Qcow2Table) t = NULL;
+        int err = get_table(bs, l1_index, &l1_entry, &t);
         if (err < 0) {
             return err;
         }
         if (is_writable_entry(l1_entry)) {
-            return qcow2_cache_get(s->cache, QCOW2_TABLE_L2, l1_entry & QCOW2_ENTRY_OFFSET_MASK,
-                                   ret);
+            *ret = g_steal_pointer(&t);
+            return 0;
         }
         if (l1_index >= qcow2_l1_size(s)) {
             return -EIO; /* nothing that is written lies there: L1 covers the disk */
         }
-        err = replace_table(bs, l1_index, l1_entry);
+        err = replace_table(bs, l1_index, l1_entry, t);
         if (err < 0) {
             return err;
         }
@@ -389,17 +405,14 @@ int qcow2_drop_table(BlockDriverState *bs, uint64_t l1_index, Qcow2DiscardType t
         return -ENOMEM;
     }
     do {
-        uint64_t l1_entry = qcow2_l1_get(s, l1_index);
+        uint64_t l1_entry;
+        g_autoptr(Qcow2Table) t = NULL;
+        ret = get_table(bs, l1_index, &l1_entry, &t);
         offset = l1_entry & QCOW2_ENTRY_OFFSET_MASK;
-        ret = qcow2_l1_entry_judge(bs, l1_entry, l1_index);
         if (offset == 0 || ret < 0) {
             return ret;
         }
-        g_autoptr(Qcow2Table) t = NULL;
-        ret = qcow2_cache_get(s->cache, QCOW2_TABLE_L2, offset, &t);
-        if (ret == 0) {
-            ret = unhook_table(s, l1_index, l1_entry, t, raw);
-        }
+        ret = unhook_table(s, l1_index, l1_entry, t, raw);
     } while (ret == QCOW2_STALE);
     if (ret < 0) {
         return ret;
@@ -412,6 +425,7 @@ int qcow2_drop_table(BlockDriverState *bs, uint64_t l1_index, Qcow2DiscardType t
 int qcow2_relieve(BlockDriverState *bs)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    bool too_dirty = qcow2_cache_dirty_bytes(s->cache) > qcow2_cache_limit(s);
-    return too_dirty || qcow2_quarantine_full(s) ? qcow2_write_back(bs) : 0;
+    bool due = qcow2_cache_too_dirty(s->cache) || qcow2_quarantine_full(s) ||
+               qcow2_quarantine_idle(s);
+    return due ? qcow2_write_back(bs) : 0;
 }

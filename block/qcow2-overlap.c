@@ -93,7 +93,7 @@ static Qcow2Overlap find_overlap(BDRVQcow2State *s, int checked, uint64_t offset
         return QCOW2_OL_REFCOUNT_TABLE;
     }
     if (checked & QCOW2_OL_SNAPSHOT_TABLE &&
-        hits(offset, bytes, s->header.snapshots_offset, s->snapshots_bytes)) {
+        hits(offset, bytes, s->snapshots_offset, s->snapshots_bytes)) {
         return QCOW2_OL_SNAPSHOT_TABLE;
     }
     if (checked & QCOW2_OL_INACTIVE_L1 && hits_snapshot_l1(s, offset, bytes)) {

@@ -14,8 +14,10 @@
  *    in between.
  * 3. One release at a time (the flusher calls it, holding its turn).
  *
- * The amount is bounded by those who allocate and write: qcow2_quarantine_full() makes them flush.
- * Deliberately not done: releasing by a timer; an idle image releases at its next flush or close.
+ * The amount is bounded by those who allocate, write and discard: qcow2_quarantine_full() makes them flush
+ * (qcow2_relieve()).  What users held back at the last flush does not count, another one would not move it.
+ * An image on which nothing was freed for a second is idle: its next change makes it flush.
+ * Deliberately not done: releasing by a timer; without any request the space comes back at close.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -25,6 +27,7 @@
 
 #define QUARANTINE_MAX (UINT64_C(64) << 20)
 #define QUARANTINE_MIN (UINT64_C(1) << 20)
+#define IDLE_NS UINT64_C(1000000000)
 
 typedef struct FreedRun {
     uint64_t offset, bytes;
@@ -37,6 +40,8 @@ struct Qcow2Quarantine {
     QbMutex lock;
     GArray *runs; /* FreedRun */
     _Atomic(uint64_t) bytes;
+    _Atomic(uint64_t) held;      /* of them: not released by the last flush because of users */
+    _Atomic(uint64_t) last_free; /* qb_now_ns() */
 };
 
 Qcow2Quarantine *qcow2_quarantine_new(void)
@@ -84,11 +89,12 @@ void qcow2_free_tables(BlockDriverState *bs, uint64_t offset, uint64_t bytes, Qc
     FreedRun *last = q->runs->len ? &g_array_index(q->runs, FreedRun, q->runs->len - 1) : NULL;
     if (last && merges(s, last, &run)) {
         last->bytes += bytes;
-        last->seq = run.seq;
+        last->seq = MAX(last->seq, run.seq); /* others may have been here since we asked */
     } else {
         g_array_append_val(q->runs, run);
     }
     atomic_fetch_add(&q->bytes, bytes);
+    atomic_store(&q->last_free, qb_now_ns());
 }
 
 void qcow2_free_entry(BlockDriverState *bs, uint64_t l2_entry, Qcow2DiscardType type)
@@ -113,11 +119,24 @@ uint64_t qcow2_quarantine_bytes(BDRVQcow2State *s)
     return atomic_load(&s->quarantine->bytes);
 }
 
+uint64_t qcow2_quarantine_releasable(BDRVQcow2State *s)
+{
+    uint64_t held = atomic_load(&s->quarantine->held), bytes = qcow2_quarantine_bytes(s);
+
+    return bytes > held ? bytes - held : 0;
+}
+
 bool qcow2_quarantine_full(BDRVQcow2State *s)
 {
-    uint64_t part = MAX(atomic_load(&s->file_end) / 16, QUARANTINE_MIN);
+    uint64_t part = atomic_load(&s->file_end) / 16;
 
-    return qcow2_quarantine_bytes(s) > MIN(part, QUARANTINE_MAX);
+    return qcow2_quarantine_releasable(s) > CLAMP(part, QUARANTINE_MIN, QUARANTINE_MAX);
+}
+
+bool qcow2_quarantine_idle(BDRVQcow2State *s)
+{
+    return qcow2_quarantine_releasable(s) > 0 &&
+           qb_now_ns() - atomic_load(&s->quarantine->last_free) > IDLE_NS;
 }
 
 /* ---- release ---- */
@@ -145,6 +164,7 @@ static GArray *take_ready(BDRVQcow2State *s, uint64_t gen)
     Qcow2Quarantine *q = s->quarantine;
     QB_GUARD(&q->lock);
     GArray *ready = g_array_new(FALSE, FALSE, sizeof(FreedRun));
+    uint64_t held = 0;
     guint kept = 0;
 
     for (guint i = 0; i < q->runs->len; i++) {
@@ -153,10 +173,12 @@ static GArray *take_ready(BDRVQcow2State *s, uint64_t gen)
             g_array_append_val(ready, run);
             atomic_fetch_sub(&q->bytes, run.bytes);
         } else {
+            held += run.generation <= gen ? run.bytes : 0;
             g_array_index(q->runs, FreedRun, kept++) = run;
         }
     }
     g_array_set_size(q->runs, kept);
+    atomic_store(&q->held, held);
     return ready;
 }
 
@@ -169,58 +191,72 @@ static void poison_ready(BDRVQcow2State *s, const GArray *ready)
     }
 }
 
+/* Where the references that go begin or end to cover clusters. */
+typedef struct Edge {
+    uint64_t offset;
+    int refs, punchers; /* +1 or -1; punchers: of those whose space is to be given back */
+} Edge;
+
 /* A stretch of clusters that each lose the same number of references. */
 typedef struct Loss {
     uint64_t offset, bytes;
-    unsigned times;
+    int times;
     bool punch;
 } Loss;
 
-static gint compare_loss(gconstpointer a, gconstpointer b)
+static gint compare_edges(gconstpointer a, gconstpointer b)
+{
+    const Edge *ea = a, *eb = b;
+
+    return ea->offset < eb->offset ? -1 : ea->offset > eb->offset;
+}
+
+static gint compare_losses(gconstpointer a, gconstpointer b)
 {
     const Loss *la = a, *lb = b;
 
+    if (la->times != lb->times) {
+        return la->times - lb->times;
+    }
     return la->offset < lb->offset ? -1 : la->offset > lb->offset;
 }
 
-/* Byte runs become the clusters they touch, one by one; whole runs stay as they are. */
-static GArray *cluster_losses(const BDRVQcow2State *s, const GArray *ready)
+/* Every run covers the clusters that it touches. */
+static GArray *edges_of(const BDRVQcow2State *s, const GArray *ready)
 {
-    GArray *losses = g_array_new(FALSE, FALSE, sizeof(Loss));
+    GArray *edges = g_array_sized_new(FALSE, FALSE, sizeof(Edge), 2 * ready->len);
 
     for (guint i = 0; i < ready->len; i++) {
         const FreedRun *run = &g_array_index(ready, FreedRun, i);
-        uint64_t start = qcow2_start_of_cluster(s, run->offset);
-        uint64_t end = qb_align_up(run->offset + run->bytes, s->cluster_size);
-        bool whole = qb_is_aligned(run->offset | run->bytes, s->cluster_size);
-        uint64_t step = whole ? end - start : s->cluster_size;
-        for (; start < end; start += step) {
-            Loss loss = {start, step, 1, may_punch(s, run->type)};
+        int punch = may_punch(s, run->type);
+        Edge pair[] = {
+            {qcow2_start_of_cluster(s, run->offset), 1, punch},
+            {qb_align_up(run->offset + run->bytes, s->cluster_size), -1, -punch},
+        };
+        g_array_append_vals(edges, pair, 2);
+    }
+    g_array_sort(edges, compare_edges);
+    return edges;
+}
+
+/* What goes from one edge to the next, in the order of the times. */
+static GArray *cluster_losses(const BDRVQcow2State *s, const GArray *ready)
+{
+    g_autoptr(GArray) edges = edges_of(s, ready);
+    GArray *losses = g_array_new(FALSE, FALSE, sizeof(Loss));
+    int refs = 0, punchers = 0;
+
+    for (guint i = 0; i + 1 < edges->len; i++) {
+        const Edge *edge = &g_array_index(edges, Edge, i), *next = edge + 1;
+        refs += edge->refs;
+        punchers += edge->punchers;
+        if (refs > 0 && next->offset > edge->offset) {
+            Loss loss = {edge->offset, next->offset - edge->offset, refs, punchers > 0};
             g_array_append_val(losses, loss);
         }
     }
-    g_array_sort(losses, compare_loss);
+    g_array_sort(losses, compare_losses);
     return losses;
-}
-
-/* Single clusters that several byte runs of this release touch count together. Whole runs never
- * overlap one another: each stands for the one reference that owned the clusters, or for one of
- * several sharers, which then come as equal runs. */
-static void fold_equal(GArray *losses)
-{
-    guint n = 0;
-
-    for (guint i = 0; i < losses->len; i++) {
-        const Loss *loss = &g_array_index(losses, Loss, i);
-        Loss *last = n ? &g_array_index(losses, Loss, n - 1) : NULL;
-        if (last && last->offset == loss->offset && last->bytes == loss->bytes) {
-            last->times++;
-            last->punch |= loss->punch;
-        } else {
-            g_array_index(losses, Loss, n++) = *loss;
-        }
-    }
-    g_array_set_size(losses, n);
 }
 
 static void append_run(GArray *runs, uint64_t offset, uint64_t bytes)
@@ -249,7 +285,7 @@ static int sort_loss(BlockDriverState *bs, const Loss *loss, GArray *now, GArray
         if (ret < 0) {
             return ret;
         }
-        append_run(count == loss->times ? punch : now, loss->offset + pos, n);
+        append_run(count == (uint64_t)loss->times ? punch : now, loss->offset + pos, n);
     }
     return 0;
 }
@@ -262,35 +298,28 @@ static void punch_runs(BlockDriverState *bs, const GArray *runs)
     }
 }
 
-static int lower(BlockDriverState *bs, GArray *runs, unsigned times)
+static int lower(BlockDriverState *bs, GArray *runs, int times)
 {
-    int ret = 0;
-
-    for (unsigned i = 0; i < times && ret == 0; i++) {
-        ret = qcow2_update_refcounts(bs, (Qcow2HostRun *)runs->data, runs->len, -1);
-    }
-    return ret;
+    return runs->len ? qcow2_update_refcounts(bs, (Qcow2HostRun *)runs->data, runs->len, -times)
+                     : 0;
 }
 
-/* Handles all losses of @times references; most releases have only times == 1. */
-static int release_losses(BlockDriverState *bs, const GArray *losses, unsigned times)
+/* Handles @n losses of the same number of references. */
+static int release_losses(BlockDriverState *bs, const Loss *losses, guint n)
 {
     g_autoptr(GArray) now = g_array_new(FALSE, FALSE, sizeof(Qcow2HostRun));
     g_autoptr(GArray) punch = g_array_new(FALSE, FALSE, sizeof(Qcow2HostRun));
     int ret = 0;
 
-    for (guint i = 0; i < losses->len && ret == 0; i++) {
-        const Loss *loss = &g_array_index(losses, Loss, i);
-        if (loss->times == times) {
-            ret = sort_loss(bs, loss, now, punch);
-        }
+    for (guint i = 0; i < n && ret == 0; i++) {
+        ret = sort_loss(bs, &losses[i], now, punch);
     }
-    if (ret == 0 && now->len) {
-        ret = lower(bs, now, times);
+    if (ret == 0) {
+        ret = lower(bs, now, losses->times);
     }
-    if (ret == 0 && punch->len) {
+    if (ret == 0) {
         punch_runs(bs, punch);
-        ret = lower(bs, punch, times);
+        ret = lower(bs, punch, losses->times);
     }
     return ret;
 }
@@ -299,7 +328,6 @@ int qcow2_quarantine_release(BlockDriverState *bs, uint64_t gen)
 {
     g_autoptr(GArray) ready = take_ready(qcow2_state(bs), gen);
     g_autoptr(GArray) losses = NULL;
-    unsigned most = 0;
     int result = 0;
 
     if (!ready->len) {
@@ -307,12 +335,12 @@ int qcow2_quarantine_release(BlockDriverState *bs, uint64_t gen)
     }
     poison_ready(qcow2_state(bs), ready);
     losses = cluster_losses(qcow2_state(bs), ready);
-    fold_equal(losses);
-    for (guint i = 0; i < losses->len; i++) {
-        most = MAX(most, g_array_index(losses, Loss, i).times);
-    }
-    for (unsigned times = 1; times <= most; times++) {
-        int ret = release_losses(bs, losses, times);
+    for (guint first = 0, end; first < losses->len; first = end) {
+        const Loss *loss = &g_array_index(losses, Loss, first);
+        int ret;
+        for (end = first + 1; end < losses->len && loss[end - first].times == loss->times; end++) {
+        }
+        ret = release_losses(bs, loss, end - first);
         result = result ? result : ret;
     }
     bdrv_debug_event(bs->file, "cluster_free");

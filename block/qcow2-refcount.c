@@ -9,10 +9,12 @@
  *
  * Invariants
  * 1. Only blocks in the cache are changed, under the alloc lock; the flush writes them.
- * 2. An overflow or underflow is found before the first change, so that a failed call changed nothing.
+ * 2. An overflow or underflow is found before the first change, so that such a call changed nothing.
  *    The caller sees to it that nobody else changes the same counts in between (whole node in the range
- *    lock, or the flusher's turn).
- * 3. Underflow means that the counts on disk are wrong: the image is marked corrupt.
+ *    lock, or the flusher's turn).  Blocks that cannot be read are met there too; should one be dropped
+ *    from memory and fail to come back between the passes, the rest of the counts stays as it was.
+ * 3. Underflow, or raising the count of a cluster that has no refcount block, means that the counts on
+ *    disk are wrong: the image is marked corrupt.
  * 4. The free-space index hears of every count that becomes 0.
  *
  * SPDX-License-Identifier: MIT
@@ -211,13 +213,12 @@ static int judge_part(BDRVQcow2State *s, const Part *p, int delta)
     if (ret < 0) {
         return ret;
     }
-    if (t) {
-        misfit = first_misfit(s, t, p, delta);
-        if (misfit == p->n) {
-            return 0;
-        }
-    } else if (delta > 0) {
-        return 0; /* the block will be made */
+    if (!t) { /* a cluster in use has no count; a block made for it might be put on top of it */
+        return underflow(s, cluster);
+    }
+    misfit = first_misfit(s, t, p, delta);
+    if (misfit == p->n) {
+        return 0;
     }
     return delta > 0 ? -EINVAL : underflow(s, cluster + misfit);
 }
@@ -237,6 +238,7 @@ static void change_counts_locked(BDRVQcow2State *s, Qcow2Table *t, const Part *p
         }
     }
     mark_slots_dirty(s, t, p->slot, p->n);
+    s->alloc_seq += delta > 0;
 }
 
 static int change_part(BDRVQcow2State *s, const Part *p, int delta)
@@ -244,15 +246,8 @@ static int change_part(BDRVQcow2State *s, const Part *p, int delta)
     QB_GUARD(&s->alloc_lock);
     g_autoptr(Qcow2Table) t = NULL;
     bool dropped;
-    int ret;
+    int ret = qcow2_pin_block_locked(s, p->index, &t, &dropped);
 
-    if (!qcow2_block_offset_locked(s, p->index)) {
-        int64_t appended = qcow2_append_blocks_locked(s, p->index, 0);
-        if (appended < 0) {
-            return (int)appended;
-        }
-    }
-    ret = qcow2_pin_block_locked(s, p->index, &t, &dropped);
     if (ret == 0) {
         change_counts_locked(s, t, p, delta);
     }

@@ -161,7 +161,7 @@ int qcow2_pin_block_locked(BDRVQcow2State *s, uint64_t index, Qcow2Table **ret, 
 
     qb_mutex_assert_held(&s->alloc_lock);
     assert(offset);
-    *ret = qcow2_cache_peek(s->cache, offset);
+    *ret = qcow2_cache_peek(s->cache, QCOW2_TABLE_REFBLOCK, offset);
     if (*ret) {
         return 0;
     }
@@ -180,6 +180,7 @@ typedef struct Append {
     uint64_t blocks;       /* how many */
     uint64_t table;        /* clusters of a new table, 0: the present one is large enough */
     uint64_t clusters;     /* asked for */
+    uint64_t limit;        /* clusters that the file can hold */
 } Append;
 
 /* Blocks needed depend on the table's size and the other way round: grow both until they fit. */
@@ -210,7 +211,8 @@ static int plan_append(const BDRVQcow2State *s, Append *a)
         end > QCOW2_MAX_HOST_OFFSET >> s->cluster_bits) {
         return -EFBIG;
     }
-    return 0;
+    end = (a->first << s->refblock_bits) + a->blocks + a->table + a->clusters;
+    return end > a->limit ? -ENOSPC : 0;
 }
 
 /* The new table's memory first: nothing may fail once blocks have been made. */
@@ -288,9 +290,10 @@ static int make_blocks(BDRVQcow2State *s, const Append *a, Qcow2Table **tables)
     return 0;
 }
 
-int64_t qcow2_append_blocks_locked(BDRVQcow2State *s, uint64_t blocks_from, uint64_t clusters)
+int64_t qcow2_append_blocks_locked(BDRVQcow2State *s, uint64_t blocks_from, uint64_t clusters,
+                                   uint64_t limit)
 {
-    Append a = {.first = blocks_from, .clusters = clusters};
+    Append a = {.first = blocks_from, .clusters = clusters, .limit = limit};
     g_autofree Qcow2Table **tables = NULL;
     int ret = plan_append(s, &a);
 
@@ -435,33 +438,62 @@ static uint64_t last_block(BDRVQcow2State *s, uint64_t *ret_offset)
     return nb;
 }
 
+/* A block that counts itself, dropped from the table. */
+typedef struct DroppedBlock {
+    uint64_t index, offset;
+} DroppedBlock;
+
+static void restore_entry(BDRVQcow2State *s, const DroppedBlock *d)
+{
+    QB_GUARD(&s->alloc_lock);
+    hook_up(s, d->index, d->offset);
+    qcow2_free_index_set(s->free_index, d->index, qcow2_counts_per_block(s), 0);
+}
+
+/* Their clusters became free with the entries, so they must not be used before the table on disk has
+ * forgotten them: where the flush failed they are put back. */
+static int settle_dropped(BlockDriverState *bs, const GArray *dropped)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    int ret = qcow2_flush(bs);
+
+    for (guint i = 0; i < dropped->len; i++) {
+        const DroppedBlock *d = &g_array_index(dropped, DroppedBlock, i);
+        if (ret < 0) {
+            restore_entry(s, d);
+        } else {
+            qcow2_cache_poison(s->cache, d->offset, s->cluster_size);
+        }
+    }
+    return ret;
+}
+
 /* Whole node in the range lock: nobody allocates while the entries go. */
 int qcow2_refcount_shrink(BlockDriverState *bs)
 {
     BDRVQcow2State *s = qcow2_state(bs);
+    g_autoptr(GArray) dropped = g_array_new(FALSE, FALSE, sizeof(DroppedBlock));
+    int ret = 0;
 
     for (;;) {
         g_autoptr(Qcow2Table) t = NULL;
         uint64_t offset, nb = last_block(s, &offset);
         bool self;
-        int ret;
 
         if (nb <= 1) {
             break;
         }
         ret = qcow2_cache_get(s->cache, QCOW2_TABLE_REFBLOCK, offset, &t);
-        if (ret < 0) {
-            return ret;
-        }
-        if (!block_is_empty(s, nb - 1, t, &self)) {
+        if (ret < 0 || !block_is_empty(s, nb - 1, t, &self)) {
             break;
         }
         drop_entry(s, nb - 1);
         if (self) {
-            qcow2_cache_poison(s->cache, offset, s->cluster_size);
+            g_array_append_val(dropped, ((DroppedBlock){nb - 1, offset}));
         } else {
             qcow2_free_run(bs, offset, s->cluster_size, QCOW2_DISCARD_ALWAYS);
         }
     }
-    return qcow2_flush(bs);
+    int err = settle_dropped(bs, dropped);
+    return ret < 0 ? ret : err;
 }

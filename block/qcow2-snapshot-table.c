@@ -328,6 +328,7 @@ bool qcow2_snapshots_load(BlockDriverState *bs, bool for_check, GError **errp)
     }
     g_clear_pointer(&s->snapshots, g_array_unref);
     s->snapshots = snapshots;
+    s->snapshots_offset = r.start;
     s->snapshots_bytes = r.pos - r.start;
     return true;
 }
@@ -414,6 +415,7 @@ bool qcow2_snapshots_store(BlockDriverState *bs, GArray *snapshots,
     }
     g_array_unref(s->snapshots);
     s->snapshots = g_steal_pointer(&list);
+    s->snapshots_offset = t.offset;
     s->snapshots_bytes = bytes;
     return true;
 }

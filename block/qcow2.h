@@ -131,7 +131,7 @@ struct BDRVQcow2State {
 
     /* --- snapshots: changed with the whole node in the range lock --- */
     GArray *snapshots;   /* Qcow2Snapshot; fewer than header.nb_snapshots only when opened for check */
-    uint64_t snapshots_bytes; /* length of the table on disk */
+    uint64_t snapshots_offset, snapshots_bytes; /* the table on disk; for those who have no header_lock */
 
     /* --- metadata lock: changes of L1 and L2 (see qcow2-l1.c, qcow2-cluster.c) --- */
     QbMutex lock;
@@ -315,10 +315,11 @@ Qcow2Cache *qcow2_cache_new(BlockDriverState *bs, uint64_t limit_bytes);
 void qcow2_cache_free(Qcow2Cache *cache); /* asserts that nothing is pinned */
 void qcow2_cache_set_limit(Qcow2Cache *cache, uint64_t limit_bytes);
 /* Pins the table at @offset, loading it if needed. Blocks: not under lock or alloc_lock.
- * -EIO with the image marked corrupt when @offset is unaligned or begins beyond the end of the file. */
+ * -EIO with the image marked corrupt when @offset is unaligned, begins beyond the end of the file, or is
+ * known as a table of the other kind. */
 int qcow2_cache_get(Qcow2Cache *cache, Qcow2TableKind kind, uint64_t offset, Qcow2Table **ret);
 /* Pins it only if it is in memory; NULL otherwise. Never blocks. */
-Qcow2Table *qcow2_cache_peek(Qcow2Cache *cache, uint64_t offset);
+Qcow2Table *qcow2_cache_peek(Qcow2Cache *cache, Qcow2TableKind kind, uint64_t offset);
 /* Is a table at @offset in memory (or being loaded), and of what kind? For the overlap guard. */
 bool qcow2_cache_has(Qcow2Cache *cache, uint64_t offset, Qcow2TableKind *ret_kind);
 /* A table for a cluster just allocated: zeroes or a copy of @init, all dirty, "unlinked": no stable
@@ -358,8 +359,9 @@ int qcow2_cache_collect_dirty(Qcow2Cache *cache, Qcow2TableKind kind, GArray *pi
 void qcow2_cache_return_pieces(Qcow2Cache *cache, GArray *pieces, bool failed, bool relink);
 /* Drops clean unpinned tables down to the limit. */
 void qcow2_cache_trim(Qcow2Cache *cache);
-/* Bytes of dirty tables: the driver flushes by itself when they pass the limit. */
+/* Bytes of dirty tables, and whether they pass the limit: the driver then flushes by itself. */
 uint64_t qcow2_cache_dirty_bytes(Qcow2Cache *cache);
+bool qcow2_cache_too_dirty(Qcow2Cache *cache);
 
 /* ======================= qcow2-l1.c: the active L1 ======================= */
 
@@ -439,6 +441,10 @@ void qcow2_free_entry(BlockDriverState *bs, uint64_t l2_entry, Qcow2DiscardType 
 /* Bytes waiting, and whether that is more than it should be (64 MiB or 1/16 of the file). */
 uint64_t qcow2_quarantine_bytes(BDRVQcow2State *s);
 bool qcow2_quarantine_full(BDRVQcow2State *s);
+/* Bytes that a flush could release: without what users held back at the last one. */
+uint64_t qcow2_quarantine_releasable(BDRVQcow2State *s);
+/* Something waits, and the last free was more than a second ago. */
+bool qcow2_quarantine_idle(BDRVQcow2State *s);
 /* Called by the flusher: everything freed before generation @gen ended is unlinked stably. Lowers
  * counts, then punches merged runs. 0 or first error (the rest leaks, never dangles). */
 int qcow2_quarantine_release(BlockDriverState *bs, uint64_t gen);

@@ -23,6 +23,8 @@
 #include "util/options.h"
 #include "util/progress.h"
 
+#pragma GCC visibility push(default) /* public: exported by libqblock */
+
 typedef struct BlockDriver BlockDriver;
 typedef struct BlockDriverState BlockDriverState;
 typedef struct BdrvChild BdrvChild;
@@ -87,6 +89,8 @@ const char *bdrv_filename(const BlockDriverState *bs);        /* as users named 
 bool bdrv_is_read_only(const BlockDriverState *bs);
 /* Guest-visible size; cached, cheap. -errno on failure. */
 int64_t bdrv_getlength(BlockDriverState *bs);
+/* True when writes may make @bs longer (files, not devices). */
+bool bdrv_can_grow(const BlockDriverState *bs);
 /* Bytes the node occupies on its storage (st_blocks), children's data files included; or -errno. */
 int64_t bdrv_get_allocated_file_size(BlockDriverState *bs);
 /* The backing node below filters, or NULL. Borrowed: valid while the caller holds the graph lock, or
@@ -227,4 +231,6 @@ void bdrv_init(void);
  * hold several lines. Set once, before the first open. */
 void bdrv_set_warning_handler(void (*fn)(const char *text, void *opaque), void *opaque);
 void bdrv_warn(const char *fmt, ...) G_GNUC_PRINTF(1, 2);
+#pragma GCC visibility pop
+
 #endif
