@@ -1,5 +1,5 @@
 /*
- * aio_read, aio_write, aio_flush: requests that the shell does not wait for.
+ * aio_read, aio_write, aio_flush: requests that the shell does not wait for, or not for ever.
  *
  *   main thread                                      a worker of the request pool
  *   aio_write  submit: order drawn, counted  ------> runs the request
@@ -21,7 +21,10 @@
 #include "qemu-io/qio.h"
 
 enum {
-    STALL_MS = 100, /* a suspended request this long without any other ending: nothing will */
+    /* A request is suspended, and for that long nothing else has ended: nothing will. */
+    STALL_MS = 100,
+    /* The same for a request that a command waits for, which may just be slow. */
+    STALL_ONE_MS = 1000,
 };
 
 struct QioAio {
@@ -128,6 +131,38 @@ bool qio_aio_wait(QioShell *sh)
     const char *tag = qio_aio_settle(sh);
 
     return !tag || qio_error("request '%s' is suspended, resume it first", tag);
+}
+
+/* True when @req has finished; it is the caller's then. Waits for STALL_ONE_MS at most. */
+static bool wait_for(QioAio *aio, QioRequest *req)
+{
+    uint64_t now = qb_now_ns(), until = now + (uint64_t)STALL_ONE_MS * 1000000;
+    bool finished;
+
+    QB_GUARD(&aio->lock);
+    while (!(finished = g_queue_remove(&aio->finished, req)) && now < until) {
+        qb_cond_timedwait(&aio->changed, &aio->lock, (until - now) / 1000000 + 1);
+        now = qb_now_ns();
+    }
+    return finished;
+}
+
+bool qio_aio_run(QioShell *sh, QioRequest *req, BlkOp op)
+{
+    const char *verb = req->fail_verb, *tag;
+    bool ok;
+
+    submit(sh, req, op);
+    while (!wait_for(sh->aio, req)) {
+        if ((tag = qio_suspended_tag(sh))) {
+            /* From now on @req is like one of aio_*: its report tells how it went. */
+            (void)qio_error("%s goes on in the background, as request '%s' is suspended", verb, tag);
+            return true;
+        }
+    }
+    ok = qio_request_print(req);
+    qio_request_free(req);
+    return ok;
 }
 
 bool qio_cmd_aio_flush(QioShell *sh, const QioArgs *args)

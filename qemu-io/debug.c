@@ -23,7 +23,7 @@
 
 enum {
     POLL_MS = 1,
-    GRACE_MS = 1000, /* nothing of ours is in flight, but the image's own threads may come by */
+    GRACE_MS = 500, /* nothing of ours is in flight, but the image's own threads may come by */
 };
 
 static void sleep_ms(uint64_t ms)

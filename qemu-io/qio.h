@@ -187,6 +187,9 @@ const char *qio_aio_settle(QioShell *sh);
 /* The same for commands. False: said. */
 bool qio_aio_wait(QioShell *sh);
 unsigned qio_aio_in_flight(QioAio *aio);
+/* Submits @req, which is taken over, and waits for its end, to report it. When that will not come, as
+ * a request is suspended at a breakpoint, it says so and leaves @req in flight. */
+bool qio_aio_run(QioShell *sh, QioRequest *req, BlkOp op);
 bool qio_cmd_aio_read(QioShell *sh, const QioArgs *args);
 bool qio_cmd_aio_write(QioShell *sh, const QioArgs *args);
 bool qio_cmd_aio_flush(QioShell *sh, const QioArgs *args);

@@ -2,6 +2,8 @@
  * read, readv, write, writev, discard: transfers that the shell waits for.
  *
  * Each command reads its words into a QioRequest, makes one call of the block layer and prints.
+ * Where breakpoints are set the call is made in the request pool, since it may have to wait for a
+ * request that only a later command resumes.
  * Ranges need no alignment.  A range beyond the end of the image fails in the block layer (EIO), so
  * that what users see is what the library does.
  *
@@ -11,44 +13,62 @@
 #include <string.h>
 #include "qemu-io/qio.h"
 
-typedef int Transfer(BlockBackend *blk, QioRequest *req);
+/* How the block layer is called. */
+typedef struct Transfer {
+    int (*run)(BlockBackend *blk, QioRequest *req);
+    BlkOp op; /* the same in the request pool */
+    bool here_only; /* there is no such op */
+} Transfer;
 
-static bool run_request(QioShell *sh, QioRequest *req, Transfer *transfer)
-{
-    req->started = qb_now_ns();
-    req->ret = transfer(sh->blk, req);
-    req->ended = qb_now_ns();
-    return qio_request_print(req);
-}
-
-static int transfer_read(BlockBackend *blk, QioRequest *req)
+static int run_read(BlockBackend *blk, QioRequest *req)
 {
     return blk_preadv(blk, req->offset, req->bytes, &req->qiov, req->flags);
 }
 
-static int transfer_write(BlockBackend *blk, QioRequest *req)
+static int run_write(BlockBackend *blk, QioRequest *req)
 {
     return blk_pwritev(blk, req->offset, req->bytes, &req->qiov, req->flags);
 }
 
-static int transfer_zero(BlockBackend *blk, QioRequest *req)
+static int run_zero(BlockBackend *blk, QioRequest *req)
 {
-    return blk_pwrite_zeroes(blk, req->offset, req->bytes, req->flags & ~BDRV_REQ_COMPRESSED);
+    return blk_pwrite_zeroes(blk, req->offset, req->bytes, req->flags);
 }
 
-static int transfer_discard(BlockBackend *blk, QioRequest *req)
+static int run_discard(BlockBackend *blk, QioRequest *req)
 {
     return blk_pdiscard(blk, req->offset, req->bytes);
 }
 
-static int transfer_load_vmstate(BlockBackend *blk, QioRequest *req)
+static int run_load_vmstate(BlockBackend *blk, QioRequest *req)
 {
     return blk_load_vmstate(blk, &req->qiov, req->offset);
 }
 
-static int transfer_save_vmstate(BlockBackend *blk, QioRequest *req)
+static int run_save_vmstate(BlockBackend *blk, QioRequest *req)
 {
     return blk_save_vmstate(blk, &req->qiov, req->offset);
+}
+
+static const Transfer transfer_read = {run_read, BLK_OP_READ, false};
+static const Transfer transfer_write = {run_write, BLK_OP_WRITE, false};
+static const Transfer transfer_zero = {run_zero, BLK_OP_ZERO, false};
+static const Transfer transfer_discard = {run_discard, BLK_OP_DISCARD, false};
+static const Transfer transfer_load_vmstate = {run_load_vmstate, BLK_OP_READ, true};
+static const Transfer transfer_save_vmstate = {run_save_vmstate, BLK_OP_WRITE, true};
+
+/* Takes over @req. Where there are breakpoints it may have to be left to itself (aio.c). */
+static bool run_request(QioShell *sh, QioRequest *req, const Transfer *transfer)
+{
+    g_autoptr(QioRequest) owned = req;
+
+    if (sh->tags->len > 0 && !transfer->here_only) {
+        return qio_aio_run(sh, g_steal_pointer(&owned), transfer->op);
+    }
+    req->started = qb_now_ns();
+    req->ret = transfer->run(sh->blk, req);
+    req->ended = qb_now_ns();
+    return qio_request_print(req);
 }
 
 /* --- reading --- */
@@ -64,7 +84,8 @@ bool qio_cmd_read(QioShell *sh, const QioArgs *args)
     }
     return qio_parse_range(args, &req->offset, &req->bytes) &&
            qio_request_parse_check(req, args) && qio_request_alloc(sh, req, QIO_FILL_READ) &&
-           run_request(sh, req, args->given['b'] ? transfer_load_vmstate : transfer_read);
+           run_request(sh, g_steal_pointer(&req),
+                       args->given['b'] ? &transfer_load_vmstate : &transfer_read);
 }
 
 bool qio_cmd_readv(QioShell *sh, const QioArgs *args)
@@ -75,7 +96,8 @@ bool qio_cmd_readv(QioShell *sh, const QioArgs *args)
     req->fail_verb = "readv";
     return qio_parse_size(args->operand[0], &req->offset) &&
            qio_request_alloc_vector(sh, req, args, 1, QIO_FILL_READ) &&
-           qio_request_parse_check(req, args) && run_request(sh, req, transfer_read);
+           qio_request_parse_check(req, args) &&
+           run_request(sh, g_steal_pointer(&req), &transfer_read);
 }
 
 /* --- writing --- */
@@ -186,10 +208,12 @@ bool qio_cmd_write(QioShell *sh, const QioArgs *args)
         return false;
     }
     if (args->given['z']) {
-        return run_request(sh, req, transfer_zero);
+        req->flags &= ~BDRV_REQ_COMPRESSED;
+        return run_request(sh, g_steal_pointer(&req), &transfer_zero);
     }
     return prepare_data(sh, req, args, fill) &&
-           run_request(sh, req, args->given['b'] ? transfer_save_vmstate : transfer_write);
+           run_request(sh, g_steal_pointer(&req),
+                       args->given['b'] ? &transfer_save_vmstate : &transfer_write);
 }
 
 bool qio_cmd_writev(QioShell *sh, const QioArgs *args)
@@ -201,7 +225,7 @@ bool qio_cmd_writev(QioShell *sh, const QioArgs *args)
     req->fail_verb = "writev";
     return parse_fill(args, &fill) && qio_parse_size(args->operand[0], &req->offset) &&
            qio_request_alloc_vector(sh, req, args, 1, fill) &&
-           run_request(sh, req, transfer_write);
+           run_request(sh, g_steal_pointer(&req), &transfer_write);
 }
 
 bool qio_cmd_discard(QioShell *sh, const QioArgs *args)
@@ -210,5 +234,5 @@ bool qio_cmd_discard(QioShell *sh, const QioArgs *args)
 
     req->verb = req->fail_verb = "discard";
     return qio_parse_range(args, &req->offset, &req->bytes) &&
-           run_request(sh, req, transfer_discard);
+           run_request(sh, g_steal_pointer(&req), &transfer_discard);
 }
