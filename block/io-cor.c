@@ -178,7 +178,7 @@ static void zero_beyond_end(const BdrvTransfer *t, int64_t end)
 
 static int copy_on_read_serialised(CopyOnRead *c)
 {
-    int64_t offset, end;
+    int64_t offset = 0, end = 0;
     int ret = find_clusters(c, &offset, &end);
     if (ret < 0) {
         return ret;

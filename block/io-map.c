@@ -32,7 +32,7 @@ static bool range_fits(BlockDriverState *bs, int64_t offset, int64_t bytes)
 {
     bool aligned = qb_is_aligned((uint64_t)(offset | bytes), bs->bl.request_alignment);
     return bytes > 0 && qb_range_valid(offset, bytes) && aligned
-           && offset + bytes <= bdrv_getlength(bs);
+           && bdrv_known_to_reach(bs, offset + bytes); /* asking a file is a system call */
 }
 
 /* Counts the request in the node; false when it would have to wait. */
