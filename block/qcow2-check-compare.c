@@ -119,7 +119,7 @@ static void judge_block(Qcow2Check *c, uint64_t i, uint64_t entry, GHashTable *s
 
 void qcow2_check_refcount_structure(Qcow2Check *c)
 {
-    uint64_t before = c->res->corruptions;
+    uint64_t before = c->res->corruptions - c->overflows; /* those are settled by themselves */
     judge_table(c);
     c->nb_blocks = c->reftable_clusters ? c->s->reftable.nb_entries : 0;
     c->blocks = g_new0(Qcow2CheckBlock, MAX(c->nb_blocks, 1));
@@ -130,7 +130,7 @@ void qcow2_check_refcount_structure(Qcow2Check *c)
             judge_block(c, i, entry, seen);
         }
     }
-    c->structure_faults = c->res->corruptions - before;
+    c->structure_faults = c->res->corruptions - c->overflows - before;
 }
 
 /* ---------------------------------------------------------------- reading blocks */
@@ -320,6 +320,19 @@ static void compare_batch(Qcow2Check *c, LeafCursor *cur, const uint64_t *indice
     }
 }
 
+/* A block in a hole of the file: all its counts are 0. */
+static void compare_hole(Qcow2Check *c, LeafCursor *cur, uint64_t index)
+{
+    uint64_t first = index << c->s->refblock_bits;
+    compare_uncounted(c, cur, first / QCOW2_REF_LEAF, NULL);
+    compare_uncounted(c, cur, (first + counts_per_block(c)) / QCOW2_REF_LEAF, &c->blocks[index]);
+}
+
+static bool is_readable(const Qcow2CheckBlock *b)
+{
+    return b->state == QCOW2_BLOCK_SOUND || b->state == QCOW2_BLOCK_SHARED;
+}
+
 void qcow2_check_compare(Qcow2Check *c)
 {
     size_t batch = qcow2_check_batch(c), n = 0;
@@ -328,13 +341,19 @@ void qcow2_check_compare(Qcow2Check *c)
     g_autoptr(GPtrArray) leaves = qcow2_refmap_sorted(c->map);
     LeafCursor cur = {.leaves = leaves};
     for (uint64_t i = 0; i < c->nb_blocks && !qcow2_check_cancelled(c); i++) {
-        uint8_t state = c->blocks[i].state;
-        if (state == QCOW2_BLOCK_SOUND || state == QCOW2_BLOCK_SHARED) {
+        if (!is_readable(&c->blocks[i])) {
+            continue;
+        }
+        bool hole = qcow2_check_is_hole(c, c->blocks[i].offset);
+        if (!hole) {
             indices[n++] = i;
         }
-        if (n == batch) {
+        if (hole || n == batch) {
             compare_batch(c, &cur, indices, n, buf);
             n = 0;
+        }
+        if (hole) {
+            compare_hole(c, &cur, i);
         }
     }
     compare_batch(c, &cur, indices, n, buf);

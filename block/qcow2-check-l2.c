@@ -64,7 +64,8 @@ void qcow2_check_for_tables(Qcow2Check *c, guint first, guint n, Qcow2CheckTable
     for (guint end = first + n; first < end; first += MIN(TABLES_PER_WALK, end - first)) {
         guint count = MIN(TABLES_PER_WALK, end - first);
         for (guint i = 0; i < count; i++) {
-            be_l1[i] = htobe64(g_array_index(c->tables, Qcow2CheckTable, first + i).offset);
+            uint64_t offset = g_array_index(c->tables, Qcow2CheckTable, first + i).offset;
+            be_l1[i] = qcow2_check_is_hole(c, offset) ? 0 : htobe64(offset);
         }
         Qcow2WalkSource src = {.be_l1 = be_l1, .l1_size = count};
         TableWalk w = {.c = c, .first = first, .fn = fn, .opaque = opaque};

@@ -18,8 +18,8 @@
  *
  * Rules
  *  1. What is on disk is checked: a flush comes first, then tables and refcounts are read from the
- *     file (or from a cache that equals it; a repair empties the caches before it begins).  No check
- *     marks the image corrupt or changes it unless it repairs.
+ *     file (or from a cache that equals it; a repair empties the caches before it begins).  No
+ *     check marks the image corrupt or changes it unless it repairs.
  *  2. Something that cannot be read may hold references.  While there is such a thing no count is
  *     lowered and no cluster is taken for free.
  *  3. A repair raises before it lowers, with a barrier between (invariant 1).  On version 3 the
@@ -118,6 +118,18 @@ int qcow2_check_barrier(Qcow2Check *c)
                            "ERROR: Could not flush the image file: %s", g_strerror(-ret));
     }
     return ret;
+}
+
+/* Sparse files let a hostile image name terabytes of tables; asking is dearer than reading when
+ * they are tiny. */
+bool qcow2_check_is_hole(const Qcow2Check *c, uint64_t offset)
+{
+    BdrvStatus status;
+    if (c->s->cluster_size < 4096) {
+        return false;
+    }
+    int ret = bdrv_block_status(c->bs->file->bs, (int64_t)offset, c->s->cluster_size, &status);
+    return ret == 0 && (status.flags & BDRV_BLOCK_ZERO) && status.bytes >= c->s->cluster_size;
 }
 
 bool qcow2_check_exclusive(const Qcow2Check *c, uint64_t offset, uint64_t bytes, unsigned kind)

@@ -159,6 +159,8 @@ bool qcow2_check_cancelled(const Qcow2Check *c);
 int qcow2_check_write(Qcow2Check *c, uint64_t offset, size_t bytes, const void *buf);
 /* Barrier; a failure is reported. */
 int qcow2_check_barrier(Qcow2Check *c);
+/* Is the cluster at @offset a hole of the file? Then it reads as zeroes. */
+bool qcow2_check_is_hole(const Qcow2Check *c, uint64_t offset);
 /* Is every byte of [offset, +bytes) in clusters that belong to one owner of @kind only? */
 bool qcow2_check_exclusive(const Qcow2Check *c, uint64_t offset, uint64_t bytes, unsigned kind);
 
@@ -177,7 +179,8 @@ bool qcow2_check_count(Qcow2Check *c, uint64_t offset, uint64_t bytes, uint64_t 
 /* Judges and counts all entries of all tables. */
 void qcow2_check_l2_tables(Qcow2Check *c);
 /* Calls @fn for tables [first, first + n) of c->tables that can be read, in order; @entries holds
- * the table as on disk. Unreadable ones are reported. */
+ * the table as on disk. Unreadable ones are reported, those in holes
+ * of the file have no entries. */
 typedef void (*Qcow2CheckTableFn)(Qcow2Check *c, const Qcow2CheckTable *t, const uint8_t *entries,
                                   void *opaque);
 void qcow2_check_for_tables(Qcow2Check *c, guint first, guint n, Qcow2CheckTableFn fn,
