@@ -184,24 +184,25 @@ static int underflow(BDRVQcow2State *s, uint64_t cluster)
                                    cluster << s->cluster_bits);
 }
 
-/* Index of the first cluster of the part whose count cannot take @delta, or n. */
-static uint64_t first_misfit(BDRVQcow2State *s, Qcow2Table *t, const Part *p, int delta)
+/* 0 if all counts of the part can take @delta, else the first that cannot is in *@ret_misfit: -EINVAL if it
+ * has no room, -EIO if it is too low. A cluster whose count is to be raised is in use already, so that a
+ * count of 0 is as wrong as one that cannot be lowered. */
+static int judge_counts(BDRVQcow2State *s, Qcow2Table *t, const Part *p, int delta,
+                        uint64_t *ret_misfit)
 {
     QB_GUARD(&s->alloc_lock);
     const uint8_t *data = qcow2_refblock_data(t);
-    uint64_t need = delta < 0 ? (uint64_t)-(int64_t)delta : 0;
-    uint64_t room = delta > 0 ? s->refcount_max - (uint64_t)delta : UINT64_MAX;
+    uint64_t need = delta < 0 ? (uint64_t)-(int64_t)delta : 1;
+    uint64_t more = delta > 0 ? (uint64_t)delta : 0;
 
-    if (delta > 0 && (uint64_t)delta > s->refcount_max) {
-        return 0;
-    }
     for (uint64_t i = 0; i < p->n; i++) {
         uint64_t count = qcow2_refcount_read(data, s->refcount_order, p->slot + i);
-        if (count < need || count > room) {
-            return i;
+        if (count < need || more > s->refcount_max - count) {
+            *ret_misfit = i;
+            return count < need ? -EIO : -EINVAL;
         }
     }
-    return p->n;
+    return 0;
 }
 
 static int judge_part(BDRVQcow2State *s, const Part *p, int delta)
@@ -216,11 +217,8 @@ static int judge_part(BDRVQcow2State *s, const Part *p, int delta)
     if (!t) { /* a cluster in use has no count; a block made for it might be put on top of it */
         return underflow(s, cluster);
     }
-    misfit = first_misfit(s, t, p, delta);
-    if (misfit == p->n) {
-        return 0;
-    }
-    return delta > 0 ? -EINVAL : underflow(s, cluster + misfit);
+    ret = judge_counts(s, t, p, delta, &misfit);
+    return ret == -EIO ? underflow(s, cluster + misfit) : ret;
 }
 
 static void change_counts_locked(BDRVQcow2State *s, Qcow2Table *t, const Part *p, int delta)
