@@ -33,7 +33,7 @@ typedef struct Qcow2Io {
     IoVector *qiov;
     size_t qiov_offset; /* of the byte for guest offset @base */
     uint64_t base;
-    bool first_fit;     /* space is short: no room kept for clusters in a row, the lowest free ones are taken */
+    bool first_fit;     /* space is short: the lowest free clusters, not those that follow */
 } Qcow2Io;
 
 static inline size_t qcow2_io_pos(const Qcow2Io *io, uint64_t guest)
@@ -114,6 +114,10 @@ int qcow2_link(BlockDriverState *bs, const Qcow2Change *change, size_t *ret_done
 /* Frees what @n entries refer to, contiguous host clusters as one run. */
 void qcow2_free_entries(BlockDriverState *bs, const Qcow2L2Entry *e, size_t n,
                         Qcow2DiscardType type);
+/* Pins the table that the active L1 names at @l1_index, and tells the entry; none: NULL. Announced
+ * while it loads, so that its cluster does not become something else before it is read. */
+int qcow2_get_active_table(BlockDriverState *bs, uint64_t l1_index, uint64_t *ret_entry,
+                           Qcow2Table **ret);
 /* Takes the whole table @l1_index out of the active L1 and frees it with all that it refers to. Its
  * guest range is serialised; no lock held, not announced. */
 int qcow2_drop_table(BlockDriverState *bs, uint64_t l1_index, Qcow2DiscardType type);

@@ -93,6 +93,9 @@ static int replace_table(BlockDriverState *bs, uint64_t l1_index, uint64_t l1_en
     if (offset < 0) {
         return (int)offset;
     }
+    if (old) {
+        bdrv_debug_event(bs->file, "l2_alloc_cow_read");
+    }
     bdrv_debug_event(bs->file, "l2_alloc_write");
     qb_mutex_lock(&s->lock);
     int ret = install_table_locked(s, l1_index, l1_entry, old, (uint64_t)offset);
@@ -105,9 +108,8 @@ static int replace_table(BlockDriverState *bs, uint64_t l1_index, uint64_t l1_en
     return ret;
 }
 
-/* Pins the table that L1 names now, *ret_entry; none: NULL. Announced meanwhile, so that its cluster does
- * not become something else between the look at L1 and the reading. */
-static int get_table(BlockDriverState *bs, uint64_t l1_index, uint64_t *ret_entry, Qcow2Table **ret)
+int qcow2_get_active_table(BlockDriverState *bs, uint64_t l1_index, uint64_t *ret_entry,
+                           Qcow2Table **ret)
 {
     BDRVQcow2State *s = qcow2_state(bs);
     Qcow2User user;
@@ -116,9 +118,6 @@ static int get_table(BlockDriverState *bs, uint64_t l1_index, uint64_t *ret_entr
     uint64_t l1_entry = qcow2_l1_get(s, l1_index);
     uint64_t offset = l1_entry & QCOW2_ENTRY_OFFSET_MASK;
     int err = qcow2_l1_entry_judge(bs, l1_entry, l1_index);
-    if (err == 0 && offset && !is_writable_entry(l1_entry)) {
-        bdrv_debug_event(bs->file, "l2_alloc_cow_read");
-    }
     if (err == 0 && offset) {
         err = qcow2_cache_get(s->cache, QCOW2_TABLE_L2, offset, ret);
     }
@@ -134,7 +133,7 @@ static int get_writable_table(BlockDriverState *bs, uint64_t l1_index, Qcow2Tabl
     for (;;) {
         uint64_t l1_entry;
         g_autoptr(Qcow2Table) t = NULL;
-        int err = get_table(bs, l1_index, &l1_entry, &t);
+        int err = qcow2_get_active_table(bs, l1_index, &l1_entry, &t);
         if (err < 0) {
             return err;
         }
@@ -407,7 +406,7 @@ int qcow2_drop_table(BlockDriverState *bs, uint64_t l1_index, Qcow2DiscardType t
     do {
         uint64_t l1_entry;
         g_autoptr(Qcow2Table) t = NULL;
-        ret = get_table(bs, l1_index, &l1_entry, &t);
+        ret = qcow2_get_active_table(bs, l1_index, &l1_entry, &t);
         offset = l1_entry & QCOW2_ENTRY_OFFSET_MASK;
         if (offset == 0 || ret < 0) {
             return ret;

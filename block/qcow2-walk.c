@@ -403,19 +403,13 @@ static int edit_l1_entry(const Edit *ed, uint64_t l1_index)
     BDRVQcow2State *s = qcow2_state(ed->bs);
     int ret;
     do {
-        uint64_t l1_entry = qcow2_l1_get(s, l1_index);
-        uint64_t offset = l1_entry & QCOW2_ENTRY_OFFSET_MASK;
+        uint64_t l1_entry;
         g_autoptr(Qcow2Table) t = NULL;
-        if (!offset) {
-            return 0;
+        ret = qcow2_get_active_table(ed->bs, l1_index, &l1_entry, &t);
+        if (!t) {
+            return ret;
         }
-        ret = qcow2_l1_entry_judge(ed->bs, l1_entry, l1_index);
-        if (ret == 0) {
-            ret = qcow2_cache_get(s->cache, QCOW2_TABLE_L2, offset, &t);
-        }
-        if (ret == 0) {
-            ret = edit_table(s, ed, t, l1_index, l1_entry);
-        }
+        ret = edit_table(s, ed, t, l1_index, l1_entry);
     } while (ret == QCOW2_STALE);
     return ret;
 }

@@ -81,6 +81,22 @@ static inline BlockBackend *image_open_rw(const char *name)
     return image_open(name, "discard=unmap", BDRV_O_RDWR);
 }
 
+/* With blkdebug below; @opts: its options ("file.inject-error...") or "". */
+static inline BlockBackend *image_open_debug(const char *name, const char *opts)
+{
+    GError *err = NULL;
+    g_autofree char *path = image_path(name);
+    g_autofree char *all = g_strdup_printf("driver=qcow2,discard=unmap,file.driver=blkdebug,"
+                                           "file.image.driver=file,file.image.filename=%s%s%s",
+                                           path, *opts ? "," : "", opts);
+    json_t *options = qb_opts_parse(all, NULL, &err);
+    g_assert_no_error(err);
+    BlockBackend *blk = blk_new_open(NULL, options, BDRV_O_RDWR, &err);
+    g_assert_no_error(err);
+    g_assert_nonnull(blk);
+    return blk;
+}
+
 static inline BDRVQcow2State *image_state(BlockBackend *blk)
 {
     return qcow2_state(blk_bs(blk));

@@ -273,6 +273,54 @@ static void test_random(const void *data)
     g_rand_free(w.rand);
 }
 
+/* --- internal snapshots: shared clusters and tables --- */
+
+static void snapshot(World *w, bool (*fn)(BlockDriverState *bs, const char *name, GError **errp))
+{
+    GError *err = NULL;
+    bool ok = fn(blk_bs(w->blk), "s", &err);
+    g_assert_no_error(err);
+    g_assert_true(ok);
+}
+
+static bool delete_snapshot(BlockDriverState *bs, const char *name, GError **errp)
+{
+    return bdrv_snapshot_delete(bs, NULL, name, errp);
+}
+
+static void many_ops(World *w)
+{
+    for (int i = 0; i < 60; i++) {
+        random_op(w);
+    }
+    expect_equal(w, 0, w->c->size);
+}
+
+static void test_snapshots(const void *data)
+{
+    const Config *c = data;
+    g_autofree uint8_t *oracle = g_malloc(c->size), *kept = g_malloc(c->size);
+    World w = {.c = c, .oracle = oracle, .size = c->size};
+    w.rand = g_rand_new_with_seed((guint32)g_test_rand_int());
+    make_image(c, oracle);
+    w.blk = open_image(c);
+    many_ops(&w);
+    memcpy(kept, oracle, c->size);
+    snapshot(&w, bdrv_snapshot_create);
+    many_ops(&w);
+    blk_unref(w.blk);
+    image_check("image");
+    w.blk = open_image(c);
+    snapshot(&w, bdrv_snapshot_apply);
+    memcpy(oracle, kept, c->size);
+    many_ops(&w);
+    snapshot(&w, delete_snapshot);
+    many_ops(&w);
+    blk_unref(w.blk);
+    image_check("image");
+    g_rand_free(w.rand);
+}
+
 /* --- several threads with parts of their own, which share tables and clusters --- */
 
 #define THREADS 4
@@ -338,6 +386,18 @@ static void *run_brawl(void *opaque)
     return NULL;
 }
 
+/* Shares all clusters with a snapshot, and takes it away again, while the others go on. */
+static void *run_snapshots(void *opaque)
+{
+    World *w = opaque;
+    for (int i = 0; i < 8; i++) {
+        snapshot(w, bdrv_snapshot_create);
+        g_usleep(2000);
+        snapshot(w, delete_snapshot);
+    }
+    return NULL;
+}
+
 static void test_brawl(const void *data)
 {
     const Config *c = data;
@@ -349,7 +409,7 @@ static void test_brawl(const void *data)
     for (int i = 0; i < THREADS; i++) {
         w[i] = (World){.c = c, .blk = blk, .size = MIN(c->size, 6 * c->cluster)};
         w[i].rand = g_rand_new_with_seed((guint32)g_test_rand_int());
-        g_assert_true(qb_thread_start(&threads[i], "brawl", run_brawl, &w[i]));
+        g_assert_true(qb_thread_start(&threads[i], "brawl", i ? run_brawl : run_snapshots, &w[i]));
     }
     for (int i = 0; i < THREADS; i++) {
         pthread_join(threads[i], NULL);
@@ -372,6 +432,7 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     image_setup();
     add_configs("random", test_random);
+    add_configs("snapshots", test_snapshots);
     add_configs("threads", test_threads);
     add_configs("brawl", test_brawl);
     int ret = g_test_run();

@@ -291,19 +291,6 @@ static void race_start(Racer *r, BlockBackend *blk, int64_t offset, int64_t byte
     g_assert_true(qb_thread_start(&r->thread, "racer", race, r));
 }
 
-static BlockBackend *open_with_breakpoints(void)
-{
-    g_autofree char *path = image_path("image");
-    g_autofree char *opts = g_strdup_printf("driver=qcow2,discard=unmap,file.driver=blkdebug,"
-                                            "file.image.driver=file,file.image.filename=%s", path);
-    GError *err = NULL;
-    json_t *options = qb_opts_parse(opts, NULL, &err);
-    g_assert_no_error(err);
-    BlockBackend *blk = blk_new_open(NULL, options, BDRV_O_RDWR, &err);
-    g_assert_no_error(err);
-    return blk;
-}
-
 static void stop_at(BlockBackend *blk, const char *event)
 {
     g_assert_cmpint(bdrv_debug_breakpoint(blk_bs(blk), event, "A"), ==, 0);
@@ -328,7 +315,7 @@ static void test_write_zero_alloc_against_discard(void)
 {
     Racer writer, discarder;
     image_create("image", "size=1M");
-    BlockBackend *blk = open_with_breakpoints();
+    BlockBackend *blk = image_open_debug("image", "");
     image_write(blk, 0, C, 1);
     g_assert_cmpint(blk_pwrite_zeroes(blk, 0, C, 0), ==, 0);
     stop_at(blk, "write_aio");
@@ -352,7 +339,7 @@ static void test_write_in_place_against_discard(void)
 {
     Racer writer;
     image_create("image", "size=1M");
-    BlockBackend *blk = open_with_breakpoints();
+    BlockBackend *blk = image_open_debug("image", "");
     image_write(blk, 0, C, 1);
     uint64_t host = qcow2_entry_host(image_entry(blk, 0));
     stop_at(blk, "write_aio");
@@ -385,7 +372,7 @@ static void test_write_in_place_against_zero(void)
     Racer writer;
     pthread_t zeroer;
     image_create("image", "size=1M");
-    BlockBackend *blk = open_with_breakpoints();
+    BlockBackend *blk = image_open_debug("image", "");
     image_write(blk, 0, C, 1);
     stop_at(blk, "write_aio");
     race_start(&writer, blk, 0, C, 5);
@@ -413,7 +400,7 @@ static void test_read_against_reuse(void)
 {
     pthread_t reader;
     image_create("image", "size=1M");
-    BlockBackend *blk = open_with_breakpoints();
+    BlockBackend *blk = image_open_debug("image", "");
     image_write(blk, 0, C, 5);
     stop_at(blk, "read_aio");
     g_assert_true(qb_thread_start(&reader, "reader", read_fives, blk));
@@ -452,7 +439,7 @@ static void test_freed_is_not_reused_early(void)
 static void test_failed_write(void)
 {
     image_create("image", "size=1M");
-    BlockBackend *blk = open_with_breakpoints();
+    BlockBackend *blk = image_open_debug("image", "");
     image_write(blk, 0, C, 1);
     blk_unref(blk);
     static const char *const events[] = {
@@ -460,16 +447,9 @@ static void test_failed_write(void)
         "write_compressed", "read_aio", "read_compressed",
     };
     for (size_t i = 0; i < G_N_ELEMENTS(events); i++) {
-        g_autofree char *path = image_path("image");
         g_autofree char *opts = g_strdup_printf(
-            "driver=qcow2,discard=unmap,file.driver=blkdebug,file.image.driver=file,"
-            "file.image.filename=%s,file.inject-error.0.event=%s,file.inject-error.0.errno=5",
-            path, events[i]);
-        GError *err = NULL;
-        json_t *options = qb_opts_parse(opts, NULL, &err);
-        g_assert_no_error(err);
-        blk = blk_new_open(NULL, options, BDRV_O_RDWR, &err);
-        g_assert_no_error(err);
+            "file.inject-error.0.event=%s,file.inject-error.0.errno=5", events[i]);
+        blk = image_open_debug("image", opts);
         uint8_t buf[C] = {7};
         (void)blk_pwrite(blk, 2 * C + 512, 1024, buf, 0);
         (void)blk_pwrite(blk, 3 * C, C, buf, BDRV_REQ_COMPRESSED);

@@ -158,6 +158,27 @@ static void test_bad_tables(void)
     g_array_free(seen.runs, true);
 }
 
+/* One of many reads fails: those of its batch are read one by one, and all are seen. */
+static void test_read_error(void)
+{
+    Seen seen = {0};
+    image_create("image", "size=1G");
+    BlockBackend *blk = image_open_rw("image");
+    image_write(blk, 0, 512, 1);
+    image_write(blk, 512 * MIB, 512, 1);
+    blk_unref(blk);
+    blk = image_open_debug("image", "file.inject-error.0.event=l2_load,"
+                                    "file.inject-error.0.once=on,file.inject-error.0.errno=5");
+    bdrv_graph_rdlock();
+    seen_reset(&seen);
+    g_assert_cmpint(qcow2_walk_tables(blk_bs(blk), NULL, 0, UINT64_MAX, note_table, &seen), ==, 0);
+    bdrv_graph_rdunlock();
+    g_assert_cmpuint(seen.tables, ==, 2);
+    g_assert_cmpint(seen.errors, ==, 0);
+    blk_unref(blk);
+    g_array_free(seen.runs, true);
+}
+
 static int stop_at_second(const Qcow2WalkTable *table, void *opaque)
 {
     unsigned *n = opaque;
@@ -224,6 +245,7 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-walk/many-tables", test_many_tables);
     g_test_add_func("/qcow2-walk/dirty-tables", test_dirty_tables);
     g_test_add_func("/qcow2-walk/bad-tables", test_bad_tables);
+    g_test_add_func("/qcow2-walk/read-error", test_read_error);
     g_test_add_func("/qcow2-walk/stop", test_stop);
     g_test_add_func("/qcow2-walk/edit", test_edit);
     int ret = g_test_run();
