@@ -617,6 +617,54 @@ static void test_concurrent_allocation(void)
     g_assert_cmpuint(base->writes, ==, 0);
 }
 
+/* --- submitted requests --- */
+
+#define SUBMITTED 300
+
+typedef struct Submitted {
+    uint8_t buf[2000];
+    IoVector qiov;
+    _Atomic(bool) done;
+} Submitted;
+
+static void submitted_done(void *opaque, int ret)
+{
+    Submitted *r = opaque;
+    g_assert_cmpint(ret, ==, 0);
+    r->done = true;
+}
+
+/* Odd lengths: each write is a read-modify-write and so has its place in the order. */
+static void submit_one(Oracle *o, Submitted *r)
+{
+    int64_t bytes = 1 + 2 * g_test_rand_int_range(0, 999);
+    int64_t offset = g_test_rand_int_range(0, 6000);
+    uint8_t pattern = (uint8_t)g_test_rand_int_range(1, 256);
+    bool zero = g_test_rand_int_range(0, 4) == 0;
+    memset(r->buf, pattern, sizeof(r->buf));
+    iov_vector_init_buf(&r->qiov, r->buf, (size_t)bytes);
+    blk_submit(o->blk, zero ? BLK_OP_ZERO : BLK_OP_WRITE, offset, bytes, zero ? NULL : &r->qiov, 0,
+               submitted_done, r);
+    memset(o->data + offset, zero ? 0 : pattern, (size_t)bytes);
+}
+
+/* Overlapping requests take effect in the order of their submission, whatever threads run them. */
+static void test_submission_order(gconstpointer opts)
+{
+    g_autofree Submitted *r = g_new0(Submitted, SUBMITTED);
+    g_autofree uint8_t *data = g_malloc0(65536);
+    Oracle o = {.blk = open_blk(opts), .data = data, .length = 8192};
+    for (int i = 0; i < SUBMITTED; i++) {
+        submit_one(&o, &r[i]);
+    }
+    blk_drain(o.blk);
+    for (int i = 0; i < SUBMITTED; i++) {
+        g_assert_true(r[i].done);
+    }
+    random_read(&o, 0, o.length);
+    blk_unref(o.blk);
+}
+
 /* Writes at the end make the node longer while others make it shorter. */
 static void test_concurrent_truncate(void)
 {
@@ -669,6 +717,10 @@ int main(int argc, char **argv)
     g_test_add_data_func("/io/threads/mix",
                          "driver=test-mem,align=512,discard=unmap,detect-zeroes=on",
                          test_concurrent_mix);
+    g_test_add_data_func("/io/submit/order", "driver=test-mem,align=512", test_submission_order);
+    g_test_add_data_func("/io/submit/order-below",
+                         "driver=blkdebug,align=1k,image.driver=test-mem,image.align=512",
+                         test_submission_order);
     g_test_add_func("/io/threads/allocation", test_concurrent_allocation);
     g_test_add_func("/io/threads/truncate", test_concurrent_truncate);
     int ret = g_test_run();
