@@ -84,7 +84,7 @@ static int vmstate_range(BlockDriverState *bs, int64_t pos, uint64_t bytes, uint
 int qcow2_save_vmstate(BlockDriverState *bs, IoVector *qiov, int64_t pos)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    uint64_t start, end;
+    uint64_t start = 0, end = 0;
     int ret = refuse_if_corrupt(bs);
     if (ret == 0) {
         ret = vmstate_range(bs, pos, qiov->size, &start, &end);
@@ -102,7 +102,7 @@ int qcow2_save_vmstate(BlockDriverState *bs, IoVector *qiov, int64_t pos)
 
 int qcow2_load_vmstate(BlockDriverState *bs, IoVector *qiov, int64_t pos)
 {
-    uint64_t start, end;
+    uint64_t start = 0, end = 0;
     int ret = refuse_if_corrupt(bs);
     if (ret == 0) {
         ret = vmstate_range(bs, pos, qiov->size, &start, &end);

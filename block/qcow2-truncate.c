@@ -272,8 +272,8 @@ static int fill_old_hole(const Qcow2Mapping *run, void *opaque)
     return bdrv_pwrite_zeroes(h->bs->file, (int64_t)run->host, (int64_t)bytes, 0);
 }
 
-/* Makes the image file as long as it may have to become. Only for real storage is failing an error: a
- * sparse file grows by itself, and a device has the length it has. */
+/* Makes the image file as long as it may have to become. Only where storage is wanted is failing an error:
+ * a device has the length it has, and what is missing in the end settle_file() finds. */
 static bool extend_file(const Resize *r, uint64_t from, GError **errp)
 {
     PreallocMode mode = r->prealloc == PREALLOC_MODE_METADATA ? PREALLOC_MODE_OFF : r->prealloc;
@@ -288,6 +288,20 @@ static bool extend_file(const Resize *r, uint64_t from, GError **errp)
         g_prefix_error(errp, "Could not resize underlying file: ");
     }
     return ok || mode == PREALLOC_MODE_OFF;
+}
+
+/* The file ends where the last cluster in use does: mapped clusters must not lie beyond its end. */
+static bool settle_file(const Resize *r, GError **errp)
+{
+    uint64_t end;
+    if (!check(qcow2_last_used_end(r->bs, &end), "Failed to find the last cluster", errp)) {
+        return false;
+    }
+    int64_t length = bdrv_getlength(r->bs->file->bs);
+    if (length >= 0 && (uint64_t)length >= end) {
+        return check(qcow2_cut_file(r->bs), "Failed to truncate the tail of the image", errp);
+    }
+    return bdrv_truncate(r->bs->file, (int64_t)end, false, PREALLOC_MODE_OFF, false, errp);
 }
 
 static bool preallocate_inside(const Resize *r, GError **errp)
@@ -309,7 +323,7 @@ static bool preallocate_inside(const Resize *r, GError **errp)
                "Could not preallocate", errp)) {
         return false;
     }
-    return check(qcow2_cut_file(r->bs), "Failed to find the last cluster", errp);
+    return settle_file(r, errp);
 }
 
 /* What is beyond the end of the data file's old part may hold something: a raw one must read zero. */
@@ -405,7 +419,7 @@ static bool fill_growth(const Resize *r, uint64_t shown_end, GError **errp)
 
 static bool grow(const Resize *r, GError **errp)
 {
-    uint64_t shown_end;
+    uint64_t shown_end = 0;
     return check(backing_end(r, &shown_end), "Could not get the length of the backing file", errp) &&
            prepare_growth(r, shown_end, errp) && fill_growth(r, shown_end, errp);
 }

@@ -12,7 +12,10 @@
 #include "block/block.h"
 #include "block/io.h"
 
-/* Permissions follow BDRV_O_RDWR / BDRV_O_RESIZE / BDRV_O_NO_IO; everything is shared with others. */
+#pragma GCC visibility push(default) /* public: exported by libqblock */
+
+/* Permissions follow BDRV_O_RDWR / BDRV_O_RESIZE / BDRV_O_NO_IO; everything is shared with others,
+ * but with BDRV_O_NO_SHARE only reading. */
 BlockBackend *blk_new_open(const char *filename, json_t *options, int flags, GError **errp);
 /* A user of an existing node; @perm/@shared: BLK_PERM_* of driver.h. */
 BlockBackend *blk_new_with_bs(BlockDriverState *bs, unsigned perm, unsigned shared, GError **errp);
@@ -58,5 +61,7 @@ void blk_submit(BlockBackend *blk, BlkOp op, int64_t offset, int64_t bytes, IoVe
                 int flags, void (*done)(void *opaque, int ret), void *opaque);
 /* Waits until no request of @blk is in flight. */
 void blk_drain(BlockBackend *blk);
+
+#pragma GCC visibility pop
 
 #endif

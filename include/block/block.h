@@ -48,6 +48,7 @@ typedef enum BdrvOpenFlags {
     BDRV_O_NO_BACKING_ZERO = 1 << 8, /* creator vouches that the node never gets a backing file */
     BDRV_O_AIO_NATIVE = 1 << 9,   /* files run batches by the kernel's aio where no option "aio" ... */
     BDRV_O_AIO_THREADS = 1 << 10, /* ... says otherwise; or by threads */
+    BDRV_O_NO_SHARE = 1 << 11,    /* for blk_new_open(): nobody else may write meanwhile */
 } BdrvOpenFlags;
 
 /*

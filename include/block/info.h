@@ -8,6 +8,8 @@
 
 #include "block/block.h"
 
+#pragma GCC visibility push(default) /* public: exported by libqblock */
+
 /*
  * Facts of @bs and of the nodes that hold it ("children"), without its backing chain: filename,
  * format, virtual-size, actual-size, cluster-size, snapshots, backing names, format-specific, ...
@@ -15,5 +17,7 @@
  * cannot answer.  Reads metadata; any thread.
  */
 json_t *bdrv_image_info(BlockDriverState *bs, bool limits, GError **errp);
+
+#pragma GCC visibility pop
 
 #endif

@@ -17,6 +17,8 @@
 #include "block/block.h"
 #include "util/iov.h"
 
+#pragma GCC visibility push(default) /* public: exported by libqblock */
+
 typedef enum BdrvRequestFlags {
     BDRV_REQ_FUA = 1 << 0,         /* stable when the call returns */
     BDRV_REQ_MAY_UNMAP = 1 << 1,   /* zeroes: space may be given back */
@@ -112,5 +114,7 @@ void bdrv_drained_end(BlockDriverState *bs);
 /* --- VM state, above the guest's disk --- */
 int bdrv_save_vmstate(BlockDriverState *bs, IoVector *qiov, int64_t pos);
 int bdrv_load_vmstate(BlockDriverState *bs, IoVector *qiov, int64_t pos);
+
+#pragma GCC visibility pop
 
 #endif

@@ -12,6 +12,8 @@
 #include "block/block-backend.h"
 #include "util/progress.h"
 
+#pragma GCC visibility push(default) /* public: exported by libqblock */
+
 /* --- commit: content of @top (and all between) goes into @base --- */
 typedef struct CommitOptions {
     BlockDriverState *top;  /* the image that is committed */
@@ -26,10 +28,13 @@ typedef struct CommitOptions {
  */
 bool commit_run(const CommitOptions *opts, GError **errp);
 
-/* Sleeps as needed so that @bytes more keep to @speed (bytes/s; 0: never); state is the caller's. */
+/* Sleeps as needed so that @bytes more keep to @speed (bytes/s; 0: never), or until @p is cancelled;
+ * state is the caller's. */
 typedef struct BlockRateLimit {
     uint64_t speed, next_ns;
 } BlockRateLimit;
-void block_rate_limit_wait(BlockRateLimit *limit, uint64_t bytes);
+void block_rate_limit_wait(BlockRateLimit *limit, uint64_t bytes, QbProgress *p);
+
+#pragma GCC visibility pop
 
 #endif

@@ -17,6 +17,8 @@
 #include <errno.h>
 #include <glib.h>
 
+#pragma GCC visibility push(default) /* public: exported by libqblock */
+
 #define QB_ERROR (qb_error_quark())
 
 GQuark qb_error_quark(void);
@@ -32,5 +34,7 @@ void qb_error_add_hint(GError **errp, const char *fmt, ...) G_GNUC_PRINTF(2, 3);
 
 /* The error's class as -errno, for callers that answer on an I/O path. -EIO for foreign domains. */
 int qb_error_to_errno(const GError *err);
+
+#pragma GCC visibility pop
 
 #endif

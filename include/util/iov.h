@@ -16,6 +16,8 @@
 #include <sys/types.h>
 #include <sys/uio.h>
 
+#pragma GCC visibility push(default) /* public: exported by libqblock */
+
 typedef struct IoVector {
     struct iovec *iov;
     int niov;
@@ -59,5 +61,7 @@ void *qb_try_memalign(size_t align, size_t size);
 /* For QB_AUTO_FREE: frees the pointer that @p points to, when the variable goes out of scope. */
 void qb_free_cleanup(void *p);
 #define QB_AUTO_FREE __attribute__((cleanup(qb_free_cleanup)))
+
+#pragma GCC visibility pop
 
 #endif

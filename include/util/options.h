@@ -20,6 +20,8 @@
 #include <glib.h>
 #include <jansson.h>
 
+#pragma GCC visibility push(default) /* public: exported by libqblock */
+
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(json_t, json_decref)
 
 /* Parses "k=v,k2=v2". @implied_key (may be NULL) names the key of a first element without "=".
@@ -75,5 +77,7 @@ typedef struct QbOptDesc {
 const QbOptDesc *qb_opts_find(const QbOptDesc *table, const char *name);
 /* Lines "  name=<type>  - help", sorted, as the tools print them. Newly allocated. */
 char *qb_opts_describe(const QbOptDesc *table);
+
+#pragma GCC visibility pop
 
 #endif
