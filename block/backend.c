@@ -70,14 +70,16 @@ static unsigned perms_of_flags(int flags)
 BlockBackend *blk_new_open(const char *filename, json_t *options, int flags, GError **errp)
 {
     g_autofree char *name = bdrv_spell_name(filename, options);
-    BlockDriverState *bs = bdrv_open(filename, options, flags, errp);
+    unsigned shared = flags & BDRV_O_NO_SHARE ? BLK_PERM_CONSISTENT_READ | BLK_PERM_WRITE_UNCHANGED
+                                              : BLK_PERM_ALL;
+    BlockDriverState *bs = bdrv_open(filename, options, flags & ~BDRV_O_NO_SHARE, errp);
     if (!bs) {
         return NULL;
     }
     if (bs->read_only) { /* an option said so */
         flags &= ~(BDRV_O_RDWR | BDRV_O_RESIZE);
     }
-    BlockBackend *blk = new_backend(bs, perms_of_flags(flags), BLK_PERM_ALL, errp);
+    BlockBackend *blk = new_backend(bs, perms_of_flags(flags), shared, errp);
     if (!blk) {
         bdrv_prefix_open_error(errp, name); /* of another user of the image */
     }

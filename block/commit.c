@@ -30,6 +30,7 @@
 #define BATCH_EXTENTS 64
 #define BATCH_BYTES (16 * 1024 * 1024)
 #define PIECE_BYTES (1024 * 1024)
+#define NAP_NS 50000000
 
 typedef struct Commit {
     const CommitOptions *opts;
@@ -46,19 +47,24 @@ typedef struct CommitBatch {
     int64_t next; /* where the next batch begins */
 } CommitBatch;
 
-void block_rate_limit_wait(BlockRateLimit *limit, uint64_t bytes)
+/* Sleeps in naps, between which a cancellation is seen. */
+static void sleep_until(uint64_t when, QbProgress *p)
 {
-    uint64_t now = qb_now_ns();
+    uint64_t now;
 
+    while ((now = qb_now_ns()) < when && !qb_progress_cancelled(p)) {
+        struct timespec nap = {.tv_nsec = (long)MIN(when - now, NAP_NS)};
+        nanosleep(&nap, NULL);
+    }
+}
+
+void block_rate_limit_wait(BlockRateLimit *limit, uint64_t bytes, QbProgress *p)
+{
     if (!limit->speed) {
         return;
     }
-    if (limit->next_ns > now) {
-        uint64_t ns = limit->next_ns - now;
-        struct timespec ts = {.tv_sec = (time_t)(ns / 1000000000), .tv_nsec = (long)(ns % 1000000000)};
-        nanosleep(&ts, NULL);
-    }
-    limit->next_ns = MAX(limit->next_ns, now) +
+    sleep_until(limit->next_ns, p);
+    limit->next_ns = MAX(limit->next_ns, qb_now_ns()) +
                      (uint64_t)((double)bytes / (double)limit->speed * 1e9);
 }
 
@@ -169,7 +175,7 @@ static bool copy_all(Commit *c, GError **errp)
         }
         ret = collect_batch(c, &b);
         if (ret == 0) {
-            block_rate_limit_wait(&c->limit, b.used);
+            block_rate_limit_wait(&c->limit, b.used, c->opts->progress);
             ret = copy_batch(c, &b);
         }
         if (ret < 0) {

@@ -29,14 +29,14 @@ static json_t *limits_info(const BlockLimits *bl)
 {
     json_t *obj = json_object();
 
-    set_nonzero(obj, "request-alignment", bl->request_alignment);
-    set_nonzero(obj, "max-discard", bl->max_pdiscard);
-    set_nonzero(obj, "discard-alignment", bl->pdiscard_alignment);
-    set_nonzero(obj, "max-write-zeroes", bl->max_pwrite_zeroes);
     set_nonzero(obj, "write-zeroes-alignment", bl->pwrite_zeroes_alignment);
+    set_nonzero(obj, "max-write-zeroes", bl->max_pwrite_zeroes);
+    set_nonzero(obj, "request-alignment", bl->request_alignment);
     set_nonzero(obj, "opt-transfer", bl->opt_transfer);
     set_nonzero(obj, "max-transfer", bl->max_transfer);
     set_nonzero(obj, "min-mem-alignment", (int64_t)bl->min_mem_alignment);
+    set_nonzero(obj, "max-discard", bl->max_pdiscard);
+    set_nonzero(obj, "discard-alignment", bl->pdiscard_alignment);
     set_nonzero(obj, "opt-mem-alignment", (int64_t)bl->opt_mem_alignment);
     set_nonzero(obj, "max-iov", bl->max_iov);
     return obj;
@@ -85,7 +85,7 @@ static bool add_snapshots(BlockDriverState *bs, json_t *obj, GError **errp)
 }
 
 /* The nodes that hold the image itself: not the backing file, which is an image of its own. */
-static bool add_children(BlockDriverState *bs, json_t *obj, GError **errp)
+static bool add_children(BlockDriverState *bs, json_t *obj, bool limits, GError **errp)
 {
     json_t *array = json_array();
 
@@ -96,7 +96,7 @@ static bool add_children(BlockDriverState *bs, json_t *obj, GError **errp)
         if (child->role & BDRV_CHILD_COW) {
             continue;
         }
-        info = bdrv_image_info(child->bs, false, errp);
+        info = bdrv_image_info(child->bs, limits, errp);
         if (!info) {
             return false;
         }
@@ -161,12 +161,12 @@ static bool add_storage_facts(BlockDriverState *bs, json_t *obj, GError **errp)
     return true;
 }
 
-static bool add_facts(BlockDriverState *bs, json_t *obj, int64_t length, GError **errp)
+static bool add_facts(BlockDriverState *bs, json_t *obj, int64_t length, bool limits, GError **errp)
 {
     const char *backing_format = bdrv_backing_format(bs);
     bool dirty = false;
 
-    if (!add_children(bs, obj, errp)) {
+    if (!add_children(bs, obj, limits, errp)) {
         return false;
     }
     if (backing_format && *backing_format) {
@@ -201,7 +201,7 @@ json_t *bdrv_image_info(BlockDriverState *bs, bool limits, GError **errp)
     if (limits) {
         json_object_set_new(obj, "limits", limits_info(bdrv_limits(bs)));
     }
-    if (!add_facts(bs, obj, length, errp)) {
+    if (!add_facts(bs, obj, length, limits, errp)) {
         return NULL;
     }
     return g_steal_pointer(&obj);

@@ -93,14 +93,12 @@ static void append_list(GPtrArray **field, char *value)
     g_ptr_array_add(*field, value);
 }
 
-static bool store_number(const ImgOption *o, const char *value, uint64_t *field)
+/* "--max-length" is spoken of as "max length". */
+static bool store_size(const ImgOption *o, const char *value, uint64_t *field)
 {
-    int ret = o->kind == IMG_SIZE ? qb_size_parse(value, 'b', field) : qb_uint_parse(value, field);
+    g_autofree char *what = g_strdelimit(g_strdup(o->name), "-", ' ');
 
-    if (ret < 0) {
-        img_error("Invalid value for --%s: '%s'", o->name ? o->name : "?", value);
-    }
-    return ret == 0;
+    return img_parse_size(what, value, field);
 }
 
 static bool store_value(const ImgOption *o, char *value, void *args)
@@ -121,8 +119,7 @@ static bool store_value(const ImgOption *o, char *value, void *args)
         append_joined(field, value);
         return true;
     case IMG_SIZE:
-    case IMG_UINT:
-        return store_number(o, value, field);
+        return store_size(o, value, field);
     case IMG_IGNORED:
     case IMG_END:
         break;

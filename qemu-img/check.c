@@ -87,17 +87,17 @@ static void print_json_result(const BdrvCheckResult *r, const char *file, const 
     g_autoptr(json_t) obj = json_object();
 
     set_count(obj, "image-end-offset", (uint64_t)r->image_end_offset);
+    set_count(obj, "compressed-clusters", r->compressed_clusters);
     set_count(obj, "total-clusters", r->total_clusters);
     set_count(obj, "corruptions", r->corruptions);
+    set_count(obj, "corruptions-fixed", r->corruptions_fixed);
     json_object_set_new(obj, "check-errors", json_integer((json_int_t)r->check_errors));
     set_count(obj, "leaks", r->leaks);
-    set_count(obj, "corruptions-fixed", r->corruptions_fixed);
     set_count(obj, "leaks-fixed", r->leaks_fixed);
-    set_count(obj, "fragmented-clusters", r->fragmented_clusters);
-    set_count(obj, "compressed-clusters", r->compressed_clusters);
     set_count(obj, "allocated-clusters", r->allocated_clusters);
     json_object_set_new(obj, "filename", json_string(file));
     json_object_set_new(obj, "format", json_string(format));
+    set_count(obj, "fragmented-clusters", r->fragmented_clusters);
     if (json_array_size(findings) > 0) {
         json_object_set(obj, "findings", findings);
     }
@@ -220,9 +220,12 @@ static int check_blk(BlockBackend *blk, const char *file, const CheckArgs *args,
     if (!ok) {
         return check_failed(err, args->quiet);
     }
+    if (args->quiet) {
+        return check_status(&result);
+    }
     if (json) {
         print_json_result(&result, file, bdrv_get_format_name(blk_bs(blk)), findings);
-    } else if (!args->quiet) {
+    } else {
         print_human_result(&result);
     }
     return check_status(&result);
@@ -280,13 +283,13 @@ int img_check(int argc, char **argv)
         break;
     }
     g_autoptr(GPtrArray) objects = args.objects;
-    if (!parse_repair(args.repair, &fix) || !img_parse_output("check", args.output, &json)) {
+    if (!img_check_cache("source ", args.cache) || !parse_repair(args.repair, &fix) || !img_parse_output("check", args.output, &json)) {
         return CHECK_FAILED;
     }
     if (operands->len != 1) {
         return img_usage_error("check", "Expecting one image file name");
     }
-    if (!img_check_open_args("check", args.format, args.image_opts) ||
+    if (!img_check_open_args(args.format, args.image_opts) ||
         !img_check_objects(objects)) {
         return CHECK_FAILED;
     }

@@ -66,10 +66,21 @@ int img_report_prefixed(GError *err, int status, const char *fmt, ...)
     return img_report(err, status);
 }
 
-bool img_check_open_args(const char *verb, const char *format, bool image_opts)
+bool img_check_open_args(const char *format, bool image_opts)
 {
     if (format && image_opts) {
-        img_usage_error(verb, "--image-opts and --format are mutually exclusive");
+        img_error("--image-opts and --format are mutually exclusive");
+        return false;
+    }
+    return true;
+}
+
+bool img_check_cache(const char *which, const char *mode)
+{
+    BlkCacheMode cache;
+
+    if (mode && !blk_parse_cache_mode(mode, &cache)) {
+        img_error("Invalid %scache option: %s", which, mode);
         return false;
     }
     return true;
@@ -86,8 +97,13 @@ static void set_default_bool(json_t *options, const char *key, bool value)
 static json_t *open_options(const char *name, const ImgOpen *how, const BlkCacheMode *cache,
                             GError **errp)
 {
-    json_t *options = how->image_opts ? qb_opts_parse(name, NULL, errp) : json_object();
+    json_t *options;
 
+    if (how->image_opts && !strchr(name, '=')) {
+        qb_error_set(errp, EINVAL, "--image-opts expects NAME=VALUE[,...]");
+        return NULL;
+    }
+    options = how->image_opts ? qb_opts_parse(name, NULL, errp) : json_object();
     if (!options) {
         return NULL;
     }
@@ -116,9 +132,11 @@ BlockBackend *img_open(const char *name, const ImgOpen *how)
     BlockBackend *blk;
     json_t *options;
 
-    if (how->cache && !blk_parse_cache_mode(how->cache, &cache)) {
-        img_error("Invalid cache option: %s", how->cache);
+    if (!img_check_cache("", how->cache)) {
         return NULL;
+    }
+    if (how->cache) {
+        blk_parse_cache_mode(how->cache, &cache);
     }
     options = open_options(name, how, &cache, &err);
     if (!options) {
@@ -126,6 +144,9 @@ BlockBackend *img_open(const char *name, const ImgOpen *how)
         return NULL;
     }
     blk = blk_new_open(how->image_opts ? NULL : name, options, how->flags, &err);
+    if (!blk && how->what) {
+        g_prefix_error(&err, "Could not open %s '%s': ", how->what, name);
+    }
     if (!blk) {
         img_report(err, 1);
         return NULL;
@@ -142,7 +163,8 @@ int img_close(BlockBackend *blk)
         ret = blk_flush(blk);
     }
     if (ret < 0) {
-        img_error("Error while closing the image: %s", g_strerror(-ret));
+        img_error("Error while closing the image: %s: %s", bdrv_filename(blk_bs(blk)),
+                  g_strerror(-ret));
     }
     blk_unref(blk);
     return ret < 0;
@@ -155,18 +177,19 @@ bool img_check_objects(const GPtrArray *objects)
     return tool_check_objects(objects, &err) || img_report(err, 0);
 }
 
-bool img_parse_size(const char *text, uint64_t *ret)
+bool img_parse_size(const char *what, const char *text, uint64_t *ret)
 {
     switch (qb_size_parse(text, 'b', ret)) {
     case 0:
         return true;
     case -ERANGE:
-        img_error("Invalid image size specified. Must be between 0 and %" PRId64 ".", INT64_MAX);
+        img_error("Invalid %s specified. Must be between 0 and %" PRId64 ".", what, INT64_MAX);
         return false;
     default:
-        img_error("Invalid image size specified: '%s'", text);
-        fprintf(stderr, "You may use k, M, G, T, P or E suffixes for \n"
-                        "kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.\n");
+        img_error("Invalid %s specified: '%s'\n"
+                  "You may use k, M, G, T, P or E suffixes for\n"
+                  "kilobytes, megabytes, gigabytes, terabytes, petabytes and exabytes.",
+                  what, text);
         return false;
     }
 }

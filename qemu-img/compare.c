@@ -282,7 +282,7 @@ static int open_and_compare(Comparison *c, const CompareArgs *args)
     if (status) {
         return status;
     }
-    img_progress_start(&c->progress, args->progress);
+    img_progress_start(&c->progress, args->progress && !args->quiet);
     status = compare_images(c);
     img_progress_end(status == COMPARE_SAME);
     if (status == COMPARE_SAME) {
@@ -311,17 +311,16 @@ int img_compare(int argc, char **argv)
     case IMG_PARSE_HELP:
         return 0;
     case IMG_PARSE_ERROR:
-        return COMPARE_OPEN_FAILED;
+        return 1; /* like any verb that was called wrongly */
     case IMG_PARSE_OK:
         break;
     }
     g_autoptr(GPtrArray) objects = args.objects;
     if (operands->len != 2) {
-        img_usage_error("compare", "Expecting two image file names");
-        return COMPARE_OPEN_FAILED;
+        return img_usage_error("compare", "Expecting two image file names");
     }
-    if (!img_check_open_args("compare", args.format_a, args.image_opts) ||
-        !img_check_objects(objects)) {
+    if (!img_check_open_args(args.format_a, args.image_opts) ||
+        !img_check_cache("source ", args.cache) || !img_check_objects(objects)) {
         return COMPARE_OPEN_FAILED;
     }
     Comparison c = {.name = {operands->pdata[0], operands->pdata[1]},

@@ -99,8 +99,8 @@ static int learn_locked(Engine *e, const ConvertSource *src)
         ret = 0;
     }
     if (ret < 0) {
-        img_error("error while reading block status at offset %" PRId64 ": %s", e->cursor,
-                  g_strerror(-ret));
+        img_error("error while reading block status at offset %" PRId64 " of '%s': %s", pos,
+                  src->name, g_strerror(-ret));
         return ret;
     }
     e->known_kind = classify(plan, &st);
@@ -181,15 +181,17 @@ static void pass_turn(Engine *e, bool ok)
 /* ---- reading ---- */
 
 /* Reads what can be read, sector by sector; the rest becomes zeroes. */
-static void salvage_sectors(BlockBackend *blk, int64_t pos, int64_t bytes, uint8_t *buf, bool quiet)
+static void salvage_sectors(const ConvertSource *src, int64_t pos, int64_t bytes, uint8_t *buf,
+                            bool quiet)
 {
     for (int64_t done = 0; done < bytes; done += CONVERT_SECTOR) {
         int64_t n = MIN(CONVERT_SECTOR, bytes - done);
-        int ret = blk_pread(blk, pos + done, n, buf + done, 0);
+        int ret = blk_pread(src->blk, pos + done, n, buf + done, 0);
         if (ret < 0) {
             memset(buf + done, 0, (size_t)n);
             if (!quiet) {
-                img_warn("error while reading offset %" PRId64 ": %s", pos + done, g_strerror(-ret));
+                img_warn("error while reading offset %" PRId64 " of '%s': %s", pos + done, src->name,
+                         g_strerror(-ret));
             }
         }
     }
@@ -201,11 +203,11 @@ static int read_piece(const ConvertPlan *plan, const ConvertSource *src, int64_t
     int ret = blk_pread(src->blk, pos, bytes, buf, 0);
 
     if (ret < 0 && plan->salvage) {
-        salvage_sectors(src->blk, pos, bytes, buf, plan->quiet);
+        salvage_sectors(src, pos, bytes, buf, plan->quiet);
         return 0;
     }
     if (ret < 0) {
-        img_error("error while reading at byte %" PRId64 ": %s", src->start + pos,
+        img_error("error while reading at byte %" PRId64 " of '%s': %s", pos, src->name,
                   g_strerror(-ret));
     }
     return ret;
@@ -231,10 +233,11 @@ static int read_unit(const ConvertPlan *plan, const Unit *u, uint8_t *buf)
 
 /* ---- writing ---- */
 
-static int said_write_error(int ret, int64_t offset)
+static int said_write_error(const ConvertPlan *plan, int ret, int64_t offset)
 {
     if (ret < 0) {
-        img_error("error while writing at byte %" PRId64 ": %s", offset, g_strerror(-ret));
+        img_error("error while writing at byte %" PRId64 " of '%s': %s", offset, plan->target_name,
+                  g_strerror(-ret));
     }
     return ret;
 }
@@ -244,8 +247,8 @@ static int write_zeroes(const ConvertPlan *plan, int64_t offset, int64_t bytes)
     if (plan->target_is_zero) {
         return 0;
     }
-    return said_write_error(blk_pwrite_zeroes(plan->target, offset, bytes, BDRV_REQ_MAY_UNMAP),
-                            offset);
+    return said_write_error(
+        plan, blk_pwrite_zeroes(plan->target, offset, bytes, BDRV_REQ_MAY_UNMAP), offset);
 }
 
 /* Length of the run at @buf that is all zero, or all not zero, in steps of @step. */
@@ -279,23 +282,27 @@ static int64_t padded(const ConvertPlan *plan, int64_t offset, int64_t bytes)
     return plan->compress ? MIN(end, plan->target_size) - offset : bytes;
 }
 
-static int write_data(const ConvertPlan *plan, const Unit *u, const uint8_t *buf)
+static int write_piece(const ConvertPlan *plan, int64_t offset, int64_t bytes, const uint8_t *buf)
 {
     int flags = plan->compress ? BDRV_REQ_COMPRESSED : 0;
+    int ret = blk_pwrite(plan->target, offset, padded(plan, offset, bytes), buf, flags);
+
+    return said_write_error(plan, ret, offset);
+}
+
+static int write_data(const ConvertPlan *plan, const Unit *u, const uint8_t *buf)
+{
     int64_t n;
 
     if (!plan->min_sparse) {
-        n = padded(plan, u->offset, u->bytes);
-        return said_write_error(blk_pwrite(plan->target, u->offset, n, buf, flags), u->offset);
+        return write_piece(plan, u->offset, u->bytes, buf);
     }
     for (int64_t pos = 0; pos < u->bytes; pos += n) {
         bool zero;
         int ret;
         n = uniform_run(buf + pos, u->bytes - pos, sparse_step(plan), &zero);
         ret = zero ? write_zeroes(plan, u->offset + pos, n)
-                   : said_write_error(blk_pwrite(plan->target, u->offset + pos,
-                                                 padded(plan, u->offset + pos, n), buf + pos,
-                                                 flags), u->offset + pos);
+                   : write_piece(plan, u->offset + pos, n, buf + pos);
         if (ret < 0) {
             return ret;
         }
@@ -328,10 +335,10 @@ static void copy_unit(Engine *e, const Unit *u, uint8_t *buf)
 
 static void throttle(Engine *e, const Unit *u)
 {
-    if (e->limit.speed && u->kind != UNIT_SKIP) {
+    if (u->kind == UNIT_DATA) {
         BlockRateLimit *limit = &e->limit;
         QB_GUARD(&e->lock);
-        block_rate_limit_wait(limit, (uint64_t)u->bytes);
+        block_rate_limit_wait(limit, (uint64_t)u->bytes, e->plan->progress);
     }
 }
 

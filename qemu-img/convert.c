@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "qemu-img/convert.h"
+#include "qemu-img/create-options.h"
 #include "util/checked.h"
 
 typedef struct ConvertArgs {
@@ -114,8 +115,8 @@ static bool check_combinations(const ConvertArgs *a)
         {a->target_image_opts && !a->no_create, "--target-image-opts requires use of -n flag"},
         {a->skip_broken_bitmaps && !a->bitmaps, "Use of --skip-broken-bitmaps requires --bitmaps"},
         {a->no_create && a->backing, "-B cannot be used together with -n"},
-        {a->backing && !a->backing_format && !strstr(a->options ? a->options : "", "backing_fmt"),
-         "Use of backing file requires explicit backing format"},
+        {a->no_create && a->options, "-o has no effect when skipping image creation"},
+        {a->salvage && a->copy_offload, "Cannot use copy offloading in salvaging mode"},
         {a->bitmaps, "Copying bitmaps is not supported"},
     };
 
@@ -130,17 +131,49 @@ static bool check_combinations(const ConvertArgs *a)
 
 /* ---- sources ---- */
 
-/* "snapshot.id=X" or "snapshot.name=X" name one of the two; anything else is an ID or a name. */
+/* The ID of the snapshot that has the ID and the name given (NULL: any). Borrowed from @list. */
+static const char *find_snapshot(const GArray *list, const char *id, const char *name)
+{
+    for (guint i = 0; i < list->len; i++) {
+        const BdrvSnapshotInfo *sn = &g_array_index(list, BdrvSnapshotInfo, i);
+        if ((!id || !strcmp(id, sn->id)) && (!name || !strcmp(name, sn->name))) {
+            return sn->id;
+        }
+    }
+    return NULL;
+}
+
+/* "snapshot.id=X,snapshot.name=Y", or one of them. */
+static bool load_described_snapshot(BlockDriverState *bs, const char *text, GError **errp)
+{
+    g_autoptr(json_t) options = qb_opts_parse(text, NULL, errp);
+    g_autoptr(GArray) list = options ? bdrv_snapshot_list(bs, errp) : NULL;
+
+    if (!list) {
+        return false;
+    }
+    g_autofree char *id = qb_opt_take_string(options, "snapshot.id");
+    g_autofree char *name = qb_opt_take_string(options, "snapshot.name");
+    if (json_object_size(options) > 0) {
+        qb_error_set(errp, EINVAL, "Invalid parameter '%s'",
+                     json_object_iter_key(json_object_iter(options)));
+        return false;
+    }
+    const char *found = find_snapshot(list, id, name);
+    if (!found) {
+        qb_error_set(errp, ENOENT, "Can't find snapshot");
+    }
+    return found && bdrv_snapshot_load_tmp(bs, found, errp);
+}
+
+/* Without a description: an ID, or else a name. */
 static bool load_snapshot(BlockDriverState *bs, const char *text)
 {
+    bool described = g_str_has_prefix(text, "snapshot.");
     GError *err = NULL;
-    g_autofree char *name = g_strdup(text);
 
-    if (g_str_has_prefix(text, "snapshot.id=") || g_str_has_prefix(text, "snapshot.name=")) {
-        g_free(name);
-        name = g_strdup(strchr(text, '=') + 1);
-    }
-    if (bdrv_snapshot_load_tmp(bs, name, &err)) {
+    if (described ? load_described_snapshot(bs, text, &err)
+                  : bdrv_snapshot_load_tmp(bs, text, &err)) {
         return true;
     }
     img_report_prefixed(err, 1, "Failed to load snapshot: ");
@@ -150,7 +183,8 @@ static bool load_snapshot(BlockDriverState *bs, const char *text)
 static bool open_source(ConvertPlan *plan, const char *name, const ConvertArgs *a)
 {
     ImgOpen how = {.format = a->source_format, .image_opts = a->image_opts,
-                   .cache = a->source_cache, .force_share = a->force_share};
+                   .cache = a->source_cache, .force_share = a->force_share,
+                   .flags = a->force_share ? 0 : BDRV_O_NO_SHARE};
     ConvertSource *src = &plan->sources[plan->nb_sources];
 
     src->name = name;
@@ -192,56 +226,45 @@ static bool open_sources(ConvertPlan *plan, const GPtrArray *operands, const Con
 
 /* ---- target ---- */
 
-static json_t *target_options(const ConvertArgs *a, int64_t size)
+static const char *target_format(const ConvertArgs *a)
 {
-    GError *err = NULL;
-    json_t *options = qb_opts_parse(a->options ? a->options : "", NULL, &err);
-    const char *size_text;
-    uint64_t value;
+    return a->target_format ? a->target_format : "raw";
+}
 
+/* Judges what the new image shall be. NULL: said. */
+static json_t *judge_target(const ConvertArgs *a, const char *name)
+{
+    const char *format = target_format(a);
+    g_autoptr(json_t) options = NULL;
+    ImgCreateTables tables;
+    GError *err = NULL;
+
+    if (img_create_tables_find(&tables, format, name, &err)) {
+        options = img_parse_create_options(&tables, format, a->options, a->backing,
+                                           a->backing_format, &err);
+    }
     if (!options) {
         img_report(err, 1);
         return NULL;
     }
-    size_text = qb_opt_peek_string(options, "size");
-    if (size_text && !img_parse_size(size_text, &value)) {
-        json_decref(options);
+    if (qb_opt_peek_string(options, "backing_file") && !qb_opt_peek_string(options, "backing_fmt")) {
+        img_error("Use of backing file requires explicit backing format");
         return NULL;
     }
-    json_object_set_new(options, "size", json_integer(size_text ? (json_int_t)value : size));
-    if (a->backing) {
-        json_object_set_new(options, "backing_file", json_string(a->backing));
-    }
-    if (a->backing_format) {
-        json_object_set_new(options, "backing_fmt", json_string(a->backing_format));
-    }
-    return options;
+    return g_steal_pointer(&options);
 }
 
-/* ret_backing: whether the new image has a backing file. */
-static bool create_target(const char *name, const char *format, const ConvertArgs *a, int64_t size,
-                          bool *ret_backing)
+static bool create_target(ConvertPlan *plan, const char *name, const ConvertArgs *a)
 {
-    const BlockDriver *drv = bdrv_find_format(format);
-    g_autoptr(json_t) options = NULL;
-    const char *backing;
+    const char *backing = qb_opt_peek_string(plan->create_options, "backing_file");
+    const char *format = target_format(a);
     GError *err = NULL;
 
-    if (!drv) {
-        img_error("Unknown file format '%s'", format);
-        return false;
+    if (!json_object_get(plan->create_options, "size")) {
+        json_object_set_new(plan->create_options, "size", json_integer(plan->size));
     }
-    if (!bdrv_driver_can_create(drv)) {
-        img_error("Format driver '%s' does not support image creation", format);
-        return false;
-    }
-    options = target_options(a, size);
-    if (!options) {
-        return false;
-    }
-    backing = qb_opt_peek_string(options, "backing_file");
-    *ret_backing = backing && *backing;
-    if (!bdrv_img_create(name, format, options, &err)) {
+    plan->target_has_backing = backing && *backing;
+    if (!bdrv_img_create(name, format, plan->create_options, &err)) {
         img_report_prefixed(err, 1, "%s: error while converting %s: ", name, format);
         return false;
     }
@@ -256,9 +279,10 @@ static bool open_target(ConvertPlan *plan, const char *name, const char *format,
                    .image_opts = a->target_image_opts,
                    .cache = a->target_cache ? a->target_cache : "unsafe",
                    .unmap = true,
-                   .flags = BDRV_O_RDWR | (a->no_create ? 0 : BDRV_O_RESIZE)};
+                   .flags = BDRV_O_RDWR | BDRV_O_NO_SHARE | (a->no_create ? 0 : BDRV_O_RESIZE)};
     int64_t size;
 
+    plan->target_name = name;
     plan->target = img_open(name, &how);
     if (!plan->target) {
         return false;
@@ -298,10 +322,9 @@ static bool check_compression(const ConvertPlan *plan)
 
 static bool prepare_target(ConvertPlan *plan, const char *name, const ConvertArgs *a)
 {
-    const char *format = a->target_format ? a->target_format : "raw";
+    const char *format = target_format(a);
 
-    if (!a->no_create &&
-        !create_target(name, format, a, plan->size, &plan->target_has_backing)) {
+    if (plan->create_options && !create_target(plan, name, a)) {
         return false;
     }
     if (!open_target(plan, name, format, a) || !check_compression(plan)) {
@@ -334,6 +357,9 @@ static int convert_images(ConvertPlan *plan, const GPtrArray *operands, const Co
     const char *target = operands->pdata[operands->len - 1];
     int status;
 
+    if (!a->no_create && !(plan->create_options = judge_target(a, target))) {
+        return 1;
+    }
     if (!open_sources(plan, operands, a) || !prepare_target(plan, target, a)) {
         return 1;
     }
@@ -351,6 +377,12 @@ static void free_plan(ConvertPlan *plan)
         blk_unref(plan->sources[i].blk);
     }
     g_free(plan->sources);
+    json_decref(plan->create_options);
+}
+
+static const char *last_operand(const GPtrArray *operands)
+{
+    return operands->len ? operands->pdata[operands->len - 1] : NULL;
 }
 
 int img_convert(int argc, char **argv)
@@ -372,10 +404,14 @@ int img_convert(int argc, char **argv)
     ConvertPlan plan = {.compress = args.compress, .out_of_order = args.out_of_order,
                         .salvage = args.salvage, .quiet = args.quiet,
                         .rate_limit = args.rate_limit};
+    if (img_asks_for_option_help(args.options)) {
+        return img_print_option_help(target_format(&args), last_operand(operands));
+    }
     if (operands->len < 2) {
         return img_usage_error("convert", "Must specify image file name");
     }
-    if (!img_check_open_args("convert", args.source_format, args.image_opts) ||
+    if (!img_check_open_args(args.source_format, args.image_opts) ||
+        !img_check_cache("", args.target_cache) || !img_check_cache("source ", args.source_cache) ||
         !check_combinations(&args) || !parse_sparse(args.sparse_text, &plan.min_sparse) ||
         !parse_workers(args.parallel_text, &plan.workers) || !img_check_objects(objects)) {
         return 1;

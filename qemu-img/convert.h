@@ -18,7 +18,9 @@ typedef struct ConvertSource {
 typedef struct ConvertPlan {
     ConvertSource *sources; /* in order, contiguous */
     unsigned nb_sources;
+    json_t *create_options; /* of the new target; NULL: it exists */
     BlockBackend *target;
+    const char *target_name;
     int64_t size;              /* bytes to copy */
     int64_t target_size;
     int64_t target_alignment;  /* cluster size of the target, or 1 sector */

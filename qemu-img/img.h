@@ -1,9 +1,9 @@
 /*
  * qemu-img's private header: what the verbs share.
  *
- *   main.c      finds the verb                    args.c    the one option parser
+ *   main.c      finds the verb                    args.c      the one option parser
  *   common.c    opening, messages, exit codes     progress.c  -p, SIGUSR1, SIGINT
- *   VERB.c      one file per verb
+ *   VERB.c      one file per verb                 create-options.c  -o of create and convert
  *
  * SPDX-License-Identifier: MIT
  */
@@ -50,8 +50,7 @@ typedef enum ImgOptionKind {
     IMG_STRING, /* const char *, the last one wins */
     IMG_LIST,   /* GPtrArray * of const char *, made at the first */
     IMG_JOINED, /* char *, repeated values joined with commas (-o) */
-    IMG_SIZE,   /* uint64_t */
-    IMG_UINT,   /* uint64_t */
+    IMG_SIZE,   /* uint64_t; has a long name */
     IMG_IGNORED /* accepted with an argument, without effect */
 } ImgOptionKind;
 
@@ -103,6 +102,7 @@ typedef struct ImgOpen {
     const char *format;
     bool image_opts;
     const char *cache; /* NULL: writeback */
+    const char *what;  /* prefix of what is said of a failure, "new backing file"; NULL: none */
     bool force_share;
     bool unmap;        /* zeroes and discards may give space back */
     int flags;         /* BdrvOpenFlags */
@@ -110,13 +110,15 @@ typedef struct ImgOpen {
 /* NULL: said. */
 BlockBackend *img_open(const char *name, const ImgOpen *how);
 /* --image-opts and -f exclude each other; false: said. */
-bool img_check_open_args(const char *verb, const char *format, bool image_opts);
+bool img_check_open_args(const char *format, bool image_opts);
+/* Is @mode (or NULL) a cache mode? @which: "source " or "". False: said. */
+bool img_check_cache(const char *which, const char *mode);
 /* Closes; a failing flush is said and returned as 1. */
 int img_close(BlockBackend *blk);
 /* --object is accepted for kinds that change nothing here; false: said. */
 bool img_check_objects(const GPtrArray *objects);
-/* A size operand; false: said as users know it. */
-bool img_parse_size(const char *text, uint64_t *ret);
+/* A size in @text, which is the @what ("image size"); false: said as users know it. */
+bool img_parse_size(const char *what, const char *text, uint64_t *ret);
 
 /* ---- progress.c ---- */
 

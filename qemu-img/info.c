@@ -82,11 +82,11 @@ static void print_backing(unsigned indent, const json_t *info)
     print_text(indent, "backing file format", json_object_get(info, "backing-filename-format"));
 }
 
-static void print_limits(const json_t *limits)
+static void print_limits(unsigned indent, const json_t *limits)
 {
     if (limits) {
-        printf("Block limits:\n");
-        tool_print_facts(limits, 1);
+        printf("%*sBlock limits:\n", (int)indent, "");
+        tool_print_facts(limits, indent / 4 + 1);
     }
 }
 
@@ -137,7 +137,7 @@ static void print_info(const json_t *info, unsigned indent, const char *path)
     if (json_object_get(info, "snapshots")) {
         img_print_snapshot_facts(json_object_get(info, "snapshots"));
     }
-    print_limits(json_object_get(info, "limits"));
+    print_limits(indent, json_object_get(info, "limits"));
     print_format_specific(indent, info);
     print_children(info, indent, path);
 }
@@ -241,7 +241,7 @@ int img_info(int argc, char **argv)
         return img_usage_error("info", "Expecting one image file name");
     }
     if (!img_parse_output("info", args.output, &json) ||
-        !img_check_open_args("info", args.format, args.image_opts) || !img_check_objects(objects)) {
+        !img_check_open_args(args.format, args.image_opts) || !img_check_objects(objects)) {
         return 1;
     }
     g_autoptr(json_t) chain = collect_chain(operands->pdata[0], &args);

@@ -226,7 +226,7 @@ int img_map(int argc, char **argv)
         return img_usage_error("map", "Expecting one image file name");
     }
     if (!img_parse_output("map", args.output, &json) ||
-        !img_check_open_args("map", args.format, args.image_opts) || !img_check_objects(objects)) {
+        !img_check_open_args(args.format, args.image_opts) || !img_check_objects(objects)) {
         return 1;
     }
     ImgOpen how = {.format = args.format, .image_opts = args.image_opts,

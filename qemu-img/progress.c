@@ -100,7 +100,10 @@ void img_progress_start(QbProgress *p, bool show)
     reporter.current = p;
     reporter.show = show;
     reporter.stop = false;
-    reporter.shown = -1;
+    reporter.shown = 0;
+    if (show) {
+        print_percent(0);
+    }
     reporter.running = show && qb_thread_start(&reporter.thread, "progress", reporter_main, NULL);
 }
 

@@ -278,7 +278,7 @@ static bool open_new(Rebase *r, const RebaseArgs *args, BlockBackend **ret)
     GError *err = NULL;
     g_autofree char *path = NULL;
     ImgOpen how = {.format = args->backing_format, .cache = args->source_cache,
-                   .force_share = args->force_share};
+                   .what = "new backing file", .force_share = args->force_share};
 
     *ret = NULL;
     if (!args->backing || !*args->backing) {
@@ -377,7 +377,8 @@ int img_rebase(int argc, char **argv)
         return img_usage_error("rebase",
                                "Must specify backing file (-b) or use unsafe mode (-u)");
     }
-    if (!img_check_open_args("rebase", args.format, args.image_opts) ||
+    if (!img_check_open_args(args.format, args.image_opts) ||
+        !img_check_cache("", args.cache) || !img_check_cache("source ", args.source_cache) ||
         !img_check_objects(objects)) {
         return 1;
     }

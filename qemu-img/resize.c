@@ -54,7 +54,7 @@ static bool new_size(const char *text, int64_t current, int64_t *ret)
     uint64_t number;
     int64_t size;
 
-    if (!img_parse_size(text + (sign != 0), &number)) {
+    if (!img_parse_size("image size", text + (sign != 0), &number)) {
         return false;
     }
     if (sign == '+' && qb_add_overflow(current, (int64_t)number, &size)) {
@@ -151,7 +151,7 @@ int img_resize(int argc, char **argv)
     if (operands->len != 2) {
         return img_usage_error("resize", "Expecting image file name and size");
     }
-    if (!img_check_open_args("resize", args.format, args.image_opts) ||
+    if (!img_check_open_args(args.format, args.image_opts) ||
         !img_check_objects(objects)) {
         return 1;
     }

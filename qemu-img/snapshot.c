@@ -136,7 +136,7 @@ int img_snapshot(int argc, char **argv)
     if (operands->len != 1) {
         return img_usage_error("snapshot", "Expecting one image file name");
     }
-    if (!img_check_open_args("snapshot", args.format, args.image_opts) ||
+    if (!img_check_open_args(args.format, args.image_opts) ||
         !img_check_objects(objects)) {
         return 1;
     }
