@@ -367,7 +367,7 @@ static inline BlockBackend *rec_open_image(const RecFile *f, const char *opts, i
 
 static inline BlockBackend *rec_open_rw(const RecFile *f)
 {
-    return rec_open_image(f, "discard=unmap", BDRV_O_RDWR | BDRV_O_RESIZE);
+    return rec_open_image(f, "discard=unmap,file.discard=unmap", BDRV_O_RDWR | BDRV_O_RESIZE);
 }
 
 /* Checks the image; no corruptions, and @leaks tells whether leaks are allowed. */
