@@ -370,11 +370,20 @@ static inline BlockBackend *rec_open_rw(const RecFile *f)
     return rec_open_image(f, "discard=unmap,file.discard=unmap", BDRV_O_RDWR | BDRV_O_RESIZE);
 }
 
+/* @opaque: a bool, whether leaks are of no interest. */
+static inline void rec_print_finding(const BdrvCheckFinding *finding, void *opaque)
+{
+    const bool *leaks = opaque;
+    if (finding->kind != BDRV_FINDING_LEAK || !*leaks) {
+        g_test_message("%s", finding->text);
+    }
+}
+
 /* Checks the image; no corruptions, and @leaks tells whether leaks are allowed. */
 static inline void rec_check(const RecFile *f, bool leaks)
 {
     GError *err = NULL;
-    BdrvCheckOptions opts = {.finding = image_print_finding};
+    BdrvCheckOptions opts = {.finding = rec_print_finding, .opaque = &leaks};
     BdrvCheckResult result = {0};
     g_autoptr(BlockBackend) blk = rec_open_image(f, NULL, BDRV_O_CHECK);
     bool ok = bdrv_check(blk_bs(blk), &opts, &result, &err);
