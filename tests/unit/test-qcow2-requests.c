@@ -244,6 +244,25 @@ static void test_zero_part(void)
     image_check("image");
 }
 
+/* The creator vouches that nothing will ever be below: what is discarded is simply not there. */
+static void test_unallocated_again(void)
+{
+    image_create("image", "size=1M,cluster_size=512");
+    BlockBackend *blk = image_open("image", "discard=unmap", BDRV_O_RDWR | BDRV_O_NO_BACKING_ZERO);
+    image_write(blk, 0, 64 * KIB, 1);
+    g_assert_cmpint(blk_pdiscard(blk, 512, 512), ==, 0);
+    g_assert_cmphex(image_entry(blk, 512).entry, ==, 0);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, 1024, 512, BDRV_REQ_MAY_UNMAP), ==, 0);
+    g_assert_cmphex(image_entry(blk, 1024).entry, ==, 0);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, 32 * KIB, 32 * KIB, BDRV_REQ_MAY_UNMAP), ==, 0);
+    g_assert_cmphex(qcow2_l1_get(image_state(blk), 1), ==, 0); /* nor the table */
+    image_expect(blk, 0, 512, 1);
+    image_expect(blk, 512, 1024, 0);
+    image_expect(blk, 32 * KIB, 32 * KIB, 0);
+    blk_unref(blk);
+    image_check("image");
+}
+
 /* A full discard of all that a table maps gives the table back, too. */
 static void test_table_dropped(void)
 {
@@ -546,33 +565,59 @@ static int put_damage(uint64_t guest, Qcow2L2Entry *e, void *opaque)
     return 1;
 }
 
+/* The first read says what is wrong; from then on the node is out of order. */
+static void expect_corrupt(BlockBackend *blk, const char *text)
+{
+    uint8_t buf[512] = {0};
+    g_clear_pointer(&last_warning, g_free);
+    g_assert_cmpint(blk_pread(blk, C, 512, buf, 0), ==, -EIO);
+    g_assert_nonnull(last_warning);
+    g_assert_nonnull(strstr(last_warning, text));
+    g_assert_cmpint(blk_pread(blk, C, 512, buf, 0), <, 0);
+    g_assert_cmpint(blk_pwrite(blk, 512 * KIB, 512, buf, 0), <, 0);
+}
+
 static void test_corrupt_entries(void)
 {
-    static const Damage damages[] = {
+    g_autofree char *data = image_path("data");
+    g_autofree char *with_data = g_strdup_printf("size=1M,data_file=%s", data);
+    const Damage damages[] = {
         {"size=1M", "Cluster allocation offset 0x52200 unaligned (L2 offset: 0x",
          0x8000000000052200, 0},
         {"size=1M", "Preallocated zero cluster offset 0x52200 unaligned (L2 offset: 0x",
          0x8000000000052201, 0},
         {"size=1M,compat=0.10", "Zero cluster entry found in pre-v3 image (L2 offset: 0x", 1, 0},
         {"size=1M,extended_l2=on", "Invalid cluster entry found  (L2 offset: 0x", 0, 1},
+        {with_data, "External data file host cluster offset 0x50000 does not match guest cluster "
+                    "offset: 0x10000, L2 index: 0x1)",
+         0x8000000000050000, 0},
+        {with_data, "Compressed cluster entry found in image with external data file (L2 offset: ",
+         0x4000000000050000, 0},
     };
-    uint8_t buf[512];
     for (size_t i = 0; i < G_N_ELEMENTS(damages); i++) {
         const Damage *d = &damages[i];
         image_create("image", d->opts);
         BlockBackend *blk = image_open_rw("image");
-        image_write(blk, 0, C, 1);
+        image_write(blk, C, C, 1);
         bdrv_graph_rdlock();
-        g_assert_cmpint(qcow2_walk_edit(blk_bs(blk), 0, C, put_damage, (void *)d), ==, 0);
+        g_assert_cmpint(qcow2_walk_edit(blk_bs(blk), C, 2 * C, put_damage, (void *)d), ==, 0);
         bdrv_graph_rdunlock();
-        g_clear_pointer(&last_warning, g_free);
-        g_assert_cmpint(blk_pread(blk, 0, 512, buf, 0), ==, -EIO);
-        g_assert_nonnull(last_warning);
-        g_assert_nonnull(strstr(last_warning, d->text));
-        g_assert_cmpint(blk_pread(blk, 0, 512, buf, 0), <, 0); /* the node is out of order */
-        g_assert_cmpint(blk_pwrite(blk, 512 * KIB, 512, buf, 0), <, 0);
+        expect_corrupt(blk, d->text);
         blk_unref(blk);
     }
+}
+
+static void test_corrupt_l1(void)
+{
+    image_create("image", "size=1M");
+    BlockBackend *blk = image_open_rw("image");
+    BDRVQcow2State *s = image_state(blk);
+    image_write(blk, C, C, 1);
+    qb_mutex_lock(&s->lock);
+    qcow2_l1_set_locked(s, 0, 0x8000000000052200);
+    qb_mutex_unlock(&s->lock);
+    expect_corrupt(blk, "L2 table offset 0x52200 unaligned (L1 index: 0)");
+    blk_unref(blk);
 }
 
 /* --- VM state --- */
@@ -694,6 +739,7 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-requests/nothing-from-nothing", test_nothing_from_nothing);
     g_test_add_func("/qcow2-requests/unchanged-is-not-written", test_unchanged_is_not_written);
     g_test_add_func("/qcow2-requests/zero-part", test_zero_part);
+    g_test_add_func("/qcow2-requests/unallocated-again", test_unallocated_again);
     g_test_add_func("/qcow2-requests/table-dropped", test_table_dropped);
     g_test_add_func("/qcow2-requests/write-zero-alloc-against-discard",
                     test_write_zero_alloc_against_discard);
@@ -708,6 +754,7 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-requests/compressed-run", test_compressed_run);
     g_test_add_func("/qcow2-requests/compressed-cache", test_compressed_cache);
     g_test_add_func("/qcow2-requests/corrupt-entries", test_corrupt_entries);
+    g_test_add_func("/qcow2-requests/corrupt-l1", test_corrupt_l1);
     g_test_add_func("/qcow2-requests/vmstate", test_vmstate);
     g_test_add_func("/qcow2-requests/map", test_map);
     g_test_add_func("/qcow2-requests/data-file", test_data_file_plain);
