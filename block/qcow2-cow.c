@@ -111,7 +111,7 @@ static int64_t write_in_place(const Qcow2Io *io, uint64_t guest, uint64_t bytes)
 {
     InPlace plan;
     Qcow2User user;
-    qcow2_user_announce(io->s, &user);
+    qcow2_user_announce_writing(io->s, &user);
     int ret = plan_in_place(io, guest, bytes, &plan);
     if (ret == 0 && plan.n == 1) {
         qcow2_user_resolve(io->s, &user, plan.run[0].host, plan.run[0].bytes);
@@ -403,7 +403,7 @@ static int write_step_data(const WriteStep *w)
         return ret < 0 ? ret : write_prepared(w, &head, &tail);
     }
     Qcow2User user;
-    qcow2_user_announce(w->io->s, &user);
+    qcow2_user_announce_writing(w->io->s, &user);
     qcow2_user_resolve(w->io->s, &user, step_host(w, w->fill_start), w->fill_end - w->fill_start);
     ret = write_prepared(w, &head, &tail);
     qcow2_user_leave(w->io->s, &user);

@@ -155,15 +155,6 @@ static void remember_kept(Clear *c, const Qcow2L2Entry *old, const Qcow2L2Entry 
     }
 }
 
-/* Invariant 3. Users of other clusters are not waited for, unless one of ours is in use. */
-static void wait_for_users(BDRVQcow2State *s, uint64_t host, uint64_t bytes)
-{
-    uint64_t seq = qcow2_inflight_seq(s);
-    if (qcow2_inflight_busy(s, seq, host, bytes)) {
-        qcow2_inflight_wait(s, seq);
-    }
-}
-
 static int punch_kept(Clear *c)
 {
     if (!c->punch_kept || c->kept->len == 0) {
@@ -181,7 +172,7 @@ static int finish_kept(Clear *c)
 {
     for (guint i = 0; i < c->kept->len; i++) {
         const Qcow2HostRun *run = &g_array_index(c->kept, Qcow2HostRun, i);
-        wait_for_users(c->s, run->offset, run->bytes);
+        qcow2_inflight_wait_writers(c->s, run->offset, run->bytes); /* invariant 3 */
     }
     return punch_kept(c);
 }
@@ -331,7 +322,7 @@ static bool punches(const BDRVQcow2State *s, Qcow2DiscardType type)
 static int zero_data_file(BlockDriverState *bs, uint64_t guest, uint64_t bytes, int flags)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    wait_for_users(s, guest, bytes);
+    qcow2_inflight_wait_writers(s, guest, bytes);
     return bdrv_pwrite_zeroes(s->data_file, (int64_t)guest, (int64_t)bytes,
                               flags & BDRV_REQ_MAY_UNMAP);
 }
@@ -342,7 +333,7 @@ static int discard_in_data_file(BlockDriverState *bs, uint64_t guest, uint64_t b
                                 Qcow2DiscardHow how, Qcow2DiscardType type)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    wait_for_users(s, guest, bytes);
+    qcow2_inflight_wait_writers(s, guest, bytes);
     if (!punches(s, type)) {
         return 0;
     }

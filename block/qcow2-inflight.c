@@ -10,7 +10,7 @@
  * Invariants
  * 1. Sequence numbers rise in list order; everybody announced before qcow2_inflight_seq() returned has a
  *    smaller one than it.
- * 2. The lock is a leaf and never held while anything waits but in qcow2_inflight_wait().
+ * 2. The lock is a leaf and never held while anything waits but in functions that wait here.
  *
  * The list is as long as there are requests in flight (tens), so it is searched linearly.
  *
@@ -46,18 +46,28 @@ void qcow2_inflight_free(Qcow2Inflight *f)
     }
 }
 
-void qcow2_user_announce(BDRVQcow2State *s, Qcow2User *u)
+static void announce(BDRVQcow2State *s, Qcow2User *u, bool writes)
 {
     Qcow2Inflight *f = s->inflight;
     QB_GUARD(&f->lock);
 
-    *u = (Qcow2User){.seq = f->next_seq++, .prev = f->last};
+    *u = (Qcow2User){.seq = f->next_seq++, .prev = f->last, .writes = writes};
     if (f->last) {
         f->last->next = u;
     } else {
         f->first = u;
     }
     f->last = u;
+}
+
+void qcow2_user_announce(BDRVQcow2State *s, Qcow2User *u)
+{
+    announce(s, u, false);
+}
+
+void qcow2_user_announce_writing(BDRVQcow2State *s, Qcow2User *u)
+{
+    announce(s, u, true);
 }
 
 void qcow2_user_resolve(BDRVQcow2State *s, Qcow2User *u, uint64_t host, uint64_t bytes)
@@ -99,16 +109,45 @@ uint64_t qcow2_inflight_seq(BDRVQcow2State *s)
     return s->inflight->next_seq;
 }
 
+static bool is_on(const Qcow2User *u, uint64_t host, uint64_t bytes)
+{
+    return !u->bytes || qb_ranges_overlap(u->host, u->bytes, host, bytes);
+}
+
 bool qcow2_inflight_busy(BDRVQcow2State *s, uint64_t seq, uint64_t host, uint64_t bytes)
 {
     QB_GUARD(&s->inflight->lock);
 
     for (const Qcow2User *u = s->inflight->first; u && u->seq < seq; u = u->next) {
-        if (!u->bytes || qb_ranges_overlap(u->host, u->bytes, host, bytes)) {
+        if (is_on(u, host, bytes)) {
             return true;
         }
     }
     return false;
+}
+
+static bool writer_is_on_locked(const Qcow2Inflight *f, uint64_t seq, uint64_t host,
+                                uint64_t bytes)
+{
+    for (const Qcow2User *u = f->first; u && u->seq < seq; u = u->next) {
+        if (u->writes && is_on(u, host, bytes)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+void qcow2_inflight_wait_writers(BDRVQcow2State *s, uint64_t host, uint64_t bytes)
+{
+    Qcow2Inflight *f = s->inflight;
+    QB_GUARD(&f->lock);
+    uint64_t seq = f->next_seq;
+
+    f->waiters++;
+    while (writer_is_on_locked(f, seq, host, bytes)) {
+        qb_cond_wait(&f->left, &f->lock);
+    }
+    f->waiters--;
 }
 
 void qcow2_inflight_wait(BDRVQcow2State *s, uint64_t seq)

@@ -95,7 +95,11 @@ int qcow2_map(BlockDriverState *bs, BlkQueue *queue, BdrvMapIntent intent, int64
     if (!user) {
         return -EAGAIN;
     }
-    qcow2_user_announce(s, user);
+    if (intent == BDRV_MAP_WRITE) {
+        qcow2_user_announce_writing(s, user);
+    } else {
+        qcow2_user_announce(s, user);
+    }
     int ret = map_runs(bs, queue, intent, (uint64_t)offset, (uint64_t)(offset + bytes), user,
                        mapping);
     if (ret < 0) {

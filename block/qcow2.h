@@ -401,10 +401,13 @@ typedef struct Qcow2User {
     struct Qcow2User *prev, *next;
     uint64_t seq;
     uint64_t host, bytes; /* bytes 0: unresolved, pins everything */
+    bool writes;
 } Qcow2User;
 Qcow2Inflight *qcow2_inflight_new(void);
 void qcow2_inflight_free(Qcow2Inflight *f);
 void qcow2_user_announce(BDRVQcow2State *s, Qcow2User *u);
+/* The same, for who is going to write into what it finds mapped. */
+void qcow2_user_announce_writing(BDRVQcow2State *s, Qcow2User *u);
 void qcow2_user_resolve(BDRVQcow2State *s, Qcow2User *u, uint64_t host, uint64_t bytes);
 void qcow2_user_leave(BDRVQcow2State *s, Qcow2User *u);
 /* Everybody announced before this call has a sequence number below the result. */
@@ -413,6 +416,8 @@ uint64_t qcow2_inflight_seq(BDRVQcow2State *s);
 bool qcow2_inflight_busy(BDRVQcow2State *s, uint64_t seq, uint64_t host, uint64_t bytes);
 /* Waits past all users announced before @seq. Caller is not announced and holds no lock. */
 void qcow2_inflight_wait(BDRVQcow2State *s, uint64_t seq);
+/* Waits past those announced before this call who write on the run. Same conditions. */
+void qcow2_inflight_wait_writers(BDRVQcow2State *s, uint64_t host, uint64_t bytes);
 
 /* ======================= qcow2-quarantine.c: freed, not yet reusable ======================= */
 

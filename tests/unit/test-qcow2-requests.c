@@ -408,6 +408,32 @@ static void test_write_in_place_against_zero(void)
     image_check("image");
 }
 
+/* It does not wait for a read, which may see one or the other. */
+static void *read_any(void *opaque)
+{
+    uint8_t buf[512];
+    g_assert_cmpint(blk_pread(opaque, 0, sizeof(buf), buf, 0), ==, 0);
+    g_assert_true(buf[0] == 1 || buf[0] == 0);
+    return NULL;
+}
+
+static void test_read_against_zero(void)
+{
+    pthread_t reader;
+    image_create("image", "size=1M");
+    BlockBackend *blk = image_open_debug("image", "");
+    image_write(blk, 0, C, 1);
+    stop_at(blk, "read_aio");
+    g_assert_true(qb_thread_start(&reader, "reader", read_any, blk));
+    wait_stopped(blk);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, 0, C, 0), ==, 0);
+    g_assert_cmpint(image_type(blk, 0), ==, QCOW2_ZERO_ALLOC);
+    resume(blk);
+    pthread_join(reader, NULL);
+    image_expect(blk, 0, C, 0);
+    blk_unref(blk);
+}
+
 /* A read is under way when its cluster is discarded: what it reads is not overwritten. */
 static void *read_fives(void *opaque)
 {
@@ -747,6 +773,7 @@ int main(int argc, char **argv)
                     test_write_in_place_against_discard);
     g_test_add_func("/qcow2-requests/write-in-place-against-zero",
                     test_write_in_place_against_zero);
+    g_test_add_func("/qcow2-requests/read-against-zero", test_read_against_zero);
     g_test_add_func("/qcow2-requests/read-against-reuse", test_read_against_reuse);
     g_test_add_func("/qcow2-requests/freed-is-not-reused-early", test_freed_is_not_reused_early);
     g_test_add_func("/qcow2-requests/failed-write", test_failed_write);
