@@ -506,6 +506,97 @@ static void test_failed_write(void)
     }
 }
 
+/* --- the Nth write to the file fails --- */
+
+enum { FAULT_UNITS = 16, FAULT_BYTES = FAULT_UNITS * C };
+
+typedef struct FaultWorld {
+    BlockBackend *blk;
+    uint8_t value[FAULT_UNITS], other[FAULT_UNITS]; /* of each cluster; the other may be, too */
+    unsigned failed;
+} FaultWorld;
+
+/* A failed request leaves each cluster as it was or as it was to be. */
+static void note_result(FaultWorld *w, int unit, int n, int value, int ret)
+{
+    for (int i = unit; i < unit + n; i++) {
+        w->other[i] = ret == 0 ? (uint8_t)value : w->value[i];
+        w->value[i] = (uint8_t)value;
+    }
+    w->failed += ret < 0;
+}
+
+static void fault_write(FaultWorld *w, int unit, int n, int value, int flags)
+{
+    g_autofree uint8_t *buf = g_malloc((size_t)n * C);
+    memset(buf, value, (size_t)n * C);
+    int ret = blk_pwrite(w->blk, (int64_t)unit * C, (int64_t)n * C, buf, flags);
+    note_result(w, unit, n, value, ret);
+}
+
+static void fault_zero(FaultWorld *w, int unit, int n, int flags)
+{
+    int ret = blk_pwrite_zeroes(w->blk, (int64_t)unit * C, (int64_t)n * C, flags);
+    note_result(w, unit, n, 0, ret);
+}
+
+static void fault_script(FaultWorld *w)
+{
+    fault_write(w, 0, 4, 1, 0);
+    fault_write(w, 6, 3, 2, BDRV_REQ_COMPRESSED);
+    (void)blk_flush(w->blk);
+    fault_write(w, 2, 3, 3, 0);
+    fault_write(w, 7, 1, 4, 0);
+    fault_zero(w, 1, 2, 0);
+    fault_zero(w, 3, 4, BDRV_REQ_MAY_UNMAP);
+    (void)blk_flush(w->blk);
+    fault_write(w, 1, 12, 5, 0);
+}
+
+static void expect_either(FaultWorld *w)
+{
+    g_autofree uint8_t *buf = g_malloc(FAULT_BYTES);
+    g_assert_cmpint(blk_pread(w->blk, 0, FAULT_BYTES, buf, 0), ==, 0);
+    for (int i = 0; i < FAULT_BYTES; i++) {
+        g_assert_true(buf[i] == w->value[i / C] || buf[i] == w->other[i / C]);
+    }
+}
+
+static char *fail_nth_write(int n)
+{
+    GString *opts = g_string_new(NULL);
+    for (int i = 0; i < n - 1; i++) { /* state 1 at the start, n when the nth write comes */
+        g_string_append_printf(opts, "file.set-state.%d.event=pwritev,file.set-state.%d.state=%d,"
+                                     "file.set-state.%d.new_state=%d,", i, i, i + 1, i, i + 2);
+    }
+    g_string_append_printf(opts, "file.inject-error.0.event=pwritev,file.inject-error.0.state=%d,"
+                                 "file.inject-error.0.once=on,file.inject-error.0.errno=%d", n,
+                           n % 2 ? EIO : ENOSPC);
+    return g_string_free(opts, false);
+}
+
+static void test_nth_write_fails(void)
+{
+    unsigned failed = 0;
+    for (int n = 1; n < 30; n++) {
+        g_autofree char *opts = fail_nth_write(n);
+        image_create("image", "size=1M");
+        FaultWorld w = {.blk = image_open_debug("image", opts)};
+        fault_script(&w);
+        expect_either(&w);
+        if (blk_flush(w.blk) < 0) {
+            g_assert_cmpint(blk_flush(w.blk), ==, 0); /* nothing was lost by the failure */
+        }
+        failed += w.failed;
+        blk_unref(w.blk);
+        image_check("image");
+        w.blk = image_open_rw("image");
+        expect_either(&w);
+        blk_unref(w.blk);
+    }
+    g_assert_cmpuint(failed, >=, 6);
+}
+
 /* --- compressed writes --- */
 
 static void test_compressed_rules(void)
@@ -777,6 +868,7 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-requests/read-against-reuse", test_read_against_reuse);
     g_test_add_func("/qcow2-requests/freed-is-not-reused-early", test_freed_is_not_reused_early);
     g_test_add_func("/qcow2-requests/failed-write", test_failed_write);
+    g_test_add_func("/qcow2-requests/nth-write-fails", test_nth_write_fails);
     g_test_add_func("/qcow2-requests/compressed-rules", test_compressed_rules);
     g_test_add_func("/qcow2-requests/compressed-run", test_compressed_run);
     g_test_add_func("/qcow2-requests/compressed-cache", test_compressed_cache);
