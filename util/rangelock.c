@@ -14,7 +14,7 @@
  * Invariants
  *  1. Tickets rise along the list and are never reused.
  *  2. Two granted requests never overlap.
- *  3. serialising is the number of requests WAITING or GRANTED; while it is 0 entering never scans.
+ *  3. waiters is the number of threads that wait; while it is 0 nobody needs to be woken.
  *  4. No cycle of waits: a granted or entered request waits for nothing, any other waits for
  *     granted or entered ones or for smaller tickets.  A request that goes from ENTERED to
  *     WAITING stops blocking those with smaller tickets in the same moment, and wakes them.
@@ -22,19 +22,14 @@
  *     smaller ticket.  So nobody starves.
  *
  * Not done: no tree of intervals and no condition per waiter.  A node has tens of requests in
- * flight, of which a few serialise; a scan costs a few nanoseconds per request, a leave of a
- * serialising one wakes all waiters.  With hundreds of overlapping serialising requests this
+ * flight, of which a few overlap; a scan costs a few nanoseconds per request, a leave wakes all
+ * waiters.  With hundreds of overlapping serialising requests this
  * becomes quadratic.
  *
  * SPDX-License-Identifier: MIT
  */
 #include "util/rangelock.h"
 #include "util/checked.h"
-
-static bool is_serialising(const QbRangeRequest *r)
-{
-    return r->state == QB_RANGE_WAITING || r->state == QB_RANGE_GRANTED;
-}
 
 static uint64_t end_of(uint64_t offset, uint64_t bytes)
 {
@@ -61,9 +56,9 @@ static bool blocks(const QbRangeRequest *other, const QbRangeRequest *r)
     case QB_RANGE_WAITING:
         return earlier;
     case QB_RANGE_ENTERED:
-        return r->wait_plain;
+        return r->wait_plain || (earlier && r->state == QB_RANGE_PLAIN);
     case QB_RANGE_PLAIN:
-        return r->wait_plain && earlier;
+        return earlier;
     case QB_RANGE_IDLE:
         break;
     }
@@ -74,9 +69,6 @@ static bool blocks(const QbRangeRequest *other, const QbRangeRequest *r)
 static bool is_blocked_locked(const QbRangeLock *l, const QbRangeRequest *r) QB_REQUIRES(l->lock)
 {
     qb_mutex_assert_held(&l->lock);
-    if (l->serialising == 0) {
-        return false;
-    }
     for (const QbRangeRequest *other = l->first; other; other = other->next) {
         if (blocks(other, r)) {
             return true;
@@ -123,7 +115,7 @@ void qb_range_lock_init(QbRangeLock *l)
 
 void qb_range_lock_destroy(QbRangeLock *l)
 {
-    assert(!l->first && !l->last && l->serialising == 0);
+    assert(!l->first && !l->last && l->waiters == 0);
     qb_cond_destroy(&l->changed);
     qb_mutex_destroy(&l->lock);
 }
@@ -140,14 +132,38 @@ void qb_range_submit(QbRangeLock *l, QbRangeRequest *r, uint64_t offset, uint64_
     append_locked(l, r);
 }
 
+static void wake_locked(QbRangeLock *l) QB_REQUIRES(l->lock)
+{
+    qb_mutex_assert_held(&l->lock);
+    if (l->waiters > 0) {
+        qb_cond_broadcast(&l->changed);
+    }
+}
+
+static void wait_unblocked_locked(QbRangeLock *l, const QbRangeRequest *r) QB_REQUIRES(l->lock)
+{
+    qb_mutex_assert_held(&l->lock);
+    l->waiters++;
+    while (is_blocked_locked(l, r)) {
+        qb_cond_wait(&l->changed, &l->lock);
+    }
+    l->waiters--;
+}
+
+/* Serialising requests that had to see whether it would serialise too may go on. */
+static void become_entered_locked(QbRangeLock *l, QbRangeRequest *r) QB_REQUIRES(l->lock)
+{
+    qb_mutex_assert_held(&l->lock);
+    r->state = QB_RANGE_ENTERED;
+    wake_locked(l);
+}
+
 void qb_range_enter(QbRangeLock *l, QbRangeRequest *r)
 {
     QB_GUARD(&l->lock);
     assert(r->state == QB_RANGE_PLAIN);
-    while (is_blocked_locked(l, r)) {
-        qb_cond_wait(&l->changed, &l->lock);
-    }
-    r->state = QB_RANGE_ENTERED;
+    wait_unblocked_locked(l, r);
+    become_entered_locked(l, r);
 }
 
 bool qb_range_try_enter(QbRangeLock *l, QbRangeRequest *r)
@@ -157,19 +173,15 @@ bool qb_range_try_enter(QbRangeLock *l, QbRangeRequest *r)
     if (is_blocked_locked(l, r)) {
         return false;
     }
-    r->state = QB_RANGE_ENTERED;
+    become_entered_locked(l, r);
     return true;
 }
 
 static void become_waiting_locked(QbRangeLock *l, QbRangeRequest *r) QB_REQUIRES(l->lock)
 {
     qb_mutex_assert_held(&l->lock);
-    bool had_entered = r->state == QB_RANGE_ENTERED;
     r->state = QB_RANGE_WAITING;
-    l->serialising++;
-    if (had_entered) {
-        qb_cond_broadcast(&l->changed); /* invariant 4: it blocks fewer than before */
-    }
+    wake_locked(l); /* invariant 4: it blocks fewer than before */
 }
 
 void qb_range_serialise(QbRangeLock *l, QbRangeRequest *r, uint64_t offset, uint64_t bytes,
@@ -188,9 +200,7 @@ void qb_range_serialise(QbRangeLock *l, QbRangeRequest *r, uint64_t offset, uint
     r->end = end;
     r->wait_plain = wait_plain;
     become_waiting_locked(l, r);
-    while (is_blocked_locked(l, r)) {
-        qb_cond_wait(&l->changed, &l->lock);
-    }
+    wait_unblocked_locked(l, r);
     r->state = QB_RANGE_GRANTED;
 }
 
@@ -198,12 +208,7 @@ void qb_range_leave(QbRangeLock *l, QbRangeRequest *r)
 {
     QB_GUARD(&l->lock);
     assert(r->state != QB_RANGE_IDLE && r->state != QB_RANGE_WAITING);
-    if (l->serialising > 0) {
-        qb_cond_broadcast(&l->changed); /* only then somebody can be waiting */
-    }
-    if (is_serialising(r)) {
-        l->serialising--;
-    }
+    wake_locked(l);
     unlink_locked(l, r);
     r->state = QB_RANGE_IDLE;
 }

@@ -2,16 +2,17 @@
  * The range lock: overlapping requests of a node take effect in the order of their tickets.
  *
  * A request draws its ticket when it is submitted (not when a worker picks it up).  It starts
- * PLAIN: plain requests never wait for one another.  A request that turns out to change the map
- * becomes SERIALISING for a range, and waits until it is GRANTED.
+ * PLAIN.  A request that turns out to change the map becomes SERIALISING for a range, and waits
+ * until it is GRANTED.
  *
  *   submit ---> PLAIN --serialise()--> WAITING --> GRANTED --> done
  *                  \------------------ enter() ---------------/
  *
  * Who waits for whom (ranges overlapping, S = serialising and not done, t = ticket):
- *   a plain request entering            waits for S with smaller t, and for S that is granted
- *   a serialising request               waits for the same, and, if asked to, for all plain
- *                                       requests with smaller t or already entered
+ *   a plain request entering            waits for all with smaller t, and for S that is granted
+ *   a serialising request               waits for S with smaller t or granted, for plain requests
+ *                                       with smaller t that have not entered (they may serialise),
+ *                                       and, if asked to, for all plain ones that have entered
  * A granted request waits for nothing any more, and all others wait for smaller tickets or granted
  * ones only: the graph of waits has no cycle.
  *
@@ -46,7 +47,7 @@ typedef struct QbRangeLock {
     QbCond changed;
     QbRangeRequest *first, *last;
     uint64_t next_ticket;
-    unsigned serialising; /* number of requests WAITING or GRANTED */
+    unsigned waiters; /* threads that wait for changed */
 } QbRangeLock;
 
 void qb_range_lock_init(QbRangeLock *l);
@@ -55,7 +56,7 @@ void qb_range_lock_destroy(QbRangeLock *l); /* asserts that nobody is inside */
 /* Draws the ticket. @r is the caller's, lives until qb_range_leave(). offset + bytes beyond
  * UINT64_MAX means up to infinity; a range of 0 bytes overlaps nothing. */
 void qb_range_submit(QbRangeLock *l, QbRangeRequest *r, uint64_t offset, uint64_t bytes);
-/* Waits for serialising requests in the way. */
+/* Waits for those in the way. */
 void qb_range_enter(QbRangeLock *l, QbRangeRequest *r);
 /* As qb_range_enter(), but returns false at once instead of waiting. */
 bool qb_range_try_enter(QbRangeLock *l, QbRangeRequest *r);

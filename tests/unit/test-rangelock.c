@@ -84,43 +84,42 @@ static void test_tickets_rise(void)
     qb_range_lock_destroy(&l);
 }
 
-static void test_plain_requests_pass_freely(void)
+/* Plain requests that overlap enter in the order of their tickets, others as they come. */
+static void test_plain_requests_in_order(void)
 {
     QbRangeLock l;
     Actor a, b, c;
     qb_range_lock_init(&l);
     submit(&l, &a, 0, K);
-    submit(&l, &b, 0, K);
-    submit(&l, &c, 0, K);
+    submit(&l, &b, K - 1, K);
+    submit(&l, &c, 4 * K, K);
     g_assert_true(qb_range_try_enter(&l, &c.req));
-    g_assert_true(qb_range_try_enter(&l, &b.req));
+    g_assert_false(qb_range_try_enter(&l, &b.req));
     qb_range_enter(&l, &a.req);
     g_assert_cmpint(state_of(&a), ==, QB_RANGE_ENTERED);
+    g_assert_false(qb_range_try_enter(&l, &b.req));
+    leave(&a);
+    g_assert_true(qb_range_try_enter(&l, &b.req));
     leave(&b);
     leave(&c);
-    leave(&a);
     qb_range_lock_destroy(&l);
 }
 
-/* A granted request blocks all plain ones that overlap it, whatever their tickets. */
+/* A granted request blocks plain ones that overlap it. */
 static void test_granted_blocks_plain(void)
 {
     QbRangeLock l;
-    Actor earlier, s, later, beside;
+    Actor s, later, beside;
     qb_range_lock_init(&l);
-    submit(&l, &earlier, 3 * K, 2 * K);
     submit(&l, &s, 4 * K, 4 * K);
     submit(&l, &later, 7 * K, 2 * K);
-    submit(&l, &beside, 8 * K, K);
+    submit(&l, &beside, 9 * K, K);
     g_assert_cmpint(serialise(&s, 4 * K, 4 * K, false), ==, QB_RANGE_GRANTED);
     expect_granted(&s);
-    g_assert_false(qb_range_try_enter(&l, &earlier.req));
     g_assert_false(qb_range_try_enter(&l, &later.req));
     g_assert_true(qb_range_try_enter(&l, &beside.req));
     leave(&s);
-    g_assert_true(qb_range_try_enter(&l, &earlier.req));
     g_assert_true(qb_range_try_enter(&l, &later.req));
-    leave(&earlier);
     leave(&later);
     leave(&beside);
     qb_range_lock_destroy(&l);
@@ -142,10 +141,10 @@ static void test_waiting_blocks_later_plain(void)
     g_assert_true(qb_range_try_enter(&l, &earlier.req));
     g_assert_false(qb_range_try_enter(&l, &later.req));
     leave(&holder);
-    expect_granted(&s); /* it does not wait for plain ones */
+    expect_granted(&s); /* it does not wait for plain ones that have entered */
     leave(&s);
-    g_assert_true(qb_range_try_enter(&l, &later.req));
     leave(&earlier);
+    g_assert_true(qb_range_try_enter(&l, &later.req));
     leave(&later);
     qb_range_lock_destroy(&l);
 }
@@ -179,17 +178,35 @@ static void test_serialising_in_ticket_order(void)
     qb_range_lock_destroy(&l);
 }
 
-/* Granted already: an earlier ticket that asks late has to wait. */
-static void test_late_earlier_ticket_waits(void)
+/* An earlier one that has not entered may still serialise: who asks first does not overtake it. */
+static void test_earlier_ticket_goes_first(void)
 {
     QbRangeLock l;
     Actor a, b;
     qb_range_lock_init(&l);
     submit(&l, &a, 0, K);
     submit(&l, &b, 0, K);
-    serialise(&b, 0, K, false);
+    g_assert_cmpint(serialise(&b, 0, K, false), ==, QB_RANGE_WAITING);
+    serialise(&a, 0, K, false);
+    expect_granted(&a);
+    g_assert_cmpint(state_of(&b), ==, QB_RANGE_WAITING);
+    leave(&a);
     expect_granted(&b);
-    g_assert_cmpint(serialise(&a, 0, K, false), ==, QB_RANGE_WAITING);
+    leave(&b);
+    qb_range_lock_destroy(&l);
+}
+
+/* Granted already: an earlier ticket that widens into its range has to wait. */
+static void test_late_earlier_ticket_waits(void)
+{
+    QbRangeLock l;
+    Actor a, b;
+    qb_range_lock_init(&l);
+    submit(&l, &a, 0, K);
+    submit(&l, &b, K, K);
+    serialise(&b, K, K, false);
+    expect_granted(&b);
+    g_assert_cmpint(serialise(&a, 0, 2 * K, false), ==, QB_RANGE_WAITING);
     leave(&b);
     expect_granted(&a);
     leave(&a);
@@ -199,14 +216,14 @@ static void test_late_earlier_ticket_waits(void)
 static void test_wait_plain(void)
 {
     QbRangeLock l;
-    Actor entered_later, plain_earlier, plain_later, beside, s;
+    Actor entered, plain_earlier, plain_later, beside, s;
     qb_range_lock_init(&l);
     submit(&l, &plain_earlier, 0, K);
+    submit(&l, &entered, K, K);
     submit(&l, &s, 0, 2 * K);
-    submit(&l, &entered_later, 0, K);
     submit(&l, &plain_later, 0, K);
     submit(&l, &beside, 2 * K, K);
-    g_assert_true(qb_range_try_enter(&l, &entered_later.req));
+    g_assert_true(qb_range_try_enter(&l, &entered.req));
     g_assert_true(qb_range_try_enter(&l, &beside.req));
     g_assert_cmpint(serialise(&s, 0, 2 * K, true), ==, QB_RANGE_WAITING);
     /* A waiting request that is later does not block it. */
@@ -214,7 +231,7 @@ static void test_wait_plain(void)
     g_assert_false(qb_range_try_enter(&l, &plain_later.req));
     leave(&plain_earlier);
     g_assert_cmpint(state_of(&s), ==, QB_RANGE_WAITING);
-    leave(&entered_later);
+    leave(&entered);
     expect_granted(&s); /* plain_later, not entered, is not waited for */
     leave(&s);
     leave(&plain_later);
@@ -245,10 +262,10 @@ static void test_entered_turns_serialising(void)
     Actor a, b;
     qb_range_lock_init(&l);
     submit(&l, &a, 0, K);
-    submit(&l, &b, 0, K);
+    submit(&l, &b, K, K);
     g_assert_true(qb_range_try_enter(&l, &b.req));
-    g_assert_cmpint(serialise(&a, 0, K, true), ==, QB_RANGE_WAITING);
-    g_assert_cmpint(serialise(&b, 0, K, true), ==, QB_RANGE_WAITING);
+    g_assert_cmpint(serialise(&a, 0, 2 * K, true), ==, QB_RANGE_WAITING);
+    g_assert_cmpint(serialise(&b, 0, 2 * K, true), ==, QB_RANGE_WAITING);
     expect_granted(&a);
     g_assert_cmpint(state_of(&b), ==, QB_RANGE_WAITING);
     leave(&a);
@@ -426,10 +443,11 @@ int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
     g_test_add_func("/rangelock/tickets-rise", test_tickets_rise);
-    g_test_add_func("/rangelock/plain-pass-freely", test_plain_requests_pass_freely);
+    g_test_add_func("/rangelock/plain-in-order", test_plain_requests_in_order);
     g_test_add_func("/rangelock/granted-blocks-plain", test_granted_blocks_plain);
     g_test_add_func("/rangelock/waiting-blocks-later-plain", test_waiting_blocks_later_plain);
     g_test_add_func("/rangelock/serialising-in-ticket-order", test_serialising_in_ticket_order);
+    g_test_add_func("/rangelock/earlier-ticket-goes-first", test_earlier_ticket_goes_first);
     g_test_add_func("/rangelock/late-earlier-ticket-waits", test_late_earlier_ticket_waits);
     g_test_add_func("/rangelock/wait-plain", test_wait_plain);
     g_test_add_func("/rangelock/wait-plain-not-entered", test_wait_plain_not_entered);
