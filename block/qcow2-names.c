@@ -218,7 +218,9 @@ static bool plan(Change *c, const char *format, GError **errp)
 static int write_image(BDRVQcow2State *s, Change *c, const uint8_t *sector, Image *image)
     QB_REQUIRES(s->header_lock)
 {
-    int ret = qcow2_header_write_sector_locked(s, sector, c->now, true);
+    bool same = !memcmp(c->now, sector, QCOW2_HDR_SECTOR);
+    int ret = same ? bdrv_flush(s->bs->file->bs)
+                   : qcow2_header_write_sector_locked(s, sector, c->now, true);
     if (ret < 0) {
         return ret;
     }

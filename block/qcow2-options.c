@@ -183,8 +183,8 @@ uint64_t qcow2_cache_limit(const BDRVQcow2State *s)
 static bool take_discards(BlockDriverState *bs, json_t *options, Qcow2Options *o, GError **errp)
 {
     const BDRVQcow2State *s = qcow2_state(bs);
-    if (!qb_opt_take_bool(options, "pass-discard-request", bs->discard_unmap, &o->discard_request,
-                          errp) ||
+    o->follow_discard = !json_object_get(options, "pass-discard-request");
+    if (!qb_opt_take_bool(options, "pass-discard-request", false, &o->discard_request, errp) ||
         !qb_opt_take_bool(options, "pass-discard-snapshot", true, &o->discard_snapshot, errp) ||
         !qb_opt_take_bool(options, "pass-discard-other", false, &o->discard_other, errp) ||
         !qb_opt_take_bool(options, "discard-no-unref", false, &o->discard_no_unref, errp)) {
@@ -227,7 +227,7 @@ bool qcow2_options_take(BlockDriverState *bs, json_t *options, Qcow2Options *ret
 void qcow2_options_apply(BDRVQcow2State *s, const Qcow2Options *o)
 {
     s->lazy_refcounts = o->lazy_refcounts;
-    s->discard_request = o->discard_request;
+    s->discard_request = o->follow_discard ? s->bs->discard_unmap : o->discard_request;
     s->discard_snapshot = o->discard_snapshot;
     s->discard_other = o->discard_other;
     s->discard_no_unref = o->discard_no_unref;

@@ -139,7 +139,7 @@ static bool name_data_file(BlockDriverState *bs, json_t *options, GError **errp)
 static bool open_external_data(BlockDriverState *bs, json_t *options, int flags, GError **errp)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    if (flags & BDRV_O_NO_IO) {
+    if ((flags & BDRV_O_NO_IO) && bdrv_is_read_only(bs)) {
         json_object_del(options, "data-file");
         json_decref(qb_opts_take_prefix(options, "data-file"));
         return true;

@@ -283,6 +283,7 @@ uint64_t *qcow2_read_l1(BlockDriverState *bs, uint64_t offset, uint32_t entries,
 /* What the options of a node say, before they take effect. */
 typedef struct Qcow2Options {
     bool lazy_refcounts;
+    bool follow_discard; /* pass-discard-request was not said: as the node's "discard" */
     bool discard_request, discard_snapshot, discard_other, discard_no_unref;
     int overlap_check; /* Qcow2Overlap bits */
     uint64_t l2_cache_size, refcount_cache_size, cache_clean_interval;
