@@ -64,8 +64,9 @@ static void consider_cluster(Qcow2Check *c, Qcow2Moves *m, uint64_t cluster, uns
     if (!(flags & QCOW2_REF_ALIAS) || !(flags & QCOW2_REF_DATA)) {
         return;
     }
+    uint64_t count;
     bool only_data = (flags & QCOW2_REF_KINDS) == QCOW2_REF_DATA;
-    if (only_data && qcow2_check_disk_count(c, cluster) >= refs) {
+    if (!qcow2_check_disk_count(c, cluster, &count) || (only_data && count >= refs)) {
         return;
     }
     Alias *alias = g_new0(Alias, 1);

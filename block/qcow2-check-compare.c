@@ -135,6 +135,11 @@ void qcow2_check_refcount_structure(Qcow2Check *c)
 
 /* ---------------------------------------------------------------- reading blocks */
 
+static bool is_readable(const Qcow2CheckBlock *b)
+{
+    return b->state == QCOW2_BLOCK_SOUND || b->state == QCOW2_BLOCK_SHARED;
+}
+
 size_t qcow2_check_batch(const Qcow2Check *c)
 {
     return MAX(1, BATCH_BYTES >> c->s->cluster_bits);
@@ -155,7 +160,7 @@ static void block_unreadable(Qcow2Check *c, uint64_t index, int error)
     qcow2_check_report(c, BDRV_FINDING_CHECK_ERROR, false, "refblock-read", c->blocks[index].offset,
                        "Can't get refcount for cluster %" PRIu64 ": %s", cluster,
                        g_strerror(-error));
-    c->blocks[index].state = QCOW2_BLOCK_BROKEN;
+    c->blocks[index].state = QCOW2_BLOCK_UNREADABLE;
     c->incomplete = true;
 }
 
@@ -163,14 +168,12 @@ void qcow2_check_read_blocks(Qcow2Check *c, const uint64_t *indices, size_t n, u
 {
     g_autofree BdrvBatchOp *ops = g_new0(BdrvBatchOp, n);
     for (size_t i = 0; i < n; i++) {
-        assert(c->blocks[indices[i]].state == QCOW2_BLOCK_SOUND ||
-               c->blocks[indices[i]].state == QCOW2_BLOCK_SHARED);
+        assert(is_readable(&c->blocks[indices[i]]));
         ops[i] = read_op(c, c->blocks[indices[i]].offset, buf + (i << c->s->cluster_bits));
     }
     if (n && bdrv_run_batch(c->bs->file, ops, n) < 0) {
         for (size_t i = 0; i < n; i++) {
             if (ops[i].ret < 0) {
-                memset(ops[i].buf, 0, c->s->cluster_size);
                 block_unreadable(c, indices[i], ops[i].ret);
             }
         }
@@ -316,7 +319,11 @@ static void compare_batch(Qcow2Check *c, LeafCursor *cur, const uint64_t *indice
     for (size_t i = 0; i < n; i++) {
         uint64_t first_leaf = (indices[i] << c->s->refblock_bits) / QCOW2_REF_LEAF;
         compare_uncounted(c, cur, first_leaf, NULL);
-        compare_block(c, cur, indices[i], buf + (i << c->s->cluster_bits));
+        if (is_readable(&c->blocks[indices[i]])) {
+            compare_block(c, cur, indices[i], buf + (i << c->s->cluster_bits));
+        } else {
+            leaf_at(cur, first_leaf + counts_per_block(c) / QCOW2_REF_LEAF);
+        }
     }
 }
 
@@ -326,11 +333,6 @@ static void compare_hole(Qcow2Check *c, LeafCursor *cur, uint64_t index)
     uint64_t first = index << c->s->refblock_bits;
     compare_uncounted(c, cur, first / QCOW2_REF_LEAF, NULL);
     compare_uncounted(c, cur, (first + counts_per_block(c)) / QCOW2_REF_LEAF, &c->blocks[index]);
-}
-
-static bool is_readable(const Qcow2CheckBlock *b)
-{
-    return b->state == QCOW2_BLOCK_SOUND || b->state == QCOW2_BLOCK_SHARED;
 }
 
 void qcow2_check_compare(Qcow2Check *c)
@@ -378,25 +380,28 @@ static const uint8_t *near_block(Qcow2Check *c, uint64_t index)
     }
     if (c->near_blocks[way].index != index) {
         c->near_blocks[way].index = index;
-        qcow2_check_read_blocks(c, &index, 1, c->near_blocks[way].data);
+        qcow2_check_read_blocks(c, &index, 1, c->near_blocks[way].data); /* or UNREADABLE */
     }
     return c->near_blocks[way].data;
 }
 
-uint64_t qcow2_check_disk_count(Qcow2Check *c, uint64_t cluster)
+bool qcow2_check_disk_count(Qcow2Check *c, uint64_t cluster, uint64_t *ret)
 {
     uint64_t index = cluster >> c->s->refblock_bits;
-    if (index >= c->nb_blocks) {
-        return 0;
+    const Qcow2CheckBlock *block = index < c->nb_blocks ? &c->blocks[index] : NULL;
+    *ret = 0;
+    if (!block || (!is_readable(block) && block->state != QCOW2_BLOCK_UNREADABLE)) {
+        return true;
     }
-    const Qcow2CheckBlock *block = &c->blocks[index];
     bool differs = block->todo & (QCOW2_BLOCK_RAISE | QCOW2_BLOCK_LOWER);
     if (block->state == QCOW2_BLOCK_SOUND && !differs) {
-        return qcow2_refmap_count(c->map, cluster);
+        *ret = qcow2_refmap_count(c->map, cluster);
+        return true;
     }
-    if (block->state != QCOW2_BLOCK_SOUND && block->state != QCOW2_BLOCK_SHARED) {
-        return 0;
+    const uint8_t *data = is_readable(block) ? near_block(c, index) : NULL;
+    if (!data || !is_readable(block)) {
+        return false;
     }
-    uint64_t slot = cluster & (counts_per_block(c) - 1);
-    return qcow2_refcount_read(near_block(c, index), c->s->refcount_order, slot);
+    *ret = qcow2_refcount_read(data, c->s->refcount_order, cluster & (counts_per_block(c) - 1));
+    return true;
 }

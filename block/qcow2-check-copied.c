@@ -29,11 +29,15 @@ typedef struct CopiedPass {
     bool l1_changed;
 } CopiedPass;
 
-/* What the count of a cluster is, or will be when the repair is done. */
-static uint64_t count_of(Qcow2Check *c, const CopiedPass *pass, uint64_t cluster)
+/* What the count of the cluster at @offset is, or will be after the repair; false: nobody knows. */
+static bool count_of(Qcow2Check *c, const CopiedPass *pass, uint64_t offset, uint64_t *ret)
 {
-    return pass->clear_only ? qcow2_refmap_count(c->map, cluster)
-                            : qcow2_check_disk_count(c, cluster);
+    uint64_t cluster = offset >> c->s->cluster_bits;
+    if (pass->clear_only) {
+        *ret = qcow2_refmap_count(c->map, cluster);
+        return true;
+    }
+    return qcow2_check_disk_count(c, cluster, ret);
 }
 
 static bool flag_is_right(const CopiedPass *pass, uint64_t entry, uint64_t refcount)
@@ -47,12 +51,9 @@ static bool flag_is_right(const CopiedPass *pass, uint64_t entry, uint64_t refco
 static void judge_l1_entry(Qcow2Check *c, CopiedPass *pass, uint32_t i)
 {
     uint64_t entry = be64toh(c->be_l1[i]);
-    uint64_t offset = entry & QCOW2_ENTRY_OFFSET_MASK;
-    if (!offset) {
-        return;
-    }
-    uint64_t refcount = count_of(c, pass, offset >> c->s->cluster_bits);
-    if (flag_is_right(pass, entry, refcount) || (pass->clear_only && !pass->l1_repair)) {
+    uint64_t offset = entry & QCOW2_ENTRY_OFFSET_MASK, refcount;
+    if (!offset || !count_of(c, pass, offset, &refcount) ||
+        flag_is_right(pass, entry, refcount) || (pass->clear_only && !pass->l1_repair)) {
         return;
     }
     qcow2_check_report(c, BDRV_FINDING_CORRUPTION, pass->l1_repair, "copied-flag-l1", offset,
@@ -90,10 +91,9 @@ static bool has_flag_to_judge(const BDRVQcow2State *s, uint64_t entry)
 
 static bool judge_l2_entry(Qcow2Check *c, const CopiedPass *pass, bool may_write, uint64_t entry)
 {
-    uint64_t offset = entry & QCOW2_ENTRY_OFFSET_MASK;
-    uint64_t refcount =
-        c->s->has_data_file ? 1 : count_of(c, pass, offset >> c->s->cluster_bits);
-    if (flag_is_right(pass, entry, refcount) || (pass->clear_only && !may_write)) {
+    uint64_t offset = entry & QCOW2_ENTRY_OFFSET_MASK, refcount = 1;
+    if ((!c->s->has_data_file && !count_of(c, pass, offset, &refcount)) ||
+        flag_is_right(pass, entry, refcount) || (pass->clear_only && !may_write)) {
         return true;
     }
     qcow2_check_report(c, BDRV_FINDING_CORRUPTION, may_write, "copied-flag-data", offset,

@@ -5,7 +5,8 @@
  *
  * Whether a table lies in a cluster of its own is known only when everything has been counted;
  * writing to one that does not would damage its other owner.  So repairs are put on a list, and
- * each is told when it is done, or as an error when it cannot be.
+ * each is told when it is done, or as an error when it cannot be.  Those are tried again when other
+ * owners have been moved away.
  *
  * Invariants
  *   1. Each repair changes one entry in one write, and leaves at most leaks behind.
@@ -65,15 +66,30 @@ static void count_unfixed(Qcow2Check *c, const Qcow2EntryFix *fix)
 void qcow2_check_apply_fixes(Qcow2Check *c)
 {
     for (guint i = 0; i < c->entry_fixes->len; i++) {
-        const Qcow2EntryFix *fix = &g_array_index(c->entry_fixes, Qcow2EntryFix, i);
-        bool fixed = write_entry(c, fix);
-        qcow2_check_report(c, BDRV_FINDING_CORRUPTION, fixed, fix->code, fix->pos, "%s%s",
-                           fixed ? "Repairing" : "ERROR", fix->text);
-        if (!fixed) {
+        Qcow2EntryFix *fix = &g_array_index(c->entry_fixes, Qcow2EntryFix, i);
+        fix->done = write_entry(c, fix);
+        qcow2_check_report(c, BDRV_FINDING_CORRUPTION, fix->done, fix->code, fix->pos, "%s%s",
+                           fix->done ? "Repairing" : "ERROR", fix->text);
+        if (!fix->done) {
             count_unfixed(c, fix);
         }
     }
     if (c->entry_fixes->len && c->touched) {
         qcow2_check_barrier(c);
+    }
+}
+
+void qcow2_check_retry_fixes(Qcow2Check *c)
+{
+    for (guint i = 0; i < c->entry_fixes->len && !c->write_failed; i++) {
+        Qcow2EntryFix *fix = &g_array_index(c->entry_fixes, Qcow2EntryFix, i);
+        /* One that takes references away has been counted as it is by now. */
+        if (fix->done || fix->times || !write_entry(c, fix)) {
+            continue;
+        }
+        fix->done = true;
+        qcow2_check_mark_fixed(c, BDRV_FINDING_CORRUPTION);
+        qcow2_check_report(c, BDRV_FINDING_INFO, true, fix->code, fix->pos, "Repairing%s",
+                           fix->text);
     }
 }

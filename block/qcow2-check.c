@@ -341,6 +341,7 @@ static void repair_counts(Qcow2Check *c)
         qcow2_check_lower(c);
     }
     qcow2_check_verify(c, hooked_up);
+    qcow2_check_retry_fixes(c);
 }
 
 /* What was written behind their back: the caches, the refcounts and L1 in memory. */
@@ -351,6 +352,7 @@ static bool reload(Qcow2Check *c, GError **errp)
     qcow2_l1_replace(s, g_memdup2(c->be_l1, c->l1_size * sizeof(uint64_t)), c->l1_size,
                      s->header.l1_offset);
     if (!qcow2_refcount_reload(c->bs, errp)) {
+        atomic_store(&s->corrupt, true); /* nobody can allocate without refcounts */
         g_prefix_error(errp, "Could not load the repaired refcounts: ");
         return false;
     }

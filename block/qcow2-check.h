@@ -81,7 +81,8 @@ typedef enum Qcow2BlockState {
     QCOW2_BLOCK_ABSENT,
     QCOW2_BLOCK_SOUND,    /* inside the file, nobody else's: kept by a repair */
     QCOW2_BLOCK_SHARED,   /* readable, but something else lies there too: a repair replaces it */
-    QCOW2_BLOCK_BROKEN,   /* nothing to read there */
+    QCOW2_BLOCK_BROKEN,   /* nothing to read there: counts 0 */
+    QCOW2_BLOCK_UNREADABLE, /* I/O error: counts not known */
     QCOW2_BLOCK_NEW,      /* made by the repair */
 } Qcow2BlockState;
 enum {
@@ -105,6 +106,7 @@ typedef struct Qcow2EntryFix {
     const char *code;
     char *text;      /* owned; without its first word */
     uint64_t times;  /* references to take if it cannot be rewritten, 0: none */
+    bool done;
 } Qcow2EntryFix;
 
 typedef struct Qcow2Check {
@@ -198,6 +200,8 @@ bool qcow2_check_fixable(Qcow2Check *c, Qcow2EntryFix fix, const char *fmt, ...)
     G_GNUC_PRINTF(3, 4);
 /* Rewrites the entries whose repair was put off until all owners were known. */
 void qcow2_check_apply_fixes(Qcow2Check *c);
+/* Those that could not be, once more, after owners have been moved. */
+void qcow2_check_retry_fixes(Qcow2Check *c);
 
 /* ======================= qcow2-check-bitmaps.c ======================= */
 
@@ -211,12 +215,12 @@ void qcow2_check_refcount_structure(Qcow2Check *c);
 /* Reports every difference and remembers what has to be done to which block. */
 void qcow2_check_compare(Qcow2Check *c);
 /* Reads the blocks @indices (states SOUND or SHARED) one behind the other to @buf. A block that
- * cannot be read is reported, zeroed and becomes BROKEN. */
+ * cannot be read is reported and becomes UNREADABLE. */
 void qcow2_check_read_blocks(Qcow2Check *c, const uint64_t *indices, size_t n, uint8_t *buf);
 /* How many blocks to handle at once. */
 size_t qcow2_check_batch(const Qcow2Check *c);
-/* What the refcounts on disk say of a cluster. */
-uint64_t qcow2_check_disk_count(Qcow2Check *c, uint64_t cluster);
+/* What the refcounts on disk say of a cluster; false when that cannot be known. */
+bool qcow2_check_disk_count(Qcow2Check *c, uint64_t cluster, uint64_t *ret);
 /* Forgets blocks read for that. */
 void qcow2_check_drop_blocks(Qcow2Check *c);
 

@@ -52,7 +52,8 @@ static bool is_free(Qcow2Check *c, uint64_t cluster, bool certain)
     if (qcow2_refmap_count(c->map, cluster)) {
         return false;
     }
-    return !certain || !c->lost || !qcow2_check_disk_count(c, cluster);
+    uint64_t count = 0;
+    return !certain || !c->lost || (qcow2_check_disk_count(c, cluster, &count) && !count);
 }
 
 /* The first of @n free clusters in a row inside the file; UINT64_MAX if there are none. */
@@ -88,10 +89,12 @@ static uint64_t append_clusters(Qcow2Check *c, uint64_t n)
 
 int64_t qcow2_check_take_clusters(Qcow2Check *c, uint64_t n, unsigned flags)
 {
-    assert(!c->incomplete);
     uint64_t first = find_free(c, n, true);
     if (first == UINT64_MAX) {
         first = append_clusters(c, n);
+    }
+    if (c->incomplete) {
+        return -EIO; /* maybe only now */
     }
     if (first == UINT64_MAX) {
         c->free_hint = 0;
@@ -341,7 +344,7 @@ static int correct_batch(Qcow2Check *c, const uint64_t *indices, size_t n, unsig
     }
     for (size_t i = 0; i < n; i++) {
         const Qcow2CheckBlock *b = &c->blocks[indices[i]];
-        bool write = b->state != QCOW2_BLOCK_BROKEN &&
+        bool write = b->state != QCOW2_BLOCK_UNREADABLE &&
                      correct_block(c, indices[i], buf + i * bytes, todo);
         if (write || new) {
             ops[changed++] = (BdrvBatchOp){.kind = BDRV_BATCH_WRITE, .offset = (int64_t)b->offset,

@@ -107,6 +107,7 @@ bool qcow2_refcount_init(BlockDriverState *bs, GError **errp)
     BDRVQcow2State *s = qcow2_state(bs);
     uint64_t bytes = table_bytes(s);
 
+    s->reftable.dirty = g_array_new(FALSE, FALSE, sizeof(uint64_t)); /* also when this fails */
     if (!init_file_end(bs, errp)) {
         return false;
     }
@@ -118,7 +119,6 @@ bool qcow2_refcount_init(BlockDriverState *bs, GError **errp)
     s->reftable.offset = s->header.reftable_offset;
     s->reftable.clusters = s->header.reftable_clusters;
     s->reftable.moved = false;
-    s->reftable.dirty = g_array_new(FALSE, FALSE, sizeof(uint64_t));
     s->compressed_next = 0;
     index_missing_blocks(s);
     return true;
