@@ -26,7 +26,7 @@ static const Config configs[] = {
     {"c4k", "cluster_size=4k", 2 * MIB, 4096, .compressed = true},
     {"c64k", "cluster_size=64k", MB4, 65536, .compressed = true},
     {"c64k-zstd", "cluster_size=64k,compression_type=zstd", MB4, 65536, .compressed = true},
-    {"c2m", "cluster_size=2M", 16 * MIB + 512, 2 * MIB, .compressed = true},
+    {"c2m", "cluster_size=2M", 8 * MIB + 512, 2 * MIB, .compressed = true},
     {"c64k-backing", "cluster_size=64k", MB4, 65536, .backing = true, .compressed = true},
     {"c512-backing", "cluster_size=512", 1 * MIB, 512, .backing = true, .compressed = true},
     {"v2", "compat=0.10,cluster_size=4k", 2 * MIB, 4096, .compressed = true, .v2 = true},
@@ -35,7 +35,7 @@ static const Config configs[] = {
     {"ext-16k", "extended_l2=on,cluster_size=16k", MB4, 16384, .compressed = true},
     {"ext-64k-backing", "extended_l2=on,cluster_size=64k", MB4, 65536, .backing = true,
      .compressed = true},
-    {"ext-2m-backing", "extended_l2=on,cluster_size=2M", 16 * MIB, 2 * MIB, .backing = true,
+    {"ext-2m-backing", "extended_l2=on,cluster_size=2M", 8 * MIB, 2 * MIB, .backing = true,
      .compressed = true},
     {"no-unref", "cluster_size=64k", MB4, 65536, .open_opts = "discard=unmap,discard-no-unref=on"},
     {"prealloc", "cluster_size=64k,preallocation=metadata", MB4, 65536, .compressed = false},
@@ -258,7 +258,7 @@ static void test_random(const void *data)
     World w = {.c = c, .oracle = oracle, .size = c->size};
     w.rand = g_rand_new_with_seed((guint32)g_test_rand_int());
     make_image(c, oracle);
-    for (int session = 0; session < 3; session++) {
+    for (int session = 0; session < 2; session++) {
         w.blk = open_image(c);
         for (int i = 0; i < 100; i++) {
             random_op(&w);
@@ -290,7 +290,7 @@ static bool delete_snapshot(BlockDriverState *bs, const char *name, GError **err
 
 static void many_ops(World *w)
 {
-    for (int i = 0; i < 60; i++) {
+    for (int i = 0; i < 40; i++) {
         random_op(w);
     }
     expect_equal(w, 0, w->c->size);
@@ -328,7 +328,7 @@ static void test_snapshots(const void *data)
 static void *run_world(void *opaque)
 {
     World *w = opaque;
-    for (int i = 0; i < 120; i++) {
+    for (int i = 0; i < 80; i++) {
         random_op(w);
     }
     return NULL;
@@ -364,7 +364,7 @@ static void *run_brawl(void *opaque)
 {
     World *w = opaque;
     g_autofree uint8_t *buf = g_malloc0(w->size);
-    for (int i = 0; i < 200; i++) {
+    for (int i = 0; i < 120; i++) {
         size_t offset, bytes;
         pick_range(w, 2 * w->c->cluster, &offset, &bytes);
         switch (pick(w, 5)) {
