@@ -129,21 +129,18 @@ static int copy_map(BDRVQcow2State *s, FlushCopy *c)
     return ret < 0 ? ret : copy_refcounts(s, c);
 }
 
-/* Gives everything back: clean after success, dirty again where it failed. */
+/* Gives everything back: clean after success, dirty again where it failed. Nobody else collects meanwhile
+ * (invariant 1), so the locks of the kinds are not needed. */
 static void copy_finish(BDRVQcow2State *s, FlushCopy *c, bool failed)
 {
     bool relink = failed && !c->phase1_stable;
 
     qcow2_l1_done(s, c->l1, &c->l1_copy, failed);
     qcow2_reftable_done(s, c->reftable, &c->reftable_copy, failed);
-    qb_mutex_lock(&s->lock);
-    qb_mutex_lock(&s->alloc_lock);
     qcow2_cache_return_pieces(s->cache, c->l2, failed, relink);
     qcow2_cache_return_pieces(s->cache, c->refblocks, failed, relink);
     qcow2_cache_return_pieces(s->cache, c->reftable, false, false);
     qcow2_cache_return_pieces(s->cache, c->l1, false, false);
-    qb_mutex_unlock(&s->alloc_lock);
-    qb_mutex_unlock(&s->lock);
     g_array_free(c->l2, TRUE);
     g_array_free(c->refblocks, TRUE);
     g_array_free(c->reftable, TRUE);

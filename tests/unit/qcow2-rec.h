@@ -18,6 +18,7 @@
 
 #include "qcow2-image.h"
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 #define REC_SECTOR 512
@@ -39,6 +40,8 @@ typedef struct RecFile {
     bool device; /* cannot grow */
     unsigned flush_us; /* what a flush takes */
     _Atomic(unsigned) read_us;
+    void (*on_flush)(void *opaque); /* called once, by the next flush */
+    void *opaque;
     QbMutex lock;
     GArray *log; /* RecOp; NULL: nobody is interested */
     _Atomic(int) fail[REC_KINDS]; /* so many operations of the kind until one fails; 0: none does */
@@ -67,8 +70,9 @@ static inline RecFile *rec_file_new(const char *name, const uint8_t *data, size_
     RecFile *f = g_new0(RecFile, 1);
     f->name = g_strdup(name);
     f->capacity = MAX(capacity, length);
-    f->data = calloc(1, f->capacity);
-    g_assert_nonnull(f->data);
+    f->data = mmap(NULL, f->capacity, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0); /* sparse */
+    g_assert_true(f->data != MAP_FAILED);
     memcpy(f->data, data, length);
     f->length = (int64_t)length;
     f->error = -EIO;
@@ -97,7 +101,7 @@ static inline void rec_file_free(RecFile *f)
         g_array_free(f->log, true);
     }
     qb_mutex_destroy(&f->lock);
-    free(f->data);
+    munmap(f->data, f->capacity);
     g_free(f->name);
     g_free(f);
 }
@@ -289,6 +293,11 @@ static inline int rec_pwrite_zeroes(BlockDriverState *bs, BdrvRequest *req, int6
 static inline int rec_flush(BlockDriverState *bs)
 {
     RecFile *f = rec_of(bs);
+    void (*hook)(void *opaque) = f->on_flush;
+    if (hook) {
+        f->on_flush = NULL;
+        hook(f->opaque);
+    }
     if (rec_fails(f, REC_FLUSH)) {
         return f->error;
     }

@@ -358,6 +358,56 @@ static void test_packing_ends(void)
     world_free(w);
 }
 
+/* One that is undone while the one before it lives. */
+static void test_packing_undo(void)
+{
+    World *w = world_new("size=1M,cluster_size=4k", CLUSTERS * 4096);
+    int64_t a = qcow2_alloc_bytes(w->bs, 100), b = qcow2_alloc_bytes(w->bs, 200);
+    g_assert_cmpint(b, ==, a + 100);
+    qcow2_alloc_undo(w->bs, (uint64_t)b, 200);
+    g_assert_cmpuint(w->s->compressed_next, ==, 0);
+    qcow2_alloc_undo(w->bs, (uint64_t)a, 100);
+    expect_counts(w);
+    world_free(w);
+}
+
+/* The header's cluster is not for anybody, even where its count is wrong. */
+static void test_cluster_0(void)
+{
+    World *w = world_new("size=1M,cluster_size=4k", CLUSTERS * 4096);
+    Qcow2HostRun header = {0, 4096};
+    g_assert_cmpint(qcow2_update_refcounts(w->bs, &header, 1, -1), ==, 0);
+    int64_t a = qcow2_alloc_clusters(w->bs, 4096);
+    g_assert_cmpint(a, >, 0);
+    qcow2_alloc_undo(w->bs, (uint64_t)a, 4096);
+    g_assert_cmpint(qcow2_update_refcounts(w->bs, &header, 1, 1), ==, -EIO); /* in use without a count */
+    g_assert_true(atomic_load(&w->s->corrupt));
+    world_free(w);
+}
+
+/* Counts are changed all or not at all. */
+static void test_update_limits(void)
+{
+    World *w = world_new("size=1M,cluster_size=4k,refcount_bits=2", CLUSTERS * 4096);
+    int64_t a = qcow2_alloc_clusters(w->bs, 3 * 4096);
+    Qcow2HostRun last = {(uint64_t)a + 2 * 4096, 4096}, all = {(uint64_t)a, 3 * 4096};
+    Qcow2HostRun beyond = {(uint64_t)1 << 40, 4096};
+    g_assert_cmpint(qcow2_update_refcounts(w->bs, &last, 1, 1), ==, 0);
+    g_assert_cmpint(qcow2_update_refcounts(w->bs, &all, 1, 2), ==, -EINVAL);
+    uint64_t count;
+    g_assert_cmpint(qcow2_get_refcount(w->bs, (uint64_t)a >> 12, &count), ==, 0);
+    g_assert_cmpuint(count, ==, 1);
+    g_assert_cmpint(qcow2_update_refcounts(w->bs, &last, 1, -1), ==, 0);
+    g_assert_cmpint(qcow2_update_refcounts(w->bs, &all, 1, -1), ==, 0);
+    expect_counts(w);
+    g_assert_false(atomic_load(&w->s->corrupt));
+    uint64_t blocks = w->s->reftable.nb_blocks;
+    g_assert_cmpint(qcow2_update_refcounts(w->bs, &beyond, 1, 1), ==, -EIO); /* no block is made */
+    g_assert_cmpuint(w->s->reftable.nb_blocks, ==, blocks);
+    g_assert_true(atomic_load(&w->s->corrupt));
+    world_free(w);
+}
+
 /* --- quarantine --- */
 
 static bool is_free(World *w, int64_t offset)
@@ -391,6 +441,32 @@ static void test_quarantine_users(void)
     g_assert_cmpint(qcow2_flush(w->bs), ==, 0);
     g_assert_true(is_free(w, b));
     g_assert_cmpuint(qcow2_quarantine_bytes(w->s), ==, 0);
+    world_free(w);
+}
+
+typedef struct FreeLater {
+    World *w;
+    int64_t offset;
+} FreeLater;
+
+static void free_later(void *opaque)
+{
+    FreeLater *later = opaque;
+    qcow2_free_run(later->w->bs, (uint64_t)later->offset, 4096, QCOW2_DISCARD_ALWAYS);
+}
+
+/* What is freed while a flush is under way waits for the next one: this one has copied its tables. */
+static void test_quarantine_generation(void)
+{
+    World *w = world_new("size=1M,cluster_size=4k", CLUSTERS * 4096);
+    FreeLater later = {w, qcow2_alloc_clusters(w->bs, 4096)};
+    w->f->opaque = &later;
+    w->f->on_flush = free_later;
+    g_assert_cmpint(qcow2_flush(w->bs), ==, 0);
+    g_assert_null(w->f->on_flush);
+    g_assert_false(is_free(w, later.offset));
+    g_assert_cmpint(qcow2_flush(w->bs), ==, 0);
+    g_assert_true(is_free(w, later.offset));
     world_free(w);
 }
 
@@ -437,6 +513,13 @@ static void test_bounded(void)
         g_assert_cmpuint(qcow2_quarantine_bytes(w->s), <=, 1200 * KIB);
         longest = MAX(longest, w->f->length);
     }
+    for (int i = 0; i < 64; i++) {
+        image_write(w->blk, i * 128 * KIB, 64 * KIB, 1);
+    }
+    for (int i = 0; i < 64; i++) { /* nothing is allocated here */
+        g_assert_cmpint(blk_pdiscard(w->blk, i * 128 * KIB, 64 * KIB), ==, 0);
+        g_assert_cmpuint(qcow2_quarantine_bytes(w->s), <=, 1200 * KIB);
+    }
     g_assert_cmpint(longest, <, 8 * MIB); /* 4 MiB of data, 1 MiB in quarantine, tables, gaps */
     bdrv_graph_rdlock();
     world_close(w);
@@ -470,7 +553,7 @@ static void test_device(void)
     World *w = world_new("size=64M,cluster_size=512,refcount_bits=64", 2 * MIB);
     world_close(w);
     w->f->device = true;
-    w->f->length = 2 * MIB - 100; /* the last cluster does not fit */
+    w->f->length = 2 * MIB - 5000; /* inside a block's range, and inside a cluster */
     world_open(w);
     int64_t end = 0, ret;
     uint64_t n = 0, bytes = 40 * 512;
@@ -635,6 +718,10 @@ int main(int argc, char **argv)
     }
     g_test_add_func("/qcow2-alloc/packing", test_packing);
     g_test_add_func("/qcow2-alloc/packing-ends", test_packing_ends);
+    g_test_add_func("/qcow2-alloc/packing-undo", test_packing_undo);
+    g_test_add_func("/qcow2-alloc/cluster-0", test_cluster_0);
+    g_test_add_func("/qcow2-alloc/update-limits", test_update_limits);
+    g_test_add_func("/qcow2-alloc/quarantine/generation", test_quarantine_generation);
     g_test_add_func("/qcow2-alloc/quarantine/users", test_quarantine_users);
     g_test_add_func("/qcow2-alloc/quarantine/overlaps", test_quarantine_overlaps);
     g_test_add_func("/qcow2-alloc/quarantine/bounded", test_bounded);
