@@ -272,6 +272,12 @@ static inline int64_t log_getlength(BlockDriverState *bs)
     return (int64_t)d->length;
 }
 
+static inline bool log_reopen_prepare(BDRVReopenState *state, GError **errp)
+{
+    json_object_del(state->options, "disk");
+    return true;
+}
+
 static const BlockDriver log_driver = {
     .format_name = "test-log",
     .protocol_name = "test-log",
@@ -279,6 +285,7 @@ static const BlockDriver log_driver = {
     .parse_filename = log_parse_filename,
     .open = log_open,
     .close = log_close,
+    .reopen_prepare = log_reopen_prepare,
     .create = log_create,
     .preadv = log_preadv,
     .pwritev = log_pwritev,
