@@ -144,21 +144,32 @@ static size_t pick_reads(const CommitBatch *b, BdrvBatchOp *out)
     return n;
 }
 
-static int copy_batch(Commit *c, CommitBatch *b)
+/* The first line is the text of the errno alone, which scripts look at; the rest says where. */
+static bool copy_error(int ret, const char *doing, BlockDriverState *bs, int64_t offset,
+                       GError **errp)
+{
+    qb_error_set(errp, -ret, "%s", g_strerror(-ret));
+    qb_error_add_hint(errp, "%s '%s' at offset %" PRId64 " or behind it failed.", doing,
+                      bdrv_filename(bs), offset);
+    return false;
+}
+
+static bool copy_batch(Commit *c, CommitBatch *b, int64_t from, GError **errp)
 {
     BdrvBatchOp reads[BATCH_EXTENTS];
     size_t n = pick_reads(b, reads);
     int ret = n ? blk_run_batch(c->from, reads, n) : 0;
 
     if (ret < 0) {
-        return ret;
+        return copy_error(ret, "Reading", c->opts->top, from, errp);
     }
     for (unsigned i = 0; i < b->n; i++) {
         if (b->ops[i].kind == BDRV_BATCH_READ) {
             b->ops[i].kind = BDRV_BATCH_WRITE;
         }
     }
-    return b->n ? blk_run_batch(c->to, b->ops, b->n) : 0;
+    ret = b->n ? blk_run_batch(c->to, b->ops, b->n) : 0;
+    return ret >= 0 || copy_error(ret, "Writing", c->opts->base, from, errp);
 }
 
 static bool copy_all(Commit *c, GError **errp)
@@ -174,12 +185,11 @@ static bool copy_all(Commit *c, GError **errp)
             return false;
         }
         ret = collect_batch(c, &b);
-        if (ret == 0) {
-            block_rate_limit_wait(&c->limit, b.used, c->opts->progress);
-            ret = copy_batch(c, &b);
-        }
         if (ret < 0) {
-            qb_error_set(errp, -ret, "%s", g_strerror(-ret));
+            return copy_error(ret, "Looking for data in", c->opts->top, from, errp);
+        }
+        block_rate_limit_wait(&c->limit, b.used, c->opts->progress);
+        if (!copy_batch(c, &b, from, errp)) {
             return false;
         }
         qb_progress_add(c->opts->progress, (uint64_t)(b.next - from));

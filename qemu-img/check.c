@@ -264,7 +264,7 @@ static int open_and_check(const char *file, const CheckArgs *args, unsigned fix,
         return CHECK_FAILED;
     }
     status = check_blk(blk, file, args, fix, json);
-    return img_close(blk) ? CHECK_FAILED : status;
+    return img_close(blk, status);
 }
 
 int img_check(int argc, char **argv)

@@ -135,7 +135,7 @@ int img_commit(int argc, char **argv)
         return 1;
     }
     status = commit_blk(blk, operands->pdata[0], &args);
-    status = img_close(blk) || status;
+    status = img_close(blk, status);
     if (!status && !args.quiet) {
         printf("Image committed.\n");
     }

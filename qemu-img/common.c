@@ -155,19 +155,17 @@ BlockBackend *img_open(const char *name, const ImgOpen *how)
     return blk;
 }
 
-int img_close(BlockBackend *blk)
+int img_close(BlockBackend *blk, int status)
 {
-    int ret = 0;
+    int ret = blk_is_writable(blk) ? blk_flush(blk) : 0;
 
-    if (blk && blk_is_writable(blk)) {
-        ret = blk_flush(blk);
-    }
-    if (ret < 0) {
+    if (ret < 0 && status == 0) {
         img_error("Error while closing the image: %s: %s", bdrv_filename(blk_bs(blk)),
                   g_strerror(-ret));
+        status = 1;
     }
     blk_unref(blk);
-    return ret < 0;
+    return status;
 }
 
 bool img_check_objects(const GPtrArray *objects)

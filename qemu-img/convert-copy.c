@@ -31,6 +31,7 @@
 
 #define CONVERT_UNIT (2 * 1024 * 1024)
 #define CONVERT_SECTOR 512
+#define CONVERT_GAP (64 * 1024) /* zeroes as short as this are copied along with the data around */
 
 typedef enum UnitKind { UNIT_SKIP, UNIT_ZERO, UNIT_DATA } UnitKind;
 
@@ -46,8 +47,8 @@ typedef struct Engine {
     QbCond turn_passed;
     int64_t cursor;     /* guarded by lock, as are all below */
     uint64_t next_turn, write_turn;
-    UnitKind known_kind; /* what lies at the cursor ... */
-    int64_t known_end;   /* ... up to here */
+    UnitKind known_kind; /* what lies from here to there */
+    int64_t known_start, known_end;
     bool failed;
     BlockRateLimit limit;
 } Engine;
@@ -85,11 +86,12 @@ static int query_source(const ConvertPlan *plan, const ConvertSource *src, int64
     return bdrv_block_status_above(bs, base, pos, src->size - pos, st);
 }
 
-/* Learns what lies at the cursor. A status that cannot be told counts as data with --salvage. */
-static int learn_locked(Engine *e, const ConvertSource *src)
+/* Learns what lies at @offset. A status that cannot be told counts as data with --salvage. */
+static int learn_locked(Engine *e, int64_t offset)
 {
     const ConvertPlan *plan = e->plan;
-    int64_t pos = e->cursor - src->start;
+    const ConvertSource *src = source_at(plan, offset);
+    int64_t pos = offset - src->start;
     BdrvStatus st = {0};
     int ret = query_source(plan, src, pos, &st);
 
@@ -104,11 +106,38 @@ static int learn_locked(Engine *e, const ConvertSource *src)
         return ret;
     }
     e->known_kind = classify(plan, &st);
-    e->known_end = e->cursor + st.bytes;
+    e->known_start = offset;
+    e->known_end = offset + st.bytes;
     if (e->known_kind == UNIT_ZERO && !plan->min_sparse) {
         e->known_kind = UNIT_DATA;
     }
     return 0;
+}
+
+/* What lies at the cursor: one extent, or data in many small pieces with short gaps, so that a
+ * fragmented source does not cost a unit for each fragment. */
+static bool gather_locked(Engine *e, Unit *u)
+{
+    int64_t end;
+
+    if ((e->cursor < e->known_start || e->cursor >= e->known_end) &&
+        learn_locked(e, e->cursor) < 0) {
+        return false;
+    }
+    *u = (Unit){.offset = e->cursor, .kind = e->known_kind, .turn = e->next_turn++};
+    end = e->known_end;
+    while (u->kind == UNIT_DATA && end - u->offset < CONVERT_UNIT && end < e->plan->size) {
+        if (learn_locked(e, end) < 0) {
+            return false;
+        }
+        if (e->known_kind == UNIT_SKIP ||
+            (e->known_kind == UNIT_ZERO && e->known_end - end > CONVERT_GAP)) {
+            break;
+        }
+        end = e->known_end;
+    }
+    u->bytes = end - u->offset;
+    return true;
 }
 
 /* Data goes in whole clusters of the target, so that none is written (or compressed) twice: a data
@@ -146,12 +175,10 @@ static bool next_unit(Engine *e, Unit *u)
         e->failed = true;
         return false;
     }
-    if (e->cursor >= e->known_end && learn_locked(e, source_at(e->plan, e->cursor)) < 0) {
+    if (!gather_locked(e, u)) {
         e->failed = true;
         return false;
     }
-    *u = (Unit){.offset = e->cursor, .bytes = e->known_end - e->cursor, .kind = e->known_kind,
-                .turn = e->next_turn++};
     shape_unit(e, u);
     e->cursor += u->bytes;
     return true;

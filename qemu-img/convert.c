@@ -364,8 +364,7 @@ static int convert_images(ConvertPlan *plan, const GPtrArray *operands, const Co
         return 1;
     }
     status = run_copy(plan, a->progress && !a->quiet) ? 0 : 1;
-    status = img_close(g_steal_pointer(&plan->target)) || status;
-    return status;
+    return img_close(g_steal_pointer(&plan->target), status);
 }
 
 static void free_plan(ConvertPlan *plan)

@@ -113,8 +113,9 @@ BlockBackend *img_open(const char *name, const ImgOpen *how);
 bool img_check_open_args(const char *format, bool image_opts);
 /* Is @mode (or NULL) a cache mode? @which: "source " or "". False: said. */
 bool img_check_cache(const char *which, const char *mode);
-/* Closes; a failing flush is said and returned as 1. */
-int img_close(BlockBackend *blk);
+/* Flushes and closes. Returns @status, or 1 when that is 0 and the flush failed, which is then said (a
+ * verb that failed has said why: one error is enough). */
+int img_close(BlockBackend *blk, int status);
 /* --object is accepted for kinds that change nothing here; false: said. */
 bool img_check_objects(const GPtrArray *objects);
 /* A size in @text, which is the @what ("image size"); false: said as users know it. */

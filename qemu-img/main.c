@@ -50,7 +50,7 @@ static int run_verb(int argc, char **argv)
     for (size_t i = 0; i < G_N_ELEMENTS(verbs); i++) {
         if (!strcmp(argv[0], verbs[i].name)) {
             int status = verbs[i].run(argc, argv);
-            if (fflush(stdout) != 0 && status == 0) {
+            if ((fflush(stdout) != 0 || ferror(stdout)) && status == 0) {
                 img_error("Could not write to the standard output");
                 status = 1;
             }
@@ -89,8 +89,15 @@ static int parse_global(int argc, char **argv, int *ret_status)
     return i;
 }
 
+/* Two kinds are known without our name in front: that on probing, and what a format says of itself. */
 static void print_warning(const char *text, void *opaque)
 {
+    bool bare = g_str_has_prefix(text, "WARNING: ") || g_str_has_prefix(text, "qcow2: ");
+
+    if (!bare) {
+        img_warn("%s", text);
+        return;
+    }
     fflush(stdout);
     fprintf(stderr, "%s\n", text);
 }

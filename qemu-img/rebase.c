@@ -70,10 +70,11 @@ typedef struct Rebase {
     QbProgress *progress;
 } Rebase;
 
-static bool say_io_error(int ret, const char *doing, int64_t offset)
+static bool say_io_error(const Rebase *r, int ret, const char *doing, int64_t offset)
 {
     if (ret < 0) {
-        img_error("%s at offset %" PRId64 ": %s", doing, offset, g_strerror(-ret));
+        img_error("%s '%s' at offset %" PRId64 ": %s", doing, bdrv_filename(blk_bs(r->image)),
+                  offset, g_strerror(-ret));
     }
     return ret >= 0;
 }
@@ -157,8 +158,8 @@ static bool copy_differences(Rebase *r, int64_t offset, int64_t bytes)
             pos += r->cluster;
         }
         pos = MIN(pos, bytes);
-        if (!say_io_error(write_run(r, offset + start, r->side[0].buf + start, pos - start),
-                          "Error while writing to the image", offset + start)) {
+        int ret = write_run(r, offset + start, r->side[0].buf + start, pos - start);
+        if (!say_io_error(r, ret, "error while writing to", offset + start)) {
             return false;
         }
     }
@@ -172,7 +173,8 @@ static bool rebase_stretch(Rebase *r, int64_t offset, int64_t bytes)
         const Side *s = &r->side[i];
         int ret = read_side(s, offset, bytes);
         if (ret < 0) {
-            img_error("error while reading from %s backing file: %s", s->what, g_strerror(-ret));
+            img_error("error while reading from %s backing file '%s' at offset %" PRId64 ": %s",
+                      s->what, bdrv_filename(blk_bs(s->blk)), offset, g_strerror(-ret));
             return false;
         }
     }
@@ -185,7 +187,7 @@ static bool rebase_step(Rebase *r, int64_t offset, int64_t *ret_bytes)
     int64_t bytes = r->size - offset;
     int ret = needs_compare(r, offset, &bytes);
 
-    if (!say_io_error(MIN(ret, 0), "error while reading image metadata", offset)) {
+    if (!say_io_error(r, MIN(ret, 0), "error while reading the metadata of", offset)) {
         return false;
     }
     bytes = ret ? (int64_t)qb_align_up((uint64_t)MIN(bytes, REBASE_CHUNK), (uint64_t)r->cluster)
@@ -213,7 +215,7 @@ static bool rebase_content(Rebase *r)
         }
         qb_progress_add(r->progress, (uint64_t)bytes);
     }
-    return say_io_error(blk_flush(r->image), "Could not flush the image", r->size);
+    return say_io_error(r, blk_flush(r->image), "error while flushing", r->size);
 }
 
 /* ---- opening ---- */
@@ -353,7 +355,7 @@ static int rebase_image(const char *file, const RebaseArgs *args)
         return 1;
     }
     ok = (args->unsafe || rebase_safely(image, args)) && change_name(image, args);
-    return img_close(image) || !ok;
+    return img_close(image, ok ? 0 : 1);
 }
 
 int img_rebase(int argc, char **argv)

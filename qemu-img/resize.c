@@ -127,7 +127,7 @@ static int open_and_resize(const char *file, const char *size_text, const Resize
         return 1;
     }
     status = resize_blk(blk, size_text, args, prealloc);
-    status = img_close(blk) || status;
+    status = img_close(blk, status);
     if (!status && !args->quiet) {
         printf("Image resized.\n");
     }

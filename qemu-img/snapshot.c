@@ -113,7 +113,7 @@ static int open_and_run(const char *file, const SnapshotArgs *args)
         return 1;
     }
     status = run_action(blk_bs(blk), args);
-    return img_close(blk) || status;
+    return img_close(blk, status);
 }
 
 int img_snapshot(int argc, char **argv)
