@@ -145,7 +145,7 @@ BlockBackend *img_open(const char *name, const ImgOpen *how)
     }
     blk = blk_new_open(how->image_opts ? NULL : name, options, how->flags, &err);
     if (!blk && how->what) {
-        g_prefix_error(&err, "Could not open %s '%s': ", how->what, name);
+        g_prefix_error(&err, "Could not open %s: ", how->what);
     }
     if (!blk) {
         img_report(err, 1);

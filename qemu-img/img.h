@@ -102,7 +102,7 @@ typedef struct ImgOpen {
     const char *format;
     bool image_opts;
     const char *cache; /* NULL: writeback */
-    const char *what;  /* prefix of what is said of a failure, "new backing file"; NULL: none */
+    const char *what;  /* said of a failure: "Could not open WHAT: ..."; NULL: nothing more */
     bool force_share;
     bool unmap;        /* zeroes and discards may give space back */
     int flags;         /* BdrvOpenFlags */

@@ -280,12 +280,14 @@ static bool open_new(Rebase *r, const RebaseArgs *args, BlockBackend **ret)
     GError *err = NULL;
     g_autofree char *path = NULL;
     ImgOpen how = {.format = args->backing_format, .cache = args->source_cache,
-                   .what = "new backing file", .force_share = args->force_share};
+                   .force_share = args->force_share};
 
     *ret = NULL;
     if (!args->backing || !*args->backing) {
         return true;
     }
+    g_autofree char *what = g_strdup_printf("new backing file '%s'", args->backing);
+    how.what = what;
     path = bdrv_resolve_backing_name(blk_bs(r->image), args->backing, &err);
     if (!path) {
         img_report_prefixed(err, 1, "Could not resolve backing filename: ");
