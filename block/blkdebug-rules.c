@@ -44,9 +44,11 @@ static const char *const event_names[] = {
     "cluster_alloc", "cluster_alloc_bytes", "cluster_free", "flush_to_os", "flush_to_disk",
     "pwritev_rmw_head", "pwritev_rmw_after_head", "pwritev_rmw_tail", "pwritev_rmw_after_tail",
     "pwritev", "pwritev_zero", "pwritev_done", "empty_image_prepare", "l1_shrink_write_table",
-    "l1_shrink_free_l2_clusters", "cor_write", "cluster_alloc_space", NULL,
+    "l1_shrink_free_l2_clusters", "cor_write", "cluster_alloc_space",
+    "snapshot_write", /* the one that is ours alone */
+    NULL,
 };
-G_STATIC_ASSERT(G_N_ELEMENTS(event_names) == 48 + 1);
+G_STATIC_ASSERT(G_N_ELEMENTS(event_names) == 49 + 1);
 
 static const char *const io_type_names[] = {
     [BLKDEBUG_READ] = "read",
