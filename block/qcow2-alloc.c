@@ -1,27 +1,28 @@
 /*
  * Allocation: where free host clusters are, and taking them.
  *
- *      blocks not looked at yet that lie before the first one that may have the run: look at up to 8
+ *      blocks not looked at yet, before the first one that may have the run: look at up to 8
  *        |
- *      find in the index  -- a block that may have the run? --> search it: take, or make the bound exact
+ *      find in the index  -- a block that may have it? --> search it: take, or make the bound exact
  *        | none
  *      append: new blocks behind the last one, the run behind them
  *
- * A file that cannot grow (a device) gives -ENOSPC here and not at a flush, where nobody could help.
+ * A file that cannot grow (a device) gives -ENOSPC here and not at a flush, where nobody could
+ * help.
  *
- * First fit by lowest host offset.  The free tail of the last block is free space like any other, so a
- * file grows simply because the lowest free cluster lies at its end; before that happens with much in
- * quarantine, quarantine is flushed and released, and the search repeated once.
+ * First fit by lowest host offset.  The free tail of the last block is free space like any other,
+ * so a file grows simply because the lowest free cluster lies at its end; before that happens with
+ * much in quarantine, quarantine is flushed and released, and the search repeated once.
  *
  * Invariants
- * 1. A cluster that is handed out has count 1 in memory before the alloc lock is let go; nothing on disk
- *    refers to it (invariant 1 of the driver: counts are raised before anything links).
+ * 1. A cluster that is handed out has count 1 in memory before the alloc lock is let go; nothing on
+ *    disk refers to it (invariant 1 of the driver: counts are raised before anything links).
  * 2. Cluster 0 is never handed out, whatever the counts say.
  * 3. No I/O under the alloc lock.  A block that must be loaded means that the search starts again.
  * 4. Whatever the cache may hold at the place of a new cluster is the past: it is poisoned.
- * 5. compressed_next is 0 or lies behind a stream, in whose cluster a stream lives that is neither freed
- *    nor undone: each of those resets it, and who has taken it sets it again only behind his own.  So a
- *    cluster whose references are all in quarantine never gets another one.
+ * 5. compressed_next is 0 or lies behind a stream, in whose cluster a stream lives that is neither
+ *    freed nor undone: each of those resets it, and who has taken it sets it again only behind his
+ *    own.  So a cluster whose references are all in quarantine never gets another one.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -52,7 +53,8 @@ static bool word_may_have(uint64_t word, unsigned order, bool want_free)
     return want_free ? word_has_free(word, order) : word != 0;
 }
 
-/* The first slot in [@slot, @end) that is free, or not: @end when there is none. Words without one are passed over. */
+/* The first slot in [@slot, @end) that is free, or not: @end when there is none. Words without one
+ * are passed over. */
 static uint64_t next_slot(const BDRVQcow2State *s, const uint8_t *data, uint64_t slot, uint64_t end,
                           bool want_free)
 {
@@ -113,8 +115,8 @@ typedef struct Request {
     uint64_t cluster, n; /* the result */
 } Request;
 
-/* Tries block @index: r->n tells. Makes the index exact when there is no such run. -ENOSPC: the lowest
- * run lies beyond the end of a file that cannot grow, and so do all others. */
+/* Tries block @index: r->n tells. Makes the index exact when there is no such run. -ENOSPC: the
+ * lowest run lies beyond the end of a file that cannot grow, and so do all others. */
 static int take_from_block_locked(BDRVQcow2State *s, Qcow2Table *t, uint64_t index, Request *r)
 {
     uint64_t hint = qcow2_free_index_first(s->free_index, index);
@@ -171,7 +173,8 @@ static int look_at_locked(BDRVQcow2State *s, uint64_t index)
     return ret;
 }
 
-/* Blocks not looked at yet that lie before the first one known to have the run: they may have it, too. */
+/* Blocks not looked at yet that lie before the first one known to have the run: they may have it,
+ * too. */
 static int look_ahead_locked(BDRVQcow2State *s, const Request *r)
 {
     int ret = 0;
@@ -395,7 +398,8 @@ static int share_cluster_locked(BDRVQcow2State *s, uint64_t offset, bool *ret_sh
     }
     count = qcow2_refcount_read(qcow2_refblock_data(t), s->refcount_order,
                                 qcow2_slot_of(s, cluster));
-    /* Half of the range stays free, so that at least one snapshot of the image is always possible. */
+    /* Half of the range stays free, so that at least one snapshot of the image is always
+     * possible. */
     if (s->compressed_next == offset && count > 0 && count < s->refcount_max / 2) {
         qcow2_set_counts_locked(s, t, index, qcow2_slot_of(s, cluster), 1, count + 1);
         *ret_shared = true;
@@ -410,7 +414,8 @@ static void drop_share(BlockDriverState *bs, uint64_t offset)
     qcow2_update_refcounts(bs, &run, 1, -1);
 }
 
-/* Tries to put @size bytes behind the stream before. 0: *ret_offset tells where, 0 if not possible. */
+/* Tries to put @size bytes behind the stream before. 0: *ret_offset tells where, 0 if not
+ * possible. */
 static int alloc_behind(BlockDriverState *bs, uint32_t size, uint64_t *ret_offset)
 {
     BDRVQcow2State *s = qcow2_state(bs);
@@ -450,7 +455,8 @@ void qcow2_alloc_leave(BDRVQcow2State *s, uint64_t offset, uint64_t bytes)
 {
     QB_GUARD(&s->alloc_lock);
     uint64_t start = qcow2_start_of_cluster(s, offset);
-    uint64_t end = qb_align_up(offset + bytes, s->cluster_size); /* it may point right behind the run */
+    /* to the end of the cluster: it may point right behind the run */
+    uint64_t end = qb_align_up(offset + bytes, s->cluster_size);
 
     if (s->compressed_next >= start && s->compressed_next < end) {
         s->compressed_next = 0;

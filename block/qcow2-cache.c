@@ -5,25 +5,25 @@
  *                         |-- dirty list   (never dropped before they are written)
  *                         `-- LRU list     (clean, unpinned: may be dropped)
  *
- * States of a table:   LOADING --read ok--> READY --poison--> (out of the hash, freed at the last put)
+ * States of a table:   LOADING --read ok--> READY --poison--> (out of the hash, gone at last put)
  *                         `--read failed--> FAILED (out of the hash)
  *
  * Invariants
  * 1. A table is found by its offset at most once.  Poisoned and failed ones are not found at all.
- * 2. Dirty tables are in the dirty list and have a bit per dirty sector; only qcow2-flush.c makes them
- *    clean, by collecting copies.
+ * 2. Dirty tables are in the dirty list and have a bit per dirty sector; only qcow2-flush.c makes
+ *    them clean, by collecting copies.
  * 3. "unlinked" says that no stable pointer names the table: the flush writes it before the pointer
  *    (invariant 0 of the driver).  Collecting clears it; only a flush that failed before its first
  *    barrier sets it again.
- * 4. Nobody waits for an entry while holding one: a get() never waits for space, the cache grows and is
- *    trimmed when tables are put back.
+ * 4. Nobody waits for an entry while holding one: a get() never waits for space, the cache grows
+ *    and is trimmed when tables are put back.
  * 5. load() and store() of bytes are atomic against one another: both hold the shard's lock.
  *
- * The limit counts table bytes of one image; beside it a process-wide limit (an eighth of the memory, at
- * most 1 GiB) makes every cache trim when all together are over it.
+ * The limit counts table bytes of one image; beside it a process-wide limit (an eighth of the
+ * memory, at most 1 GiB) makes every cache trim when all together are over it.
  *
- * Deliberately not done: slices smaller than a table; writing back single tables (the order of writes is
- * the flusher's business).
+ * Deliberately not done: slices smaller than a table; writing back single tables (the order of
+ * writes is the flusher's business).
  *
  * SPDX-License-Identifier: MIT
  */
@@ -520,8 +520,8 @@ static GArray *offsets_between(Shard *shard, uint64_t start, uint64_t end)
     return offsets;
 }
 
-/* Clusters are looked up one by one where they are fewer than the tables in memory, else the other way
- * round: the cost is bounded by both. */
+/* Clusters are looked up one by one where they are fewer than the tables in memory, else the other
+ * way round: the cost is bounded by both. */
 void qcow2_cache_poison(Qcow2Cache *c, uint64_t offset, uint64_t bytes)
 {
     uint64_t start = qb_align_down(offset, c->table_bytes);

@@ -2,29 +2,30 @@
  * Flush: the order in which memory becomes disk.
  *
  *   under the metadata lock    copy dirty L2 sectors and the L1
- *     and the alloc lock too   copy dirty refcount blocks and the refcount table; the generation ends
+ *     and the alloc lock too   copy dirty refcount blocks, refcount table; the generation ends
  *   ------------------------------------------------------------------------------------------
  *   phase 1   new L2 tables, all refcount blocks, a refcount table or L1 at a new place
  *             BARRIER (covers guest data too; an external data file's comes first)
- *   phase 1b  only for new refcount blocks: refcount table entries, or the header's switch to the new table
+ *   phase 1b  only for new refcount blocks: refcount table entries, or the header's switch to the
+ *             new table
  *             BARRIER
  *   phase 2   sectors of existing L2 tables, of the L1, or the header's switch to the new L1
  *             BARRIER
  *   then      release quarantine up to the generation that ended
  *
- * Why that is enough.  What phase 2 links was written (data) or copied (tables, counts) before the first
- * barrier, so a stable pointer points to stable content (invariants 0, 2) with a stable count (1): an
- * allocation raises the count in memory before anything can link it, and counts go down only after
- * the unlink is stable.  What is linked after the copy waits for the next flush.
+ * Why that is enough.  What phase 2 links was written (data) or copied (tables, counts) before the
+ * first barrier, so a stable pointer points to stable content (invariants 0, 2) with a stable count
+ * (1): an allocation raises the count in memory before anything can link it, and counts go down
+ * only after the unlink is stable.  What is linked after the copy waits for the next flush.
  *
  * Invariants
- * 1. One flush at a time.  Callers that arrive while one runs share the next one: they joined a round
- *    that had not begun, so it covers what they did before.
- * 2. A failed phase leaves everything dirty that it did not make stable.  A table is "unlinked" again only
- *    when the first barrier did not pass; afterwards a pointer to it may be on disk.
+ * 1. One flush at a time.  Callers that arrive while one runs share the next one: they joined a
+ *    round that had not begun, so it covers what they did before.
+ * 2. A failed phase leaves everything dirty that it did not make stable.  A table is "unlinked"
+ *    again only when the first barrier did not pass; afterwards a pointer to it may be on disk.
  * 3. No mutex is held across I/O here; the flusher's turn is a flag.
- * 4. A generation ends while both locks are held that changes are made under.  So whatever is freed in
- *    a generation was unlinked in a table that its flush, or one before, has copied.
+ * 4. A generation ends while both locks are held that changes are made under.  So whatever is freed
+ *    in a generation was unlinked in a table that its flush, or one before, has copied.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -129,8 +130,8 @@ static int copy_map(BDRVQcow2State *s, FlushCopy *c)
     return ret < 0 ? ret : copy_refcounts(s, c);
 }
 
-/* Gives everything back: clean after success, dirty again where it failed. Nobody else collects meanwhile
- * (invariant 1), so the locks of the kinds are not needed. */
+/* Gives everything back: clean after success, dirty again where it failed. Nobody else collects
+ * meanwhile (invariant 1), so the locks of the kinds are not needed. */
 static void copy_finish(BDRVQcow2State *s, FlushCopy *c, bool failed)
 {
     bool relink = failed && !c->phase1_stable;
@@ -294,7 +295,8 @@ static int flush_once(BlockDriverState *bs)
 
 /* ---- sharing ---- */
 
-static void lead_locked(BlockDriverState *bs, Qcow2Flusher *f, FlushRound *round) QB_REQUIRES(f->lock)
+static void lead_locked(BlockDriverState *bs, Qcow2Flusher *f, FlushRound *round)
+    QB_REQUIRES(f->lock)
 {
     int ret;
 

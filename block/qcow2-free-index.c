@@ -13,12 +13,12 @@
  *      seen[]      blocks not looked at yet have longest 0 and are handed out by unseen() in order
  *
  * Invariants
- * 1. A leaf is never smaller than the longest run of free counts in its block (an upper bound): a search
- *    that fails inside a block makes it exact, a free raises it by what may have merged.
+ * 1. A leaf is never smaller than the longest run of free counts in its block (an upper bound): a
+ *    search that fails inside a block makes it exact, a free raises it by what may have merged.
  * 2. first[] is never larger than the lowest free slot.
  *
- * So an allocation costs O(log n) here and one scan of one block; nothing is rescanned after a free.
- * All functions are called with the alloc lock held.
+ * So an allocation costs O(log n) here and one scan of one block; nothing is rescanned after a
+ * free. All functions are called with the alloc lock held.
  *
  * SPDX-License-Identifier: MIT
  */

@@ -3,13 +3,13 @@
  *
  *      announce --> [unresolved: pins everything] --resolve--> [pins its run] --leave-->
  *
- * A request announces itself before it looks its mapping up, because from then on it may act on what it
- * reads there.  Whoever takes a host run away changes the map first and then asks whether anybody who was
- * announced before that still uses the run (invariant 3 of the driver).
+ * A request announces itself before it looks its mapping up, because from then on it may act on
+ * what it reads there.  Whoever takes a host run away changes the map first and then asks whether
+ * anybody who was announced before that still uses the run (invariant 3 of the driver).
  *
  * Invariants
- * 1. Sequence numbers rise in list order; everybody announced before qcow2_inflight_seq() returned has a
- *    smaller one than it.
+ * 1. Sequence numbers rise in list order; everybody announced before qcow2_inflight_seq() returned
+ *    has a smaller one than it.
  * 2. The lock is a leaf and never held while anything waits but in functions that wait here.
  *
  * The list is as long as there are requests in flight (tens), so it is searched linearly.

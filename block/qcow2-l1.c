@@ -2,18 +2,18 @@
  * The active L1 table in memory.
  *
  *      struct Qcow2L1:  be[]  (big-endian, as on disk)   dirty: a flag per 512-byte sector
- *                       offset, size                     moved: lies at a place the header does not name
+ *                       offset, size                     moved: the header does not name its place
  *
  * Invariants
- * 1. Readers take the rwlock shared for one entry; whoever changes an entry or the pointer holds the
- *    metadata lock and the rwlock exclusively.
+ * 1. Readers take the rwlock shared for one entry; whoever changes an entry or the pointer holds
+ *    the metadata lock and the rwlock exclusively.
  * 2. A table that grows gets new clusters and "moved"; the flush writes all of it before the header
- *    switches, in one sector write, after the barrier that made its L2 tables stable.  The old clusters
- *    go to quarantine, which keeps them until that flush is done.
+ *    switches, in one sector write, after the barrier that made its L2 tables stable.  The old
+ *    clusters go to quarantine, which keeps them until that flush is done.
  * 3. Entries set while a flush runs stay dirty for the next one.
  *
- * Deliberately not done: overwriting the active table as a whole in place (snapshot apply makes a new
- * table and calls qcow2_l1_replace() after its own header switch).
+ * Deliberately not done: overwriting the active table as a whole in place (snapshot apply makes a
+ * new table and calls qcow2_l1_replace() after its own header switch).
  *
  * SPDX-License-Identifier: MIT
  */

@@ -1,11 +1,11 @@
 /*
  * The overlap guard: no write of data or of one kind of metadata may hit metadata of another kind.
  *
- * It catches what should be impossible: counts on disk that were wrong (a cluster handed out twice), or
- * a mapping that points into metadata.
+ * It catches what should be impossible: counts on disk that were wrong (a cluster handed out
+ * twice), or a mapping that points into metadata.
  *
  *      header, L1, refcount table, snapshot table, snapshots' L1s   ranges, compared directly
- *      L2 tables, refcount blocks                                   looked up in the cache by offset
+ *      L2 tables, refcount blocks                                   by offset in the cache
  *
  * Invariant: a look costs a handful of comparisons, and a hash look-up per cluster written.
  *

@@ -2,21 +2,23 @@
  * Quarantine: host runs that were freed in memory and may not be reused yet.
  *
  *      entry changed, run freed --> {run, generation, sequence, type} --+
- *                                                                       | flush of that generation done,
- *                                                                       | users announced before have left
+ *                                                                       | that generation flushed,
+ *                                                                       | users before it gone
  *      other sharers left, or not to be punched --> lower counts <------+
  *      last reference, to be punched --> punch the file --> lower counts'
  *
  * Invariants
- * 1. A count is lowered only when the unlink is stable and no user announced before it is left, so no
- *    cluster is punched, overwritten or reused while a stable reference or a reader exists (invariant 3).
- * 2. A cluster that is to be punched keeps its count until the punch is done: it cannot be allocated
- *    in between.
+ * 1. A count is lowered only when the unlink is stable and no user announced before it is left, so
+ *    no cluster is punched, overwritten or reused while a stable reference or a reader exists
+ *    (invariant 3).
+ * 2. A cluster that is to be punched keeps its count until the punch is done: it cannot be
+ *    allocated in between.
  * 3. One release at a time (the flusher calls it, holding its turn).
  *
- * The amount is bounded by those who allocate, write and discard: qcow2_quarantine_full() makes them flush
- * (qcow2_relieve()).  What users held back at the last flush does not count, another one would not move it.
- * An image on which nothing was freed for a second is idle: its next change makes it flush.
+ * The amount is bounded by those who allocate, write and discard: qcow2_quarantine_full() makes
+ * them flush (qcow2_relieve()).  What users held back at the last flush does not count, another one
+ * would not move it.  An image on which nothing was freed for a second is idle: its next change
+ * makes it flush.
  * Deliberately not done: releasing by a timer; without any request the space comes back at close.
  *
  * SPDX-License-Identifier: MIT
@@ -271,8 +273,8 @@ static void append_run(GArray *runs, uint64_t offset, uint64_t bytes)
     }
 }
 
-/* Sorts the clusters of one loss: those whose last reference goes and whose space is to be given back
- * into @punch, the others into @now. */
+/* Sorts the clusters of one loss: those whose last reference goes and whose space is to be given
+ * back into @punch, the others into @now. */
 static int sort_loss(BlockDriverState *bs, const Loss *loss, GArray *now, GArray *punch)
 {
     if (!loss->punch) {

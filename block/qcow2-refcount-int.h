@@ -1,5 +1,6 @@
 /*
- * What qcow2-refcount.c, qcow2-reftable.c and qcow2-alloc.c share: the alloc lock's inner functions.
+ * What qcow2-refcount.c, qcow2-reftable.c and qcow2-alloc.c share: the alloc lock's inner
+ * functions.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -25,18 +26,19 @@ static inline uint64_t qcow2_slot_of(const BDRVQcow2State *s, uint64_t cluster)
 /* ---- qcow2-reftable.c ---- */
 
 /* Host offset of refcount block @index, 0: there is none. */
-uint64_t qcow2_block_offset_locked(const BDRVQcow2State *s, uint64_t index) QB_REQUIRES(s->alloc_lock);
+uint64_t qcow2_block_offset_locked(const BDRVQcow2State *s, uint64_t index)
+    QB_REQUIRES(s->alloc_lock);
 /*
- * Pins block @index, which exists.  If it is not in memory the alloc lock is let go for loading it, and
- * *dropped becomes true: what was looked at before may have changed.  0 or -errno.
+ * Pins block @index, which exists.  If it is not in memory the alloc lock is let go for loading it,
+ * and *dropped becomes true: what was looked at before may have changed.  0 or -errno.
  */
 int qcow2_pin_block_locked(BDRVQcow2State *s, uint64_t index, Qcow2Table **ret, bool *dropped)
     QB_REQUIRES(s->alloc_lock);
 /*
- * Makes blocks for @blocks_from onwards, so that they cover themselves, a larger refcount table if one is
- * needed, and @clusters more; all that in one run of clusters none of which has a count.  Counts of
- * all of it become 1.  Host offset of the @clusters, or -errno with nothing changed: -ENOSPC when it would
- * not lie below host cluster @limit.
+ * Makes blocks for @blocks_from onwards, so that they cover themselves, a larger refcount table if
+ * one is needed, and @clusters more; all that in one run of clusters none of which has a count. 
+ * Counts of all of it become 1.  Host offset of the @clusters, or -errno with nothing changed:
+ * -ENOSPC when it would not lie below host cluster @limit.
  */
 int64_t qcow2_append_blocks_locked(BDRVQcow2State *s, uint64_t blocks_from, uint64_t clusters,
                                    uint64_t limit) QB_REQUIRES(s->alloc_lock);

@@ -4,17 +4,18 @@
  *      runs --sort--> pass 1: every cluster's new count fits?     (nothing changed yet)
  *                 --> pass 2: change, one block at a time
  *
- * Counts are stored as on disk, 1 to 64 bits wide: below 8 bits the lowest slot is in the lowest bits,
- * from 8 bits on they are big-endian.
+ * Counts are stored as on disk, 1 to 64 bits wide: below 8 bits the lowest slot is in the lowest
+ * bits, from 8 bits on they are big-endian.
  *
  * Invariants
  * 1. Only blocks in the cache are changed, under the alloc lock; the flush writes them.
- * 2. An overflow or underflow is found before the first change, so that such a call changed nothing.
- *    The caller sees to it that nobody else changes the same counts in between (whole node in the range
- *    lock, or the flusher's turn).  Blocks that cannot be read are met there too; should one be dropped
- *    from memory and fail to come back between the passes, the rest of the counts stays as it was.
- * 3. Underflow, or raising the count of a cluster that has no refcount block, means that the counts on
- *    disk are wrong: the image is marked corrupt.
+ * 2. An overflow or underflow is found before the first change, so that such a call changed
+ *    nothing. The caller sees to it that nobody else changes the same counts in between (whole node
+ *    in the range lock, or the flusher's turn).  Blocks that cannot be read are met there too;
+ *    should one be dropped from memory and fail to come back between the passes, the rest of the
+ *    counts stays as it was.
+ * 3. Underflow, or raising the count of a cluster that has no refcount block, means that the counts
+ *    on disk are wrong: the image is marked corrupt.
  * 4. The free-space index hears of every count that becomes 0.
  *
  * SPDX-License-Identifier: MIT
@@ -184,9 +185,9 @@ static int underflow(BDRVQcow2State *s, uint64_t cluster)
                                    cluster << s->cluster_bits);
 }
 
-/* 0 if all counts of the part can take @delta, else the first that cannot is in *@ret_misfit: -EINVAL if it
- * has no room, -EIO if it is too low. A cluster whose count is to be raised is in use already, so that a
- * count of 0 is as wrong as one that cannot be lowered. */
+/* 0 if all counts of the part can take @delta, else the first that cannot is in *@ret_misfit:
+ * -EINVAL if it has no room, -EIO if it is too low. A cluster whose count is to be raised is in use
+ * already, so that a count of 0 is as wrong as one that cannot be lowered. */
 static int judge_counts(BDRVQcow2State *s, Qcow2Table *t, const Part *p, int delta,
                         uint64_t *ret_misfit)
 {
@@ -228,7 +229,8 @@ static void change_counts_locked(BDRVQcow2State *s, Qcow2Table *t, const Part *p
     qb_mutex_assert_held(&s->alloc_lock);
     for (uint64_t i = 0; i < p->n; i++) {
         uint64_t slot = p->slot + i;
-        uint64_t count = qcow2_refcount_read(data, s->refcount_order, slot) + (uint64_t)(int64_t)delta;
+        uint64_t count = qcow2_refcount_read(data, s->refcount_order, slot);
+        count += (uint64_t)(int64_t)delta;
         qcow2_refcount_write(data, s->refcount_order, slot, count);
         if (count == 0) {
             forget_compressed_next(s, p->index, slot, 1);

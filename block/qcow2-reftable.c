@@ -3,18 +3,23 @@
  *
  *      s->reftable.entries[i] --> block i --> counts of host clusters [i * R, (i + 1) * R)
  *
- * New blocks are made where nothing has a count yet: at the first cluster of the first new block's range.
+ * New blocks are made where nothing has a count yet: at the first cluster of the first new block's
+ * range.
  *
- *      cluster  i*R                                             (k blocks, T clusters of table, n asked for)
+ *      cluster  i*R                              (k blocks, T clusters of table, n asked for)
  *               [block i][block i+1]...[new table, T clusters][the n clusters]
  *               each block counts what lies in its range: itself, the others, the table, the n
  *
  * Invariants
- * 1. entries[] is what the next successful flush makes of the disk; dirty[] lists entries that the disk
- *    does not have; "moved" says that the whole table lies at a place the header does not name.
- * 2. A block that was appended describes its own cluster, or lies in the range of one appended with it.
- * 3. The old table's clusters are freed through quarantine, so they stay until the header has switched.
- * 4. The table never exceeds QCOW2_MAX_REFTABLE_BYTES, and no cluster lies beyond QCOW2_MAX_HOST_OFFSET.
+ * 1. entries[] is what the next successful flush makes of the disk; dirty[] lists entries that the
+ *    disk does not have; "moved" says that the whole table lies at a place the header does not
+ *    name.
+ * 2. A block that was appended describes its own cluster, or lies in the range of one appended with
+ *    it.
+ * 3. The old table's clusters are freed through quarantine, so they stay until the header has
+ *    switched.
+ * 4. The table never exceeds QCOW2_MAX_REFTABLE_BYTES, and no cluster lies beyond
+ *    QCOW2_MAX_HOST_OFFSET.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -61,7 +66,8 @@ static uint64_t trim_blocks(const BDRVQcow2State *s, uint64_t n)
     return n;
 }
 
-/* Blocks that are missing between others: all their clusters are free, and that is known at once. */
+/* Blocks that are missing between others: all their clusters are free, and that is known at
+ * once. */
 static void index_missing_blocks(BDRVQcow2State *s)
 {
     QB_GUARD(&s->alloc_lock);
@@ -241,7 +247,8 @@ static uint64_t append_offset(const BDRVQcow2State *s, const Append *a, uint64_t
 
 static void switch_table(BDRVQcow2State *s, const Append *a)
 {
-    uint64_t old = s->reftable.offset, old_bytes = (uint64_t)s->reftable.clusters << s->cluster_bits;
+    uint64_t old = s->reftable.offset;
+    uint64_t old_bytes = (uint64_t)s->reftable.clusters << s->cluster_bits;
 
     if (!a->table) {
         return;
@@ -450,8 +457,8 @@ static void restore_entry(BDRVQcow2State *s, const DroppedBlock *d)
     qcow2_free_index_set(s->free_index, d->index, qcow2_counts_per_block(s), 0);
 }
 
-/* Their clusters became free with the entries, so they must not be used before the table on disk has
- * forgotten them: where the flush failed they are put back. */
+/* Their clusters became free with the entries, so they must not be used before the table on disk
+ * has forgotten them: where the flush failed they are put back. */
 static int settle_dropped(BlockDriverState *bs, const GArray *dropped)
 {
     BDRVQcow2State *s = qcow2_state(bs);

@@ -1,13 +1,14 @@
 /*
- * A file in memory that remembers what was done to it, for tests of what qcow2 writes in which order.
+ * A file in memory that remembers what was done to it, for tests of what qcow2 writes in which
+ * order.
  *
  *   RecFile "a"  <--- node of driver test-rec, file.name=a
  *      data, length      as the kernel would show them
- *      log               W W D F M W F ...      writes, discards (as writes of zeroes), flushes, marks
- *      fail              the n-th read, write or flush from now on gives an error, once
+ *      log               W W D F M W F ...      writes, discards (as writes of zeroes), flushes,
+ *      marks fail              the n-th read, write or flush from now on gives an error, once
  *
- * The log of a run, applied to the bytes from before it, gives what a crash leaves: all up to some point;
- * or all up to the last flush before that point and any sectors of what followed.
+ * The log of a run, applied to the bytes from before it, gives what a crash leaves: all up to some
+ * point; or all up to the last flush before that point and any sectors of what followed.
  *
  * The files outlive the nodes.  Data are copied without a lock; the log has one.
  *
@@ -272,7 +273,8 @@ static inline int rec_pwritev(BlockDriverState *bs, BdrvRequest *req, int64_t of
     return 0;
 }
 
-static inline int rec_pdiscard(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes)
+static inline int rec_pdiscard(BlockDriverState *bs, BdrvRequest *req, int64_t offset,
+                               int64_t bytes)
 {
     RecFile *f = rec_of(bs);
     memset(f->data + offset, 0, (size_t)bytes);

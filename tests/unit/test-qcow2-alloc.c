@@ -1,9 +1,9 @@
 /*
- * Allocation of host clusters against an oracle of counts, for all widths of counts; packing; quarantine;
- * how long a file gets; what happens when there is no more space.
+ * Allocation of host clusters against an oracle of counts, for all widths of counts; packing;
+ * quarantine; how long a file gets; what happens when there is no more space.
  *
- * The oracle knows for every cluster how many references the test holds (mine), how many wait in quarantine
- * (gone), and which clusters are the image's own; the count must be the sum.
+ * The oracle knows for every cluster how many references the test holds (mine), how many wait in
+ * quarantine (gone), and which clusters are the image's own; the count must be the sum.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -58,7 +58,8 @@ static void own_run(World *w, uint64_t offset, uint64_t clusters)
     }
 }
 
-/* The image's own clusters as they are now; an old refcount table waits for the flush like others. */
+/* The image's own clusters as they are now; an old refcount table waits for the flush like
+ * others. */
 static void look_at_own(World *w)
 {
     BDRVQcow2State *s = w->s;
@@ -376,11 +377,13 @@ static void test_cluster_0(void)
 {
     World *w = world_new("size=1M,cluster_size=4k", CLUSTERS * 4096);
     Qcow2HostRun header = {0, 4096};
+    g_assert_cmpint(qcow2_alloc_clusters(w->bs, 4096), >, 0); /* the block has been looked at */
     g_assert_cmpint(qcow2_update_refcounts(w->bs, &header, 1, -1), ==, 0);
     int64_t a = qcow2_alloc_clusters(w->bs, 4096);
     g_assert_cmpint(a, >, 0);
     qcow2_alloc_undo(w->bs, (uint64_t)a, 4096);
-    g_assert_cmpint(qcow2_update_refcounts(w->bs, &header, 1, 1), ==, -EIO); /* in use without a count */
+    /* in use without a count */
+    g_assert_cmpint(qcow2_update_refcounts(w->bs, &header, 1, 1), ==, -EIO);
     g_assert_true(atomic_load(&w->s->corrupt));
     world_free(w);
 }
@@ -430,6 +433,8 @@ static void test_quarantine_users(void)
     qcow2_user_announce(w->s, &unresolved);
     g_assert_cmpint(qcow2_flush(w->bs), ==, 0);
     g_assert_false(is_free(w, a));
+    g_assert_cmpuint(qcow2_quarantine_bytes(w->s), ==, 4096);
+    g_assert_cmpuint(qcow2_quarantine_releasable(w->s), ==, 0); /* a flush would not help */
     qcow2_free_run(w->bs, (uint64_t)b, 4096, QCOW2_DISCARD_ALWAYS);
     g_assert_cmpint(qcow2_flush(w->bs), ==, 0);
     g_assert_false(is_free(w, b)); /* pinned by the one who may be anywhere */
@@ -455,7 +460,8 @@ static void free_later(void *opaque)
     qcow2_free_run(later->w->bs, (uint64_t)later->offset, 4096, QCOW2_DISCARD_ALWAYS);
 }
 
-/* What is freed while a flush is under way waits for the next one: this one has copied its tables. */
+/* What is freed while a flush is under way waits for the next one: this one has copied its
+ * tables. */
 static void test_quarantine_generation(void)
 {
     World *w = world_new("size=1M,cluster_size=4k", CLUSTERS * 4096);
@@ -568,6 +574,9 @@ static void test_device(void)
     g_assert_cmpuint(n, >, 2 * MIB - 200 * KIB);
     g_assert_cmpint(qcow2_alloc_clusters(w->bs, 100 * 512), ==, -ENOSPC);
     g_assert_cmpint(qcow2_alloc_bytes(w->bs, 100), ==, -ENOSPC);
+    qcow2_alloc_undo(w->bs, (uint64_t)end - 1024, 1024);
+    g_assert_cmpint(qcow2_alloc_clusters(w->bs, 1536), ==, -ENOSPC); /* free counts go on behind */
+    g_assert_cmpint(qcow2_alloc_clusters(w->bs, 1024), ==, end - 1024);
     Piece p = take_live(w);
     qcow2_free_run(w->bs, p.offset, p.bytes, QCOW2_DISCARD_ALWAYS);
     ret = qcow2_alloc_clusters(w->bs, 512); /* flushes for it */
@@ -630,8 +639,8 @@ static void taker_take(Taker *t)
     int64_t offset = qcow2_alloc_run(t->w->bs, 0, &bytes);
     g_assert_cmpint(offset, >, 0);
     for (uint64_t at = 0; at < bytes; at += s->cluster_size) {
-        g_assert_cmpuint(atomic_fetch_add(&taken[((uint64_t)offset + at) >> s->cluster_bits], 1), ==,
-                         0);
+        uint64_t c = ((uint64_t)offset + at) >> s->cluster_bits;
+        g_assert_cmpuint(atomic_fetch_add(&taken[c], 1), ==, 0);
     }
     Piece p = {(uint64_t)offset, bytes};
     g_array_append_val(t->live, p);

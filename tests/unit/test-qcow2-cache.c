@@ -1,8 +1,8 @@
 /*
  * Tables in memory: finding, loading, poisoning, trimming, and collecting what is dirty.
  *
- * The tables lie in a file in memory behind the clusters of a real image; before it is closed all of them
- * are poisoned, so that nothing of them is written.
+ * The tables lie in a file in memory behind the clusters of a real image; before it is closed all
+ * of them are poisoned, so that nothing of them is written.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -175,7 +175,8 @@ static void *run_loader(void *opaque)
     return NULL;
 }
 
-/* Poisoned while it is read: nobody finds it afterwards, those who waited for it see that it is stale. */
+/* Poisoned while it is read: nobody finds it afterwards, those who waited for it see that it is
+ * stale. */
 static void test_poison_loading(Fixture *x, const void *data)
 {
     Loader l[4];

@@ -60,7 +60,9 @@ static void test_resolve(void)
 /* Leaving in any order keeps the list whole. */
 static void test_leave_in_any_order(void)
 {
-    static const int orders[][3] = {{0, 1, 2}, {0, 2, 1}, {1, 0, 2}, {1, 2, 0}, {2, 0, 1}, {2, 1, 0}};
+    static const int orders[][3] = {
+        {0, 1, 2}, {0, 2, 1}, {1, 0, 2}, {1, 2, 0}, {2, 0, 1}, {2, 1, 0},
+    };
     setup();
     for (size_t o = 0; o < G_N_ELEMENTS(orders); o++) {
         Qcow2User u[3];
