@@ -9,10 +9,10 @@
  * base without being read.  A batch is read at depth, then written at depth.
  *
  * Invariants
- * 1. The base's content never becomes something that neither base nor top showed: a range is written
- *    with what top shows.  So a commit that stops half-way can be run again, to completion.
- * 2. The base is flushed before success is reported; whoever empties or deletes the overlay afterwards
- *    relies on it.
+ * 1. The base's content never becomes something that neither base nor top showed: a range is
+ *    written with what top shows.  So a commit that stops half-way can be run again, to completion.
+ * 2. The base is flushed before success is reported; whoever empties or deletes the overlay
+ *    afterwards relies on it.
  * 3. The base goes back to read-only whether the commit succeeds or fails.
  *
  * Deliberately not done here: emptying the overlay, changing the graph.

@@ -2,8 +2,8 @@
  * The one option parser of qemu-img.
  *
  * A verb describes its options in a table; each entry says where the value goes in the verb's own
- * argument struct.  From the table come the getopt strings, the parsing and the --help text, so that
- * the three cannot disagree.
+ * argument struct.  From the table come the getopt strings, the parsing and the --help text, so
+ * that the three cannot disagree.
  *
  *      table entry {kind, letter, name, offsetof(Args, x)}  --getopt_long-->  args->x
  *

@@ -1,8 +1,8 @@
 /*
  * qemu-img check: consistency of an image, and repair.
  *
- * The library gives findings as records; each is a line on stderr.  Counts go to stdout for people or
- * as JSON, which lists the findings too.
+ * The library gives findings as records; each is a line on stderr.  Counts go to stdout for people
+ * or as JSON, which lists the findings too.
  *
  *      check [repair] --fixed something?--> say what, check again without repair --> counts
  *
@@ -283,7 +283,8 @@ int img_check(int argc, char **argv)
         break;
     }
     g_autoptr(GPtrArray) objects = args.objects;
-    if (!img_check_cache("source ", args.cache) || !parse_repair(args.repair, &fix) || !img_parse_output("check", args.output, &json)) {
+    if (!img_check_cache("source ", args.cache) || !parse_repair(args.repair, &fix) ||
+        !img_parse_output("check", args.output, &json)) {
         return CHECK_FAILED;
     }
     if (operands->len != 1) {

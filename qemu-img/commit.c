@@ -3,8 +3,8 @@
  * overlay is emptied.
  *
  * Invariants
- * 1. The overlay is emptied only after the base was flushed; with -d, or with -b naming a base below
- *    the direct backing file, it is left as it is.
+ * 1. The overlay is emptied only after the base was flushed; with -d, or with -b naming a base
+ *    below the direct backing file, it is left as it is.
  * 2. A commit that failed or was stopped leaves both images usable, and can be run again.
  *
  * SPDX-License-Identifier: MIT

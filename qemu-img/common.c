@@ -1,8 +1,8 @@
 /*
  * What all verbs of qemu-img do alike: messages, opening and closing, sizes.
  *
- * Every diagnostic goes to stderr with the prefix "qemu-img: "; data go to stdout.  A message is made
- * where the cause is known (mostly in the library); here it is printed, once.
+ * Every diagnostic goes to stderr with the prefix "qemu-img: "; data go to stdout.  A message is
+ * made where the cause is known (mostly in the library); here it is printed, once.
  *
  * Not done here: deciding exit codes; each verb knows its own.
  *

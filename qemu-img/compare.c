@@ -190,6 +190,17 @@ static int compare_step(Comparison *c, int64_t offset, int64_t bytes, int64_t *r
     return compare_data(c, offset, bytes);
 }
 
+/* Counts a step; the place to stop at when a signal asked for it. */
+static int step_done(Comparison *c, int64_t offset, int64_t bytes)
+{
+    qb_progress_add(&c->progress, (uint64_t)bytes);
+    if (img_interrupted()) {
+        img_error("Interrupted at offset %" PRId64 "; no difference found so far", offset + bytes);
+        return COMPARE_READ_FAILED;
+    }
+    return COMPARE_SAME;
+}
+
 static int compare_common(Comparison *c, int64_t end)
 {
     for (int64_t offset = 0, bytes; offset < end; offset += bytes) {
@@ -197,11 +208,10 @@ static int compare_common(Comparison *c, int64_t end)
         if (status) {
             return status;
         }
-        if (img_interrupted()) {
-            img_error("Interrupted at offset %" PRId64, offset);
-            return COMPARE_READ_FAILED;
+        status = step_done(c, offset, bytes);
+        if (status) {
+            return status;
         }
-        qb_progress_add(&c->progress, (uint64_t)bytes);
     }
     return COMPARE_SAME;
 }
@@ -221,10 +231,10 @@ static int compare_tail(Comparison *c, int which, int64_t offset)
             bytes = MIN(bytes, COMPARE_CHUNK);
             status = require_zero(c, which, offset, bytes);
         }
+        status = status ? status : step_done(c, offset, bytes);
         if (status) {
             return status;
         }
-        qb_progress_add(&c->progress, (uint64_t)bytes);
     }
     return COMPARE_SAME;
 }

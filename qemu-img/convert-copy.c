@@ -14,8 +14,8 @@
  * Invariants
  * 1. Units partition [0, size); a DATA unit is at most CONVERT_UNIT long and begins and ends on a
  *    cluster of the target (but for the end of the image).
- * 2. After the first error, or a signal, no new unit is handed out; turns are still passed on, so no
- *    worker waits for ever.
+ * 2. After the first error, or a signal, no new unit is handed out; turns are still passed on, so
+ *    no worker waits for ever.
  *
  * Not done here: opening, creating and judging; convert.c does.
  *
@@ -217,8 +217,8 @@ static void salvage_sectors(const ConvertSource *src, int64_t pos, int64_t bytes
         if (ret < 0) {
             memset(buf + done, 0, (size_t)n);
             if (!quiet) {
-                img_warn("error while reading offset %" PRId64 " of '%s': %s", pos + done, src->name,
-                         g_strerror(-ret));
+                img_warn("error while reading offset %" PRId64 " of '%s': %s", pos + done,
+                         src->name, g_strerror(-ret));
             }
         }
     }
@@ -304,7 +304,8 @@ static int64_t sparse_step(const ConvertPlan *plan)
  * sources' (sizes are rounded up to sectors). The buffer is zero behind the unit. */
 static int64_t padded(const ConvertPlan *plan, int64_t offset, int64_t bytes)
 {
-    int64_t end = (int64_t)qb_align_up((uint64_t)(offset + bytes), (uint64_t)plan->target_alignment);
+    uint64_t align = (uint64_t)plan->target_alignment;
+    int64_t end = (int64_t)qb_align_up((uint64_t)(offset + bytes), align);
 
     return plan->compress ? MIN(end, plan->target_size) - offset : bytes;
 }

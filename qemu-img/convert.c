@@ -247,7 +247,8 @@ static json_t *judge_target(const ConvertArgs *a, const char *name)
         img_report(err, 1);
         return NULL;
     }
-    if (qb_opt_peek_string(options, "backing_file") && !qb_opt_peek_string(options, "backing_fmt")) {
+    if (qb_opt_peek_string(options, "backing_file") &&
+        !qb_opt_peek_string(options, "backing_fmt")) {
         img_error("Use of backing file requires explicit backing format");
         return NULL;
     }
@@ -403,7 +404,7 @@ int img_convert(int argc, char **argv)
     ConvertPlan plan = {.compress = args.compress, .out_of_order = args.out_of_order,
                         .salvage = args.salvage, .quiet = args.quiet,
                         .rate_limit = args.rate_limit};
-    if (img_asks_for_option_help(args.options)) {
+    if (img_asks_for_option_help(options)) {
         return img_print_option_help(target_format(&args), last_operand(operands));
     }
     if (operands->len < 2) {

@@ -4,8 +4,8 @@
  *      "k=v,..."  --parse--> strings  --judge by the tables--> integers (numbers, sizes), strings
  *                                      format's table, then that of the protocol below it
  *
- * The tables belong to the drivers; here they decide which names exist and which type a value has, so
- * that a wrong name or value is said before any file is touched.
+ * The tables belong to the drivers; here they decide which names exist and which type a value has,
+ * so that a wrong name or value is said before any file is touched.
  *
  * Not done here: what values mean; the driver judges that.
  *

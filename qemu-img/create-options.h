@@ -23,8 +23,8 @@ bool img_asks_for_option_help(const char *options);
 /* Prints the options of @format and, with @file, of its protocol; returns the exit status. */
 int img_print_option_help(const char *format, const char *file);
 /*
- * Parses @text ("k=v,...", may be NULL), adds the backing file and format if given, and judges names
- * and types. Flat object: sizes and numbers are integers, all else strings. NULL on error.
+ * Parses @text ("k=v,...", may be NULL), adds the backing file and format if given, and judges
+ * names and types. Flat object: sizes and numbers are integers, all else strings. NULL on error.
  */
 json_t *img_parse_create_options(const ImgCreateTables *t, const char *format, const char *text,
                                  const char *backing, const char *backing_format, GError **errp);

@@ -4,8 +4,8 @@
  * The tool judges what it was told (names, backing file and format, size) and prints the line that
  * scripts know ("Formatting ..."); the library validates and makes the image.
  *
- * Invariant: nothing is printed to stdout but that line (or the help for -o), and it is printed before
- * the format driver judges what the options mean, also when that turns out wrong.
+ * Invariant: nothing is printed to stdout but that line (or the help for -o), and it is printed
+ * before the format driver judges what the options mean, also when that turns out wrong.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -24,7 +24,8 @@ typedef struct CreateArgs {
 } CreateArgs;
 
 static const ImgOption create_options[] = {
-    {IMG_STRING, 'f', "format", offsetof(CreateArgs, format), "FMT", "format of the new image [raw]"},
+    {IMG_STRING, 'f', "format", offsetof(CreateArgs, format), "FMT",
+     "format of the new image [raw]"},
     {IMG_JOINED, 'o', "options", offsetof(CreateArgs, options), "OPTS",
      "format options, name=value,...; 'help' lists them"},
     {IMG_STRING, 'b', "backing", offsetof(CreateArgs, backing), "FILE", "backing file"},
@@ -267,7 +268,7 @@ int img_create(int argc, char **argv)
     }
     g_autofree char *options = args.options;
     g_autoptr(GPtrArray) objects = args.objects;
-    if (img_asks_for_option_help(args.options)) {
+    if (img_asks_for_option_help(options)) {
         return img_print_option_help(create_format(&args),
                                      operands->len ? operands->pdata[0] : NULL);
     }

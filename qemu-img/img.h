@@ -77,8 +77,8 @@ typedef enum ImgParseResult {
     IMG_PARSE_ERROR /* said; exit 1 */
 } ImgParseResult;
 
-/* Parses @argv into @args by the table. Operands go to @operands (borrowed strings) in order; a word
- * that looks like a negative number is an operand. */
+/* Parses @argv into @args by the table. Operands go to @operands (borrowed strings) in order; a
+ * word that looks like a negative number is an operand. */
 ImgParseResult img_parse_args(const ImgUsage *usage, int argc, char **argv, void *args,
                               GPtrArray *operands);
 /* "qemu-img: MSG" and the hint to try --help; returns 1. */
@@ -113,8 +113,8 @@ BlockBackend *img_open(const char *name, const ImgOpen *how);
 bool img_check_open_args(const char *format, bool image_opts);
 /* Is @mode (or NULL) a cache mode? @which: "source " or "". False: said. */
 bool img_check_cache(const char *which, const char *mode);
-/* Flushes and closes. Returns @status, or 1 when that is 0 and the flush failed, which is then said (a
- * verb that failed has said why: one error is enough). */
+/* Flushes and closes. Returns @status, or 1 when that is 0 and the flush failed, which is then said
+ * (a verb that failed has said why: one error is enough). */
 int img_close(BlockBackend *blk, int status);
 /* --object is accepted for kinds that change nothing here; false: said. */
 bool img_check_objects(const GPtrArray *objects);

@@ -1,14 +1,14 @@
 /*
  * qemu-img info.
  *
- * The facts come from the library as JSON (bdrv_image_info); this file prints them, for people in the
- * layout that scripts know too, and follows the backing chain when asked.
+ * The facts come from the library as JSON (bdrv_image_info); this file prints them, for people in
+ * the layout that scripts know too, and follows the backing chain when asked.
  *
  * Invariants
- * 1. Without --backing-chain nothing is opened that the file itself names: a hostile image cannot make
- *    us touch other files.
- * 2. With --image-opts the option string describes the top image only; the rest of the chain is opened
- *    by names.  A chain that comes back to itself is an error, not an endless list.
+ * 1. Without --backing-chain nothing is opened that the file itself names: a hostile image cannot
+ *    make us touch other files.
+ * 2. With --image-opts the option string describes the top image only; the rest of the chain is
+ *    opened by names.  A chain that comes back to itself is an error, not an endless list.
  *
  * SPDX-License-Identifier: MIT
  */

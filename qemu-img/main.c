@@ -89,7 +89,7 @@ static int parse_global(int argc, char **argv, int *ret_status)
     return i;
 }
 
-/* Two kinds are known without our name in front: that on probing, and what a format says of itself. */
+/* Two kinds are known without our name in front: on probing, and what a format says of itself. */
 static void print_warning(const char *text, void *opaque)
 {
     bool bare = g_str_has_prefix(text, "WARNING: ") || g_str_has_prefix(text, "qcow2: ");

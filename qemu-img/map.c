@@ -4,8 +4,8 @@
  *      block status in steps  ->  merge with the row before  ->  print the row
  *
  * Invariants
- * 1. Rows are contiguous, neither empty nor overlapping, and two neighbours differ in more than their
- *    place.
+ * 1. Rows are contiguous, neither empty nor overlapping, and two neighbours differ in more than
+ *    their place.
  * 2. Human output shows only what can be read from a file at an offset; data that lies compressed,
  *    encrypted or in an external file cannot be shown that way and is an error.
  *

@@ -9,8 +9,9 @@
  *
  * Invariants
  * 1. Signals are taken by one thread (util/signals.c); all others have them blocked.
- * 2. A first SIGINT or SIGTERM during a reported operation asks it to stop at its next step; a second
- *    one, or one outside such an operation, ends the process as if the signal were not caught.
+ * 2. A first SIGINT or SIGTERM during a reported operation asks it to stop at its next step; a
+ *    second one, or one outside such an operation, ends the process as if the signal were not
+ *    caught.
  *
  * SPDX-License-Identifier: MIT
  */

@@ -1,9 +1,9 @@
 /*
  * qemu-img rebase: change the backing file of an image.
  *
- * Safe mode keeps what the guest sees: where the image itself has nothing, old and new backing file are
- * compared, and what differs is copied from the old one into the image.  Unsafe mode (-u) only writes
- * the new name.
+ * Safe mode keeps what the guest sees: where the image itself has nothing, old and new backing file
+ * are compared, and what differs is copied from the old one into the image.  Unsafe mode (-u) only
+ * writes the new name.
  *
  *      image unallocated?  no -> nothing to do
  *        old and new both zero  -> nothing to do
