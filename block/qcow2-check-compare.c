@@ -395,7 +395,7 @@ bool qcow2_check_disk_count(Qcow2Check *c, uint64_t cluster, uint64_t *ret)
     }
     bool differs = block->todo & (QCOW2_BLOCK_RAISE | QCOW2_BLOCK_LOWER);
     if (block->state == QCOW2_BLOCK_SOUND && !differs) {
-        *ret = qcow2_refmap_count(c->map, cluster);
+        *ret = MIN(qcow2_refmap_count(c->map, cluster), c->s->refcount_max);
         return true;
     }
     const uint8_t *data = is_readable(block) ? near_block(c, index) : NULL;

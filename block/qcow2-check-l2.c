@@ -276,7 +276,9 @@ static void check_standard(EntryCheck *x)
 {
     BDRVQcow2State *s = x->c->s;
     uint64_t offset = x->e.entry & QCOW2_ENTRY_OFFSET_MASK;
-    bool allocated = offset || (s->has_data_file && (x->e.entry & QCOW2_ENTRY_COPIED));
+    bool zero = !s->has_subclusters && (x->e.entry & QCOW2_ENTRY_ZERO);
+    bool first_of_data_file = s->has_data_file && (x->e.entry & QCOW2_ENTRY_COPIED) && !zero;
+    bool allocated = offset || first_of_data_file;
     check_reserved_bits(x);
     check_subclusters(x, offset, allocated);
     if (!allocated) {

@@ -221,7 +221,8 @@ static void repair_snapshot_table(Qcow2Check *c)
     g_autoptr(GError) err = NULL;
     c->s->snapshots_bytes = own_table_bytes(c);
     GArray *list = c->s->snapshots ? qcow2_snapshots_dup(c->s->snapshots) : qcow2_snapshots_new();
-    if (!qcow2_snapshots_store(c->bs, list, NULL, NULL, &err) || qcow2_flush(c->bs) < 0) {
+    if (!qcow2_snapshots_store(c->bs, list, NULL, NULL, &err) || qcow2_flush(c->bs) < 0 ||
+        !qcow2_snapshots_load(c->bs, true, &err)) {
         qcow2_check_report(c, BDRV_FINDING_CHECK_ERROR, false, "snapshot-table-write", UINT64_MAX,
                            "ERROR failed to update snapshot table: %s",
                            err ? err->message : "flush failed");
@@ -437,11 +438,11 @@ bool qcow2_repair_dirty(BlockDriverState *bs, GError **errp)
     BdrvCheckOptions opts = {.fix = BDRV_FIX_LEAKS | BDRV_FIX_ERRORS};
     BdrvCheckResult res;
     if (!qcow2_check(bs, &opts, &res, errp)) {
-        g_prefix_error(errp, "Could not repair dirty image: ");
         return false;
     }
     if (res.corruptions || res.check_errors) {
-        qb_error_set(errp, EIO, "Could not repair dirty image");
+        qb_error_set(errp, EIO, "%" PRIu64 " errors are left, see 'qemu-img check'",
+                     res.corruptions + res.check_errors);
         return false;
     }
     return true;
