@@ -1,8 +1,8 @@
 # What the tests of check share; after common.sh.
 #
-#     sound_image [OPTIONS]    makes good.qcow2: guest clusters 0..3 hold the bytes 1..4, the first one
-#                              of the second L2 table holds 5; sets c, reftable, refblock, l1, l2 (the
-#                              first), d0 .. d3 to places in the file
+#     sound_image [OPTIONS]    makes good.qcow2: guest clusters 0..3 hold the bytes 1..4, the first
+#                              one of the second L2 table holds 5; sets c, reftable, refblock, l1,
+#                              l2 (the first), d0 .. d3 to places in the file
 #     checks STATUS [OPTION...]    check of bad.qcow2 must exit with STATUS; output in $out
 #     repairs LEAKS CORRUPTIONS OPTION...   check -r must repair so many and end with nothing left
 #     guest_intact IMAGE [SKIP]    the guest clusters hold what they held; number SKIP aside
