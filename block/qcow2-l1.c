@@ -12,6 +12,9 @@
  *    clusters go to quarantine, which keeps them until that flush is done.
  * 3. Entries set while a flush runs stay dirty for the next one.
  *
+ * 4. tables holds every L2 table that be[] names, for the overlap guard; where a broken image names
+ *    one twice, it is forgotten with the first of its entries.
+ *
  * Deliberately not done: overwriting the active table as a whole in place (snapshot apply makes a
  * new table and calls qcow2_l1_replace() after its own header switch).
  *
@@ -34,6 +37,7 @@ struct Qcow2L1 {
     uint64_t offset;
     uint8_t *dirty;
     bool moved;
+    GHashTable *tables; /* a set: the cluster numbers of the L2 tables that be[] names */
 };
 
 static size_t nb_sectors(uint32_t size)
@@ -51,6 +55,21 @@ static uint64_t *padded_copy(const uint64_t *be, uint32_t old_size, uint32_t siz
     return copy;
 }
 
+static gpointer table_key(const BDRVQcow2State *s, uint64_t entry)
+{
+    return GSIZE_TO_POINTER((entry & QCOW2_ENTRY_OFFSET_MASK) >> s->cluster_bits);
+}
+
+/* Misplaced tables are left out: nobody writes to where they are said to be as to a table. */
+static void note_table(const BDRVQcow2State *s, GHashTable *tables, uint64_t entry)
+{
+    uint64_t offset = entry & QCOW2_ENTRY_OFFSET_MASK;
+
+    if (offset && !qcow2_offset_into_cluster(s, offset)) {
+        g_hash_table_add(tables, table_key(s, entry));
+    }
+}
+
 struct Qcow2L1 *qcow2_l1_new(BDRVQcow2State *s, uint64_t *be_entries, uint32_t size,
                              uint64_t offset)
 {
@@ -65,6 +84,10 @@ struct Qcow2L1 *qcow2_l1_new(BDRVQcow2State *s, uint64_t *be_entries, uint32_t s
     l1->size = size;
     l1->offset = offset;
     l1->dirty = g_malloc0(nb_sectors(size) + 1);
+    l1->tables = g_hash_table_new(NULL, NULL);
+    for (uint32_t i = 0; i < size; i++) {
+        note_table(s, l1->tables, be64toh(l1->be[i]));
+    }
     return l1;
 }
 
@@ -74,6 +97,7 @@ void qcow2_l1_free(struct Qcow2L1 *l1)
         qb_rwlock_destroy(&l1->lock);
         g_free(l1->be);
         g_free(l1->dirty);
+        g_hash_table_destroy(l1->tables);
         g_free(l1);
     }
 }
@@ -118,9 +142,26 @@ void qcow2_l1_set_locked(BDRVQcow2State *s, uint64_t index, uint64_t entry)
     qb_mutex_assert_held(&s->lock);
     qb_rwlock_wrlock(&l1->lock);
     assert(index < l1->size);
+    g_hash_table_remove(l1->tables, table_key(s, be64toh(l1->be[index])));
+    note_table(s, l1->tables, entry);
     l1->be[index] = htobe64(entry);
     l1->dirty[index / L1_SECTOR_ENTRIES] = 1;
     qb_rwlock_wrunlock(&l1->lock);
+}
+
+bool qcow2_l1_names_table(const BDRVQcow2State *s, uint64_t offset, uint64_t bytes)
+{
+    struct Qcow2L1 *l1 = s->l1;
+    uint64_t end = offset + bytes;
+    bool found = false;
+
+    qb_rwlock_rdlock(&l1->lock);
+    for (uint64_t pos = qcow2_start_of_cluster(s, offset); pos < end && !found;
+         pos += s->cluster_size) {
+        found = g_hash_table_contains(l1->tables, table_key(s, pos));
+    }
+    qb_rwlock_rdunlock(&l1->lock);
+    return found;
 }
 
 uint64_t *qcow2_l1_dup_be(const BDRVQcow2State *s, uint32_t *ret_size)
@@ -214,6 +255,9 @@ void qcow2_l1_replace(BDRVQcow2State *s, uint64_t *be_entries, uint32_t size, ui
     g_free(l1->dirty);
     l1->be = g_steal_pointer(&fresh->be);
     l1->dirty = g_steal_pointer(&fresh->dirty);
+    GHashTable *old_tables = l1->tables;
+    l1->tables = fresh->tables;
+    fresh->tables = old_tables; /* freed with it */
     l1->size = size;
     l1->offset = offset;
     l1->moved = false;

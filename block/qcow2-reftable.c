@@ -66,6 +66,46 @@ static uint64_t trim_blocks(const BDRVQcow2State *s, uint64_t n)
     return n;
 }
 
+static gpointer block_key(const BDRVQcow2State *s, uint64_t entry)
+{
+    return GSIZE_TO_POINTER((entry & QCOW2_REFTABLE_OFFSET_MASK) >> s->cluster_bits);
+}
+
+static void set_entry_locked(BDRVQcow2State *s, uint64_t index, uint64_t offset)
+{
+    g_hash_table_remove(s->reftable.blocks, block_key(s, s->reftable.entries[index]));
+    s->reftable.entries[index] = offset;
+    if (offset) {
+        g_hash_table_add(s->reftable.blocks, block_key(s, offset));
+    }
+}
+
+bool qcow2_is_refblock(BDRVQcow2State *s, uint64_t offset, uint64_t bytes)
+{
+    QB_GUARD(&s->alloc_lock);
+    uint64_t end = offset + bytes;
+    bool found = false;
+
+    for (uint64_t pos = qcow2_start_of_cluster(s, offset); pos < end && !found;
+         pos += s->cluster_size) {
+        found = g_hash_table_contains(s->reftable.blocks, block_key(s, pos));
+    }
+    return found;
+}
+
+/* For the overlap guard; entries that name no cluster are left out. */
+static void note_blocks(BDRVQcow2State *s)
+{
+    QB_GUARD(&s->alloc_lock);
+
+    for (uint64_t i = 0; i < s->reftable.nb_entries; i++) {
+        uint64_t offset = s->reftable.entries[i] & QCOW2_REFTABLE_OFFSET_MASK;
+        if (offset && !qcow2_offset_into_cluster(s, offset)) {
+            g_hash_table_add(s->reftable.blocks, block_key(s, offset));
+        }
+    }
+}
+
 /* Blocks that are missing between others: all their clusters are free, and that is known at
  * once. */
 static void index_missing_blocks(BDRVQcow2State *s)
@@ -114,6 +154,7 @@ bool qcow2_refcount_init(BlockDriverState *bs, GError **errp)
     uint64_t bytes = table_bytes(s);
 
     s->reftable.dirty = g_array_new(FALSE, FALSE, sizeof(uint64_t)); /* also when this fails */
+    s->reftable.blocks = g_hash_table_new(NULL, NULL);               /* likewise */
     if (!init_file_end(bs, errp)) {
         return false;
     }
@@ -126,6 +167,7 @@ bool qcow2_refcount_init(BlockDriverState *bs, GError **errp)
     s->reftable.clusters = s->header.reftable_clusters;
     s->reftable.moved = false;
     s->compressed_next = 0;
+    note_blocks(s);
     index_missing_blocks(s);
     return true;
 }
@@ -135,6 +177,7 @@ void qcow2_refcount_close(BlockDriverState *bs)
     BDRVQcow2State *s = qcow2_state(bs);
 
     g_clear_pointer(&s->reftable.entries, g_free);
+    g_clear_pointer(&s->reftable.blocks, g_hash_table_destroy);
     if (s->reftable.dirty) {
         g_array_free(g_steal_pointer(&s->reftable.dirty), TRUE);
     }
@@ -274,7 +317,7 @@ static void fill_block(BDRVQcow2State *s, const Append *a, uint64_t i, Qcow2Tabl
 
 static void hook_up(BDRVQcow2State *s, uint64_t index, uint64_t offset)
 {
-    s->reftable.entries[index] = offset;
+    set_entry_locked(s, index, offset);
     s->reftable.nb_blocks = MAX(s->reftable.nb_blocks, index + 1);
     if (!s->reftable.moved) {
         g_array_append_val(s->reftable.dirty, index);
@@ -428,7 +471,7 @@ static void drop_entry(BDRVQcow2State *s, uint64_t index)
 {
     QB_GUARD(&s->alloc_lock);
 
-    s->reftable.entries[index] = 0;
+    set_entry_locked(s, index, 0);
     s->reftable.nb_blocks = trim_blocks(s, s->reftable.nb_blocks);
     if (!s->reftable.moved) {
         g_array_append_val(s->reftable.dirty, index);

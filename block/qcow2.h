@@ -145,6 +145,7 @@ struct BDRVQcow2State {
         uint64_t nb_blocks;  /* one more than the index of the last block there is */
         bool moved;          /* lies at a new place the header does not name yet */
         GArray *dirty;       /* uint64_t: indices of entries to be written */
+        GHashTable *blocks;  /* a set: the cluster numbers of the blocks that entries[] names */
     } reftable;
     uint64_t compressed_next; /* byte offset where the next compressed cluster may go, 0: none */
 
@@ -372,6 +373,8 @@ void qcow2_l1_free(struct Qcow2L1 *l1);
 uint64_t qcow2_l1_get(const BDRVQcow2State *s, uint64_t index);
 uint32_t qcow2_l1_size(const BDRVQcow2State *s);
 uint64_t qcow2_l1_table_offset(const BDRVQcow2State *s);
+/* Does it name an L2 table that lies in the clusters of host bytes [offset, +bytes)? Cheap. */
+bool qcow2_l1_names_table(const BDRVQcow2State *s, uint64_t offset, uint64_t bytes);
 /* Changes one entry and marks its sector dirty. */
 void qcow2_l1_set_locked(BDRVQcow2State *s, uint64_t index, uint64_t entry) QB_REQUIRES(s->lock);
 /* What a flush writes of it: dirty sectors in place, or all of a table at its new place. Metadata lock
@@ -482,6 +485,8 @@ Qcow2FreeIndex *qcow2_free_index_new(void);
 void qcow2_free_index_free(Qcow2FreeIndex *ix);
 /* Reads the refcount table named by the header. */
 bool qcow2_refcount_init(BlockDriverState *bs, GError **errp);
+/* Does a refcount block lie in the clusters of host bytes [offset, +bytes)? Takes the alloc lock. */
+bool qcow2_is_refblock(BDRVQcow2State *s, uint64_t offset, uint64_t bytes);
 void qcow2_refcount_close(BlockDriverState *bs);
 /* Forgets what is in memory and reads again (after repair or rebuild). Node quiesced. */
 bool qcow2_refcount_reload(BlockDriverState *bs, GError **errp);
