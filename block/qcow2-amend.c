@@ -1,8 +1,8 @@
 /*
  * Changing what an existing image says about itself.
  *
- * Now: the backing file and its format.  The names go into the header by steps that each leave an image
- * that parses (qcow2-names.c); the open graph is the caller's.
+ * Now: the backing file and its format.  The names go into the header by steps that each leave an
+ * image that parses (qcow2-names.c); the open graph is the caller's.
  *
  * Not done: changes of version, refcount width, lazy refcounts, data file.
  *

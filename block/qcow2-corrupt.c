@@ -6,8 +6,8 @@
  *                 yes: s->corrupt (all further I/O fails), say it, set the corrupt bit (version 3)
  *
  * Invariants
- *  1. The first fatal finding wins: it is said, its place in this source is kept for a debugger, the
- *     bit is written once.
+ *  1. The first fatal finding wins: it is said, its place in this source is kept for a debugger,
+ *     the bit is written once.
  *  2. A thread that holds the metadata or the alloc lock must not do I/O: the bit stays owed
  *     (corrupt_unsaved) and is written by the next caller without locks, at the latest by close.
  *  3. An image opened for check is never marked from here: check looks at all damage, reports each
@@ -61,7 +61,7 @@ static void mark(BlockDriverState *bs, const char *file, int line, const char *t
     }
     s->corrupt_file = file;
     s->corrupt_line = line;
-    atomic_store(&s->corrupt_reported, false); /* a fatal finding is said after a harmless one, too */
+    atomic_store(&s->corrupt_reported, false); /* said also after a harmless one */
     report_once(s, "Marking image as corrupt", text, "corruption");
     atomic_store(&s->corrupt_unsaved, s->version >= 3);
 }

@@ -14,11 +14,11 @@
  *               R clusters        B clusters       the file ends with its last entry
  *
  * Invariants
- *  1. A file that was there is opened for writing only after all options were found to fit together and
- *     the header was found to fit its cluster.
+ *  1. A file that was there is opened for writing only after all options were found to fit together
+ *     and the header was found to fit its cluster.
  *  2. The header is written last, after a barrier: a create that was cut off leaves no image.
- *  3. A data file that was not there before is removed when creating fails; one that was there never
- *     is.  (The core does the same with the image file itself.)
+ *  3. A data file that was not there before is removed when creating fails; one that was there
+ *     never is.  (The core does the same with the image file itself.)
  *
  * Not done: encryption.
  *

@@ -2,16 +2,17 @@
  * Dropping all guest data of an overlay, so that it reads as its backing file again.
  *
  *     1 flush
- *     2 full discard of everything L1 maps, VM state too: L1 entries go, in place, sector by sector;
+ *     2 full discard of everything L1 maps, VM state too: L1 entries go, in place, sector by
+ *     sector;
  *       whole tables at once; what they referred to goes through quarantine
  *     3 flush: stable; quarantine empty
  *     4 L1 to the lowest free place, if that is lower, by one header write
  *     5 refcount blocks that count nothing; end of the file
  *
  * Invariants
- *  1. Each sector of L1 that becomes stable takes tables out of the image completely; nothing of them is
- *     punched or reused before.  So a crash leaves each guest cluster either as it was or as the
- *     backing file has it, which is the same after a commit, and at most leaks.
+ *  1. Each sector of L1 that becomes stable takes tables out of the image completely; nothing of
+ *     them is punched or reused before.  So a crash leaves each guest cluster either as it was or
+ *     as the backing file has it, which is the same after a commit, and at most leaks.
  *  2. Snapshots, bitmaps and the crypto header keep their clusters: counts go down by one.
  *  3. Nothing is allocated but a new L1, and without room for that the old one stays.
  *

@@ -7,18 +7,22 @@
  *      `--------- the copy, when it succeeded ----'  + flush if asked for
  *
  * Rules
- *  1. The fixed fields are always written together, in one request of one sector.  Whatever else the
- *     sector holds (extensions, a name, bytes of a later format) is read from the file and written back
- *     unchanged; a core that must pad the request to a larger device block keeps it whole.
- *  2. s->header changes after the disk did, under header_lock, which is held across this I/O and no other.
- *  3. A failed write or flush leaves it open which of the two states the disk is in.  The old sector is
- *     put back at once; the next successful flush settles that.  When not even that can be written, the
- *     node refuses further I/O, because nobody can tell any more which tables are in use.
- *  4. A caller that undoes its work after a failure gives back what the new header would have pointed to
- *     through quarantine (not qcow2_alloc_undo): it is reused only after the flush of rule 3.
+ *  1. The fixed fields are always written together, in one request of one sector.  Whatever else
+ *     the sector holds (extensions, a name, bytes of a later format) is read from the file and
+ *     written back unchanged; a core that must pad the request to a larger device block keeps it
+ *     whole.
+ *  2. s->header changes after the disk did, under header_lock, which is held across this I/O and no
+ *     other.
+ *  3. A failed write or flush leaves it open which of the two states the disk is in.  The old
+ *     sector is put back at once; the next successful flush settles that.  When not even that can
+ *     be written, the node refuses further I/O, because nobody can tell any more which tables are
+ *     in use.
+ *  4. A caller that undoes its work after a failure gives back what the new header would have
+ *     pointed to through quarantine (not qcow2_alloc_undo): it is reused only after the flush of
+ *     rule 3.
  *
- * Autoclear bits that this driver does not keep true are cleared before the first change of a session and
- * not at open, so that opening an image writable and only reading leaves it as it is.
+ * Autoclear bits that this driver does not keep true are cleared before the first change of a
+ * session and not at open, so that opening an image writable and only reading leaves it as it is.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -61,7 +65,8 @@ static bool refuse_unknown_features(const Qcow2Header *h, const GArray *extensio
     return false;
 }
 
-static bool parse_cluster0(BDRVQcow2State *s, const uint8_t *cluster0, bool for_check, GError **errp)
+static bool parse_cluster0(BDRVQcow2State *s, const uint8_t *cluster0, bool for_check,
+                           GError **errp)
 {
     const Qcow2Header *h = &s->header;
     g_autoptr(GError) ext_error = NULL;
@@ -228,7 +233,8 @@ int qcow2_begin_change(BlockDriverState *bs, bool guest)
     if (!clear) {
         return 0;
     }
-    /* Threads that come here at once write the same bits; all return after the first flush at least. */
+    /* Threads that come here at once write the same bits; all return after the first flush at
+     * least. */
     int ret = qcow2_set_autoclear(bs, 0, clear);
     if (ret == 0) {
         atomic_fetch_and(&s->autoclear_pending, ~clear);

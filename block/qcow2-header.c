@@ -9,15 +9,16 @@
  *    72 or >= 104   type u32, length u32, data, zeroes up to 8 bytes
  *
  * Invariants
- *  1. decode() judges the magic and the version only, so that a tool can show a header it would refuse.
- *  2. validate_layout() holds before anybody looks at extensions; unknown features are reported before
- *     validate() judges fields whose meaning they may have changed.
+ *  1. decode() judges the magic and the version only, so that a tool can show a header it would
+ *     refuse.
+ *  2. validate_layout() holds before anybody looks at extensions; unknown features are reported
+ *     before validate() judges fields whose meaning they may have changed.
  *  3. A field that the header is too short to hold is 0, or for version 2 what version 2 implies.
  *  4. encode(decode(x)) gives x back for every field this driver knows; what lies behind
  *     QCOW2_HDR_V3_LENGTH, and extensions it does not know, are carried along as bytes.
  *
- * Not done: header_length need not be a multiple of 8 and an extension type may come twice (the later
- * one counts): other writers do so, and nothing here depends on it.
+ * Not done: header_length need not be a multiple of 8 and an extension type may come twice (the
+ * later one counts): other writers do so, and nothing here depends on it.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -234,7 +235,8 @@ static bool validate_snapshot_table(const Qcow2Header *h, bool for_check, GError
     return validate_place(h, "Snapshot table", h->snapshots_offset, h->nb_snapshots, errp);
 }
 
-/* L1 entries that the size needs, rounded up: cannot overflow, size is shifted down by 15 bits at least. */
+/* L1 entries that the size needs, rounded up: cannot overflow, size is shifted down by 15 bits at
+ * least. */
 static uint64_t needed_l1_entries(const Qcow2Header *h)
 {
     unsigned entry_bits = h->incompatible & QCOW2_INCOMPAT_EXTL2 ? 4 : 3;

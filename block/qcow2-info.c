@@ -1,7 +1,8 @@
 /*
  * What a qcow2 node tells about itself.
  *
- * The order of keys is part of the interface: users' scripts compare the text that is printed from it.
+ * The order of keys is part of the interface: users' scripts compare the text that is printed from
+ * it.
  *
  * Not done: persistent bitmaps are not listed, as nothing here maintains them.
  *
@@ -64,8 +65,8 @@ json_t *qcow2_get_specific_info(BlockDriverState *bs, GError **errp)
     bool v3 = h.version >= 3;
     json_t *data = json_object();
     json_object_set_new(data, "compat", json_string(v3 ? "1.1" : "0.10"));
-    json_object_set_new(data, "compression-type",
-                        json_string(h.compression_type == QCOW2_COMPRESSION_ZSTD ? "zstd" : "zlib"));
+    bool zstd = h.compression_type == QCOW2_COMPRESSION_ZSTD;
+    json_object_set_new(data, "compression-type", json_string(zstd ? "zstd" : "zlib"));
     if (v3) {
         json_object_set_new(data, "lazy-refcounts",
                             json_boolean(h.compatible & QCOW2_COMPAT_LAZY_REFCOUNTS));

@@ -1,26 +1,29 @@
 /*
- * Changing the backing name and the header extensions of an image that may lose power at any moment.
+ * Changing the backing name and the header extensions of an image that may lose power at any
+ * moment.
  *
  *   cluster 0, before       [fixed | ext A | ext B | features | end | name |  ...  unreached  ... ]
  *                            <-- sector 0 -->|<-- sector 1 ...
- *   1. detour sector 0      [fixed | ext A | ext B | end |...]    no feature table, so nothing of the
+ *   1. detour sector 0      [fixed | ext A | ext B | end |...]   no feature table: nothing of the
  *      (only if needed)                                           later sectors is reached any more
- *   2. unreached bytes      the end of the new table, the end marker, the new name: written, barrier
- *   3. final sector 0       [fixed'| ext A'| ext B | features...] one write: now all of it is reached
+ *   2. unreached bytes      end of the new table, end marker, new name: written, barrier
+ *   3. final sector 0       [fixed'| ext A'| ext B | features...] one write: now all is reached
  *
- * "Reached" is what a reader of the present header looks at: the fixed fields, the extensions up to the
- * end marker, the backing name.  Whatever is not reached may be written in any order.
+ * "Reached" is what a reader of the present header looks at: the fixed fields, the extensions up to
+ * the end marker, the backing name.  Whatever is not reached may be written in any order.
  *
  * Invariants
- *  1. A reached byte changes only as part of a write of sector 0, which is atomic; before each such write a
- *     barrier has made stable what it will make reachable, and a barrier follows it.
- *  2. Names and all extensions but the feature table (which is only for error texts) stand in every state.
- *  3. The backing name never moves onto bytes where the present one lies; where the new table needs that
- *     place, the detour points to a copy behind everything.
+ *  1. A reached byte changes only as part of a write of sector 0, which is atomic; before each such
+ *     write a barrier has made stable what it will make reachable, and a barrier follows it.
+ *  2. Names and all extensions but the feature table (which is only for error texts) stand in every
+ *     state.
+ *  3. The backing name never moves onto bytes where the present one lies; where the new table needs
+ *     that place, the detour points to a copy behind everything.
  *  4. s->header and s->extensions say what sector 0 says, after each write of it.
  *
- * Not done: when the extensions other than the feature table do not fit sector 0 (a very long data file
- * name), only changes that leave the later sectors as they are can be made; others are refused.
+ * Not done: when the extensions other than the feature table do not fit sector 0 (a very long data
+ * file name), only changes that leave the later sectors as they are can be made; others are
+ * refused.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -139,7 +142,8 @@ static void put_fields(const Qcow2Header *h, uint8_t *sector)
 
 /* ---------------------------------------------------------------- planning */
 
-/* Later sectors may be written freely when nothing reached lies there, or when nothing changes there. */
+/* Later sectors may be written freely when nothing reached lies there, or when nothing changes
+ * there. */
 static bool needs_detour(const Change *c)
 {
     size_t end = c->to.end;

@@ -7,12 +7,12 @@
  *
  * Invariants
  *  1. take() changes nothing but the option object; a refused value leaves the node as it was.
- *  2. Going read-only writes everything back in prepare, while the file is still writable; what fails
- *     there leaves the node writable.
+ *  2. Going read-only writes everything back in prepare, while the file is still writable; what
+ *     fails there leaves the node writable.
  *
- * Not done: l2-cache-entry-size and cache-clean-interval are judged and otherwise ignored (tables are
- * cached whole and trimmed by size).  A dirty image does not become writable by reopen: it must be
- * repaired first, which happens when it is opened.
+ * Not done: l2-cache-entry-size and cache-clean-interval are judged and otherwise ignored (tables
+ * are cached whole and trimmed by size).  A dirty image does not become writable by reopen: it must
+ * be repaired first, which happens when it is opened.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -124,7 +124,8 @@ static bool settle_cache_sizes(CacheSizes *c, GError **errp)
 {
     const char *problem = NULL;
     if (c->has_total && c->has_l2 && c->has_refcount) {
-        problem = "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time";
+        problem = "cache-size, l2-cache-size and refcount-cache-size may not be set at the same"
+                  " time";
     } else if (c->has_total && c->has_l2 && c->l2 > c->total) {
         problem = "l2-cache-size may not exceed cache-size";
     } else if (c->has_total && c->has_refcount && c->refcount > c->total) {
@@ -260,7 +261,9 @@ static bool may_become_writable(const BDRVQcow2State *s, GError **errp)
     return true;
 }
 
-/* The file becomes read-only too: nothing may be left to write. Freed clusters need a second turn. */
+/* The file becomes read-only too: nothing may be left to write. Freed clusters need a
+
+ * second turn. */
 static bool write_everything(BlockDriverState *bs, GError **errp)
 {
     BDRV_GRAPH_GUARD();

@@ -1,9 +1,10 @@
 /*
- * Going back to an internal snapshot, for good (apply) or for the life of a read-only node (load_tmp).
+ * Going back to an internal snapshot, for good (apply) or for the life of a read-only node
+ * (load_tmp).
  *
  *     active tree A, snapshot tree S          counts            disk
  *     1 flush                                                   all stable
- *     2 COPIED off in S's own tables                            (meaningless there, but soon active)
+ *     2 COPIED off in S's own tables                            (meaningless there, soon active)
  *     3 a copy of S's L1, COPIED off          S \ A: +1         flush
  *     4 header: L1, size                                        one write       <- done
  *     5                                       A \ S: -1         quarantine, flush
@@ -11,13 +12,14 @@
  * What is in both trees keeps its count: an L2 table that both share is not even read.
  *
  * Invariants
- *  1. The active L1 is never overwritten: the header switches to a new one, and to the snapshot's size, in
- *     one write of one sector.
- *  2. Everything the new L1 reaches has a count of at least 2 (it is the snapshot's too), hence COPIED
- *     is off in all of it before the switch; no dirty bit is needed on either version.
+ *  1. The active L1 is never overwritten: the header switches to a new one, and to the snapshot's
+ *     size, in one write of one sector.
+ *  2. Everything the new L1 reaches has a count of at least 2 (it is the snapshot's too), hence
+ *     COPIED is off in all of it before the switch; no dirty bit is needed on either version.
  *  3. A failure before the switch takes the counts back, after the barrier that settles the header.
  *
- * Not done: what the active tables held in VM state is given up with them, as elsewhere in the field.
+ * Not done: what the active tables held in VM state is given up with them, as elsewhere in the
+ * field.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -130,7 +132,7 @@ static bool take_l1(Apply *a, const Qcow2Snapshot *sn, GError **errp)
 static uint64_t *without_shared(const uint64_t *be, uint32_t size, const uint64_t *other,
                                 uint32_t other_size)
 {
-    uint64_t *own = g_malloc0((size_t)size * 8 + 8); /* never NULL, which would mean the active L1 */
+    uint64_t *own = g_malloc0((size_t)size * 8 + 8); /* NULL would mean the active L1 */
     memcpy(own, be, (size_t)size * 8);
     for (uint32_t i = 0; i < MIN(size, other_size); i++) {
         uint64_t same = (qb_ldbe64(&be[i]) ^ qb_ldbe64(&other[i])) & QCOW2_ENTRY_OFFSET_MASK;
@@ -153,7 +155,9 @@ static int collect_differences(Apply *a)
     return ret;
 }
 
-/* ---------------------------------------------------------------- COPIED in the snapshot's tables */
+/* ---------------------------------------------------------------- COPIED in the
+
+ * snapshot's tables */
 
 /* L1 indices of tables in which some entry has the flag. */
 typedef struct Flagged {

@@ -8,19 +8,19 @@
  *   off size
  *     0   8  L1 offset             16   4  seconds since 1970       32   4  VM state bytes
  *     8   4  L1 entries            20   4  nanoseconds              36   4  X = bytes of extra data
- *    12   2  length of the id      24   8  guest run time, ns       40   X  VM state bytes, disk size,
- *    14   2  length of the name                                             instruction count, later ones
+ *    12   2  length of the id      24   8  guest run time, ns       40   X  VM state bytes, disk
+ *    14   2  length of the name                                           size, icount, ...
  *
  * Invariants
- *  1. The table is never changed in place: a new one is written to new clusters and made stable, then
- *     one write of the header's sector switches to it, then the old clusters go to quarantine.
+ *  1. The table is never changed in place: a new one is written to new clusters and made stable,
+ *     then one write of the header's sector switches to it, then the old clusters go to quarantine.
  *  2. Extra data this driver does not know is kept byte for byte; the three known fields are always
  *     written, whatever the entry had before.
  *  3. Loading costs memory only for entries that the file really holds: an entry's length is read
  *     before the entry, and nothing is read or allocated for what a header merely claims.
  *
- * Not done: the place and length of a snapshot's L1 are judged when that L1 is used, as elsewhere in the
- * field, so that one damaged snapshot does not keep the image from being opened.
+ * Not done: the place and length of a snapshot's L1 are judged when that L1 is used, as elsewhere
+ * in the field, so that one damaged snapshot does not keep the image from being opened.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -171,7 +171,9 @@ static void encode_entry(const Qcow2Snapshot *sn, uint8_t *buf)
     memcpy(buf + SN_FIXED + len.extra + len.id, sn->name, len.name);
 }
 
-/* Bytes of the whole table; each entry is at most 130 KiB and there are at most 65536: no overflow. */
+/* Bytes of the whole table; each entry is at most 130 KiB and there are at most 65536:
+
+ * no overflow. */
 static size_t table_bytes(const GArray *snapshots)
 {
     size_t bytes = 0;
@@ -230,7 +232,9 @@ static bool read_table(const TableReader *r, uint64_t pos, size_t len, uint8_t *
     return true;
 }
 
-/* The bytes of an entry in one piece; extra data over the limit is left out for a check (*ret_cut). */
+/* The bytes of an entry in one piece; extra data over the limit is left out for a
+
+ * check (*ret_cut). */
 static uint8_t *read_entry(const TableReader *r, size_t *ret_len, bool *ret_cut, uint64_t *ret_disk,
                            GError **errp)
 {

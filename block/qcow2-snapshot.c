@@ -13,12 +13,13 @@
  *
  * Invariants (besides invariants 0 to 8 of the driver)
  *  1. Overflow of any count in the whole tree is found before the first count changes.
- *  2. COPIED is off before a count becomes 2 and comes back after it is 1 again: on version 2, which has no
- *     dirty bit, a crash shows at most "COPIED clear, count 1".
- *  3. Whoever looked an entry up while it was COPIED has finished writing before the snapshot exists.
- *  4. A create that fails takes its counts back and sets COPIED again.  It does so only when the barrier
- *     after the restored header succeeded; else counts stay raised (a leak), COPIED stays off and the
- *     dirty bit on.
+ *  2. COPIED is off before a count becomes 2 and comes back after it is 1 again: on version 2,
+ *     which has no dirty bit, a crash shows at most "COPIED clear, count 1".
+ *  3. Whoever looked an entry up while it was COPIED has finished writing before the snapshot
+ *     exists.
+ *  4. A create that fails takes its counts back and sets COPIED again.  It does so only when the
+ *     barrier after the restored header succeeded; else counts stay raised (a leak), COPIED stays
+ *     off and the dirty bit on.
  *  5. Once a delete is done, what fails in freeing is a warning, and the dirty bit stays set.
  *
  * The core holds the whole node and has drained it.

@@ -6,17 +6,18 @@
  *     from:  |-----a-----|            difference, by a sweep over the ends of all runs:
  *     to:          |-----b-----|      |- down -|     |-- up --|
  *
- * Snapshots, and anything else that swaps one tree for another, are arithmetic on such sets: raise what
- * comes, switch the header, lower what goes.  What is in both is not touched, so a count never passes
- * its maximum for a change that ends where it began.
+ * Snapshots, and anything else that swaps one tree for another, are arithmetic on such sets: raise
+ * what comes, switch the header, lower what goes.  What is in both is not touched, so a count never
+ * passes its maximum for a change that ends where it began.
  *
  * Invariants
- *  1. A run consists of whole clusters.  A cluster with subclusters of several kinds counts once, one
- *     that holds parts of several compressed clusters once for each of them.
- *  2. COPIED is set here only for clusters whose count was found to be 1 while the whole node was held.
+ *  1. A run consists of whole clusters.  A cluster with subclusters of several kinds counts once,
+ *     one that holds parts of several compressed clusters once for each of them.
+ *  2. COPIED is set here only for clusters whose count was found to be 1 while the whole node was
+ *     held.
  *
- * Memory: 16 bytes per run, so at most as much as the metadata really refers to, however large a header
- * claims the image to be.
+ * Memory: 16 bytes per run, so at most as much as the metadata really refers to, however large a
+ * header claims the image to be.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -56,7 +57,8 @@ static void add_compressed(Collect *c, const Qcow2Mapping *m)
     g_array_append_val(c->runs, run); /* never merged with what it may share clusters with */
 }
 
-/* Host and guest offsets have the same place in their clusters, so whole clusters follow from any part. */
+/* Host and guest offsets have the same place in their clusters, so whole clusters follow from any
+ * part. */
 static void add_clusters(Collect *c, const Qcow2Mapping *m)
 {
     uint64_t into = qcow2_offset_into_cluster(c->s, m->guest);
@@ -138,7 +140,8 @@ static void add_edges(GArray *edges, const GArray *runs, int delta)
     }
 }
 
-/* A stretch of clusters to which each of @to adds, and each of @from takes away, so many references. */
+/* A stretch of clusters to which each of @to adds, and each of @from takes away, so many
+ * references. */
 typedef struct Stretch {
     uint64_t start, end;
     int64_t delta;

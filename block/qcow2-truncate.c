@@ -3,7 +3,7 @@
  *
  *   grow                                            shrink
  *   1 drop entries beyond the old end               1 flush: disk and memory agree
- *   2 zero the rest of the last cluster             2 header: size, dirty bit (version 3); barrier   <- done
+ *   2 zero the rest of the last cluster             2 header: size, dirty bit (v3)    <- done
  *   3 longer L1, longer data file                   3 full discard of what lies beyond; flush
  *   4 zero entries over a longer backing file       4 header: shorter L1, if that frees clusters
  *   5 preallocate                                   5 cut the image file, the data file
@@ -11,16 +11,17 @@
  *   7 header: size                     <- done
  *
  * Invariants
- *  1. Nothing beyond the end of the disk is trusted: images shrunk by others still have bytes and entries
- *     there, and VM state lies there too.  The grown part reads as zeroes, or, where the caller
- *     allows that, as the backing file; never as what was cut off before.
- *  2. Growing happens at its header write: a crash before leaves the old size, plus clusters beyond the
- *     end that the next growth drops.  Shrinking happens at its first header write: a crash after it
- *     leaves clusters mapped beyond the end, which the next writable open (version 3, by the dirty
- *     bit), or the next growth or shrink (version 2), gives back.
- *  3. No cluster is given back before the size that makes it invisible is stable; the file is cut only
- *     when the entries that named its end are stably gone.
- *  4. Once a shrink is done, what fails in giving space back is a warning, and the dirty bit stays set.
+ *  1. Nothing beyond the end of the disk is trusted: images shrunk by others still have bytes and
+ *     entries there, and VM state lies there too.  The grown part reads as zeroes, or, where the
+ *     caller allows that, as the backing file; never as what was cut off before.
+ *  2. Growing happens at its header write: a crash before leaves the old size, plus clusters beyond
+ *     the end that the next growth drops.  Shrinking happens at its first header write: a crash
+ *     after it leaves clusters mapped beyond the end, which the next writable open (version 3, by
+ *     the dirty bit), or the next growth or shrink (version 2), gives back.
+ *  3. No cluster is given back before the size that makes it invisible is stable; the file is cut
+ *     only when the entries that named its end are stably gone.
+ *  4. Once a shrink is done, what fails in giving space back is a warning, and the dirty bit stays
+ *     set.
  *
  * The core holds the range from the smaller size to infinity; a write below it may go on meanwhile.
  *
@@ -147,8 +148,8 @@ static int write_zeroes(BlockDriverState *bs, uint64_t guest, uint64_t bytes)
     return 0;
 }
 
-/* End of what the backing file would show in the grown part; old_size when it shows nothing. One that
- * the header names but that is not open may be of any length. */
+/* End of what the backing file would show in the grown part; old_size when it shows nothing. One
+ * that the header names but that is not open may be of any length. */
 static int backing_end(const Resize *r, uint64_t *ret)
 {
     BlockDriverState *bs = r->bs;
@@ -225,7 +226,9 @@ static int hide_backing(const Resize *r, uint64_t shown_end)
 
 /* ---------------------------------------------------------------- preallocation */
 
-/* Upper bound for the file when [old, new) is mapped completely: data, L2 tables, refcount blocks. */
+/* Upper bound for the file when [old, new) is mapped completely: data, L2 tables,
+
+ * refcount blocks. */
 static uint64_t bytes_to_add(const Resize *r)
 {
     const BDRVQcow2State *s = r->s;
@@ -272,8 +275,8 @@ static int fill_old_hole(const Qcow2Mapping *run, void *opaque)
     return bdrv_pwrite_zeroes(h->bs->file, (int64_t)run->host, (int64_t)bytes, 0);
 }
 
-/* Makes the image file as long as it may have to become. Only where storage is wanted is failing an error:
- * a device has the length it has, and what is missing in the end settle_file() finds. */
+/* Makes the image file as long as it may have to become. Only where storage is wanted is failing an
+ * error: a device has the length it has, and what is missing in the end settle_file() finds. */
 static bool extend_file(const Resize *r, uint64_t from, GError **errp)
 {
     PreallocMode mode = r->prealloc == PREALLOC_MODE_METADATA ? PREALLOC_MODE_OFF : r->prealloc;
@@ -326,7 +329,9 @@ static bool preallocate_inside(const Resize *r, GError **errp)
     return settle_file(r, errp);
 }
 
-/* What is beyond the end of the data file's old part may hold something: a raw one must read zero. */
+/* What is beyond the end of the data file's old part may hold something: a raw one must
+
+ * read zero. */
 static bool clean_data_file(const Resize *r, GError **errp)
 {
     BdrvChild *data = r->s->data_file;
@@ -412,7 +417,7 @@ static bool fill_growth(const Resize *r, uint64_t shown_end, GError **errp)
               errp)) {
         return true;
     }
-    (void)drop_stale_entries(r); /* not needed any more; if that fails too, the next growth does it */
+    (void)drop_stale_entries(r); /* if that fails too, the next growth does it */
     bdrv_set_length(r->bs, (int64_t)r->old_size);
     return false;
 }
@@ -420,7 +425,8 @@ static bool fill_growth(const Resize *r, uint64_t shown_end, GError **errp)
 static bool grow(const Resize *r, GError **errp)
 {
     uint64_t shown_end = 0;
-    return check(backing_end(r, &shown_end), "Could not get the length of the backing file", errp) &&
+    return check(backing_end(r, &shown_end), "Could not get the length of the backing file",
+                 errp) &&
            prepare_growth(r, shown_end, errp) && fill_growth(r, shown_end, errp);
 }
 
@@ -519,7 +525,8 @@ static bool shrink(const Resize *r, GError **errp)
         return false;
     }
     if (give_back(r) && r->s->version >= 3 && !was_dirty) {
-        warn(qcow2_set_incompatible(r->bs, 0, QCOW2_INCOMPAT_DIRTY), "Failed to clear the dirty bit");
+        warn(qcow2_set_incompatible(r->bs, 0, QCOW2_INCOMPAT_DIRTY),
+             "Failed to clear the dirty bit");
     }
     return true;
 }

@@ -9,15 +9,16 @@
  * whatever has been built so far, so that a failing step just returns.
  *
  * Rules
- *  1. Nothing is written by an open that does not have to repair: autoclear bits that this driver does
- *     not keep true (the unknown ones and the bitmaps bit, because stored bitmaps are not maintained)
- *     are cleared by the gate in front of the first change, see qcow2_begin_change().  The bitmaps'
- *     extension and clusters stay: whoever knows them sees by the bit that they are out of date.
+ *  1. Nothing is written by an open that does not have to repair: autoclear bits that this driver
+ *     does not keep true (the unknown ones and the bitmaps bit, because stored bitmaps are not
+ *     maintained) are cleared by the gate in front of the first change, see qcow2_begin_change(). 
+ *     The bitmaps' extension and clusters stay: whoever knows them sees by the bit that they are
+ *     out of date.
  *  2. A dirty image is repaired before anything else may change it.
- *  3. The external data file's name comes out of an image that somebody else may have written: it is a
- *     plain file name and never parsed, and it is not opened where no guest data is wanted.
- *  4. Lazy refcounts are allowed by the format, not required: counts are always written in order, so the
- *     dirty bit is only set by operations that need it (snapshots, shrink).
+ *  3. The external data file's name comes out of an image that somebody else may have written: it
+ *     is a plain file name and never parsed, and it is not opened where no guest data is wanted.
+ *  4. Lazy refcounts are allowed by the format, not required: counts are always written in order,
+ *     so the dirty bit is only set by operations that need it (snapshots, shrink).
  *
  * Not done: encryption.  Such images open for metadata work only.
  *
@@ -118,8 +119,9 @@ static bool take_options(BlockDriverState *bs, json_t *options, GError **errp)
     return true;
 }
 
-/* What the image says becomes an option "filename", which nobody parses. A relative name is relative to
- * the current directory, as elsewhere in the field (backing files are relative to the image). */
+/* What the image says becomes an option "filename", which nobody parses. A relative name is
+ * relative to the current directory, as elsewhere in the field (backing files are relative to the
+ * image). */
 static bool name_data_file(BlockDriverState *bs, json_t *options, GError **errp)
 {
     const BDRVQcow2State *s = qcow2_state(bs);

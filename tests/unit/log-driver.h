@@ -4,11 +4,12 @@
  *   "test-log:N"    disk N of log_disks[]
  *
  *   log:  write | write | FLUSH | write | zero | truncate | FLUSH | ...
- *                         \__ before it: stable            \__ between: any part of it may be on disk
+ *                         \__ before it: stable            \__ between: any part may be on disk
  *
- * log_rebuild() makes the disk as a power loss after a given event may have left it: everything up to the
- * last flush before it, and of what came since each 512-byte sector of each event by the toss of a coin
- * (or all of it).  A disk can also be told to fail its Nth request that changes it or flushes.
+ * log_rebuild() makes the disk as a power loss after a given event may have left it: everything up
+ * to the last flush before it, and of what came since each 512-byte sector of each event by the
+ * toss of a coin (or all of it).  A disk can also be told to fail its Nth request that changes it
+ * or flushes.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -18,6 +19,8 @@
 #include "block/block-backend.h"
 #include "block/driver.h"
 #include "util/checked.h"
+#include "util/error.h"
+#include "util/pool.h"
 
 #include <string.h>
 
@@ -233,10 +236,17 @@ static inline int log_pwrite_zeroes(BlockDriverState *bs, BdrvRequest *req, int6
     return ret;
 }
 
+static inline int64_t log_getlength(BlockDriverState *bs)
+{
+    LogDisk *d = log_disk(bs);
+    QB_GUARD(&d->lock);
+    return (int64_t)d->length;
+}
+
 static inline int log_pdiscard(BlockDriverState *bs, BdrvRequest *req, int64_t offset,
                                int64_t bytes)
 {
-    int64_t end = MIN(offset + bytes, (int64_t)log_disk(bs)->length);
+    int64_t length = log_getlength(bs), end = MIN(offset + bytes, length);
     return offset < end ? log_pwrite_zeroes(bs, req, offset, end - offset, 0) : 0;
 }
 
@@ -257,19 +267,12 @@ static inline bool log_truncate(BlockDriverState *bs, int64_t offset, bool exact
     LogDisk *d = log_disk(bs);
     QB_GUARD(&d->lock);
     if (log_fails(d) < 0) {
-        g_set_error_literal(errp, g_quark_from_static_string("qb-error-quark"), EIO, "told to fail");
+        qb_error_set(errp, EIO, "told to fail");
         return false;
     }
     log_note(d, LOG_TRUNCATE, (uint64_t)offset, 0, NULL);
     log_resize(d, (uint64_t)offset);
     return true;
-}
-
-static inline int64_t log_getlength(BlockDriverState *bs)
-{
-    LogDisk *d = log_disk(bs);
-    QB_GUARD(&d->lock);
-    return (int64_t)d->length;
 }
 
 static inline bool log_reopen_prepare(BDRVReopenState *state, GError **errp)
@@ -304,6 +307,17 @@ static inline void log_init(void)
     for (int i = 0; i < LOG_DISKS; i++) {
         qb_mutex_init(&log_disks[i].lock);
     }
+}
+
+/* Ends what the tests have made. Returns @ret, for the last line of main(). */
+static inline int log_done(int ret)
+{
+    qb_pools_shutdown();
+    for (int i = 0; i < LOG_DISKS; i++) {
+        log_reset(&log_disks[i]);
+        qb_mutex_destroy(&log_disks[i].lock);
+    }
+    return ret;
 }
 
 #endif

@@ -130,7 +130,7 @@ typedef struct Rule {
     const char *text;   /* NULL: fine */
     int code;
     bool check_forgives; /* an image opened for check may have it */
-    Qcow2Header h;      /* fields that differ from a good header; ~0 of the same type stands for 0 */
+    Qcow2Header h;      /* fields that differ from a good header; ~0 stands for 0 */
 } Rule;
 
 #define FIELD(f) (rule->h.f ? (rule->h.f == (__typeof__(rule->h.f))~0 ? 0 : rule->h.f) : h.f)
@@ -330,7 +330,7 @@ static void assert_bitmaps(uint32_t nb, uint32_t reserved, uint64_t size, uint64
     qb_stbe32(data + 4, reserved);
     qb_stbe64(data + 8, size);
     qb_stbe64(data + 16, offset);
-    assert_extension(&h, QCOW2_EXT_BITMAPS, data, 24, NULL); /* without the autoclear bit: ignored */
+    assert_extension(&h, QCOW2_EXT_BITMAPS, data, 24, NULL); /* no autoclear bit: ignored */
     h.autoclear = QCOW2_AUTOCLEAR_BITMAPS;
     assert_extension(&h, QCOW2_EXT_BITMAPS, data, 24, text);
 }
@@ -345,7 +345,8 @@ static void test_bitmaps_rules(void)
     assert_bitmaps(0, 0, 32, 0x50000, "found bitmaps extension with zero bitmaps");
     assert_bitmaps(65535, 0, 32, 0x50000, NULL);
     assert_bitmaps(65536, 0, 32, 0x50000,
-                   "bitmaps_ext: Image has 65536 bitmaps, exceeding the supported maximum of 65535");
+                   "bitmaps_ext: Image has 65536 bitmaps, exceeding the supported maximum of"
+                   " 65535");
     assert_bitmaps(1, 0, 32, 0x50001, "bitmaps_ext: invalid bitmap directory offset");
     assert_bitmaps(1, 0, 32, 0, "bitmaps_ext: invalid bitmap directory offset");
     assert_bitmaps(1, 0, 67107841, 0x50000,

@@ -31,17 +31,17 @@ typedef struct Shape {
 } Shape;
 
 static const Shape shapes[] = {
-    {"512", "cluster_size=512", 2 * MIB, 3 * KIB},
-    {"512-backing", "cluster_size=512", 2 * MIB, 3 * KIB, .backing = true},
-    {"512-rc64", "cluster_size=512,refcount_bits=64", 2 * MIB, 3 * KIB},
-    {"512-v2", "cluster_size=512,compat=0.10", 2 * MIB, 3 * KIB, .version2 = true},
-    {"4k-rc2", "cluster_size=4k,refcount_bits=2", 4 * MIB, 9 * KIB, .backing = true},
-    {"4k-rc1", "cluster_size=4k,refcount_bits=1", 4 * MIB, 9 * KIB, .no_snapshots = true},
-    {"64k", "cluster_size=64k", 4 * MIB, 100 * KIB, .backing = true},
-    {"64k-v2", "cluster_size=64k,compat=0.10", 4 * MIB, 100 * KIB, true, .version2 = true},
-    {"64k-lazy", "lazy_refcounts=on,refcount_bits=8", 4 * MIB, 100 * KIB},
-    {"16k-subclusters", "cluster_size=16k,extended_l2=on", 4 * MIB, 5 * KIB, .backing = true},
-    {"2M", "cluster_size=2M", 12 * MIB, 700 * KIB, .backing = true},
+    {"512", "cluster_size=512", 700 * KIB, 3 * KIB},
+    {"512-backing", "cluster_size=512", 700 * KIB, 3 * KIB, .backing = true},
+    {"512-rc64", "cluster_size=512,refcount_bits=64", 700 * KIB, 3 * KIB},
+    {"512-v2", "cluster_size=512,compat=0.10", 700 * KIB, 3 * KIB, .version2 = true},
+    {"4k-rc2", "cluster_size=4k,refcount_bits=2", 2500 * KIB, 9 * KIB, .backing = true},
+    {"4k-rc1", "cluster_size=4k,refcount_bits=1", 2500 * KIB, 9 * KIB, .no_snapshots = true},
+    {"64k", "cluster_size=64k", 1600 * KIB, 100 * KIB, .backing = true},
+    {"64k-v2", "cluster_size=64k,compat=0.10", 1600 * KIB, 100 * KIB, true, .version2 = true},
+    {"64k-lazy", "lazy_refcounts=on,refcount_bits=8", 1600 * KIB, 100 * KIB},
+    {"16k-subclusters", "cluster_size=16k,extended_l2=on", 900 * KIB, 5 * KIB, .backing = true},
+    {"2M", "cluster_size=2M", 10 * MIB, 700 * KIB, .backing = true},
 };
 
 /* --- images --- */
@@ -412,7 +412,8 @@ static bool run_operation(const Trial *t)
 static bool is_mixture(const Guest *g, const Guest *a, const Guest *b)
 {
     for (uint64_t pos = 0; pos < g->size; pos += 512) {
-        if (memcmp(g->data + pos, a->data + pos, 512) && memcmp(g->data + pos, b->data + pos, 512)) {
+        if (memcmp(g->data + pos, a->data + pos, 512) &&
+            memcmp(g->data + pos, b->data + pos, 512)) {
             return false;
         }
     }
@@ -476,7 +477,7 @@ static void crash_at(const Trial *t, const GArray *log, guint n, GRand *toss)
 
 static void crash_one(const Shape *shape, const Operation *op)
 {
-    g_auto(Trial) t = {.shape = shape, .op = op, .image.lock = log_disks[3].lock};
+    g_auto(Trial) t = {.shape = shape, .op = op};
     prepare(&t);
     log_start(&log_disks[0]);
     g_assert_true(run_operation(&t));
@@ -508,7 +509,7 @@ static void fault_at(const Trial *t, unsigned n, bool *ret_fired)
 
 static void fault_one(const Shape *shape, const Operation *op)
 {
-    g_auto(Trial) t = {.shape = shape, .op = op, .image.lock = log_disks[3].lock};
+    g_auto(Trial) t = {.shape = shape, .op = op};
     bool fired = true;
     prepare(&t);
     for (unsigned n = 1; fired; n++) {
@@ -522,7 +523,8 @@ typedef void (*TrialFn)(const Shape *shape, const Operation *op);
 /* @data: index of the operation. The small shapes, which have everything that the others have. */
 static void on_small_shapes(gconstpointer data, TrialFn fn)
 {
-    static const char *const small[] = {"512-backing", "512-v2", "4k-rc2", "16k-subclusters", "64k"};
+    static const char *const small[] = {"512-backing", "512-v2", "4k-rc2", "16k-subclusters",
+                                        "64k"};
     const Operation *op = data;
     for (size_t i = 0; i < G_N_ELEMENTS(shapes); i++) {
         for (size_t j = 0; j < G_N_ELEMENTS(small); j++) {
@@ -551,7 +553,7 @@ static void test_shape(gconstpointer data)
         if (!applies(&operations[i], shape)) {
             continue;
         }
-        g_auto(Trial) t = {.shape = shape, .op = &operations[i], .image.lock = log_disks[3].lock};
+        g_auto(Trial) t = {.shape = shape, .op = &operations[i]};
         prepare(&t);
         assert_clean(shape, 0);
         g_assert_true(run_operation(&t));
@@ -583,8 +585,5 @@ int main(int argc, char **argv)
     }
     int ret = g_test_run();
     g_free(peer);
-    for (int i = 0; i < LOG_DISKS; i++) {
-        log_reset(&log_disks[i]);
-    }
-    return ret;
+    return log_done(ret);
 }

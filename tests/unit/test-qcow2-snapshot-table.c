@@ -73,7 +73,7 @@ static void test_roundtrip(void)
         pos = qb_align_up(pos, 8);
         g_assert_true(qcow2_snapshot_decode(table + pos, bytes - pos, 0, &sn, &used, NULL));
         assert_same(&g_array_index(list, Qcow2Snapshot, i), &sn);
-        g_assert_cmpuint(qb_ldbe32(table + pos + 32), ==, i == 1 ? 0 : 9); /* too large for 32 bits */
+        g_assert_cmpuint(qb_ldbe32(table + pos + 32), ==, i == 1 ? 0 : 9); /* 32 bits are few */
         qcow2_snapshot_clear(&sn);
         pos += used;
     }
