@@ -201,8 +201,8 @@ static inline uint64_t qcow2_vm_state_offset(const BDRVQcow2State *s, uint64_t d
 
 /* ======================= qcow2-header.c: bytes <-> struct, updates ======================= */
 
-/* Pure: @buf holds @len bytes from file offset 0 (missing bytes read as zero). Only the magic and the
- * version are judged here (EINVAL, ENOTSUP); qcow2_header_validate() does the rest. */
+/* Pure: @buf holds @len bytes from file offset 0 (missing bytes read as zero). Only the magic and
+ * the version are judged here (EINVAL, ENOTSUP); qcow2_header_validate() does the rest. */
 bool qcow2_header_decode(const uint8_t *buf, size_t len, Qcow2Header *ret, GError **errp);
 /* Pure: 72 or 112 bytes (by version) to @buf. */
 void qcow2_header_encode(const Qcow2Header *h, uint8_t *buf);
@@ -228,22 +228,23 @@ bool qcow2_extensions_decode(const uint8_t *cluster0, size_t start, size_t end, 
                              GError **errp);
 void qcow2_extension_clear(Qcow2Extension *ext);
 const Qcow2Extension *qcow2_find_extension(const GArray *extensions, uint32_t type);
-/* "Unsupported qcow2 feature(s): ..." with names from the feature table extension, hex for the rest. */
+/* "Unsupported qcow2 feature(s): ..." with names from the feature table extension, hex for the
+ * rest. */
 char *qcow2_unknown_feature_names(const GArray *extensions, uint64_t unknown);
 
 /*
- * Changes fixed header fields in ONE write of the sector (device block) that holds them, nothing else
- * in it changed (invariant 5).  @fn edits a copy of s->header; the copy becomes s->header when the
- * write (and, with @sync, a flush after it) has succeeded.  Takes header_lock.  0 or -errno.
+ * Changes fixed header fields in ONE write of the sector (device block) that holds them, nothing
+ * else in it changed (invariant 5).  @fn edits a copy of s->header; the copy becomes s->header when
+ * the write (and, with @sync, a flush after it) has succeeded.  Takes header_lock.  0 or -errno.
  */
 int qcow2_header_update(BlockDriverState *bs, void (*fn)(Qcow2Header *h, void *opaque),
                         void *opaque, bool sync);
 /* Reads header and extensions at open, validates them, and fills s->header, s->extensions and
  * s->header_tail.  Texts as users know them; unknown incompatible features are named. */
 bool qcow2_header_load(BlockDriverState *bs, bool for_check, GError **errp);
-/* Writes the first sector (512 bytes at @sector) in one piece; @sync: and flushes.  When either fails the
- * old bytes @undo (may be NULL) are put back; if that fails too nobody knows what the disk says, and the
- * node refuses all further I/O.  Under header_lock. */
+/* Writes the first sector (512 bytes at @sector) in one piece; @sync: and flushes.  When either
+ * fails the old bytes @undo (may be NULL) are put back; if that fails too nobody knows what the
+ * disk says, and the node refuses all further I/O.  Under header_lock. */
 int qcow2_header_write_sector_locked(BDRVQcow2State *s, const uint8_t *sector, const uint8_t *undo,
                                      bool sync) QB_REQUIRES(s->header_lock);
 /* Before the first change of a session: clears autoclear bits that this driver does not keep true
@@ -264,7 +265,8 @@ bool qcow2_header_layout(const Qcow2Header *h, const GArray *extensions, const c
 uint8_t *qcow2_feature_table(uint32_t *ret_length);
 
 /* Something on disk or about to be written is impossible. Sets the corrupt bit where the image is
- * writable and version 3, refuses all further I/O on this node (@fatal), warns once. Returns -EIO. */
+ * writable and version 3, refuses all further I/O on this node (@fatal), warns once.
+ * Returns -EIO. */
 #define qcow2_signal_corruption(bs, fatal, offset, ...)                                            \
     qcow2_signal_corruption_at(bs, fatal, offset, __FILE__, __LINE__, __VA_ARGS__)
 int qcow2_signal_corruption_at(BlockDriverState *bs, bool fatal, int64_t offset, const char *file,
@@ -274,8 +276,9 @@ int qcow2_corrupt_save(BlockDriverState *bs);
 
 /* ======================= qcow2.c ======================= */
 
-/* The L1 table of @entries at @offset as it is on disk, big-endian, newly allocated; what lies beyond the
- * end of the file is zero, but the table must begin inside. @name begins the error text. */
+/* The L1 table of @entries at @offset as it is on disk, big-endian, newly allocated; what lies
+ * beyond the end of the file is zero, but the table must begin inside. @name begins the
+ * error text. */
 uint64_t *qcow2_read_l1(BlockDriverState *bs, uint64_t offset, uint32_t entries, const char *name,
                         GError **errp);
 
@@ -289,7 +292,8 @@ typedef struct Qcow2Options {
     int overlap_check; /* Qcow2Overlap bits */
     uint64_t l2_cache_size, refcount_cache_size, cache_clean_interval;
 } Qcow2Options;
-/* Takes the driver's own options out of @options; those not named have their defaults. Header known. */
+/* Takes the driver's own options out of @options; those not named have their defaults. Header
+ * known. */
 bool qcow2_options_take(BlockDriverState *bs, json_t *options, Qcow2Options *ret, GError **errp);
 /* Node drained or not yet open. */
 void qcow2_options_apply(BDRVQcow2State *s, const Qcow2Options *o);
@@ -665,27 +669,32 @@ int qcow2_walk_edit(BlockDriverState *bs, uint64_t start, uint64_t end, Qcow2Edi
 
 /* ======================= qcow2-tree.c: all that an L1 refers to ======================= */
 
-/* Host clusters as runs (Qcow2HostRun), one for each reference: those that several compressed clusters
- * share come several times. */
-/* Appends the L2 tables and data that @src refers to, not the L1 itself; nothing that lies in an external
- * data file. Reads all its tables; nobody changes them meanwhile. 0 or -errno (-EIO and the image marked
- * corrupt on impossible entries). */
+/* Host clusters as runs (Qcow2HostRun), one for each reference: those that several compressed
+ * clusters share come several times. */
+/* Appends the L2 tables and data that @src refers to, not the L1 itself; nothing that lies in an
+ * external data file. Reads all its tables; nobody changes them meanwhile. 0 or -errno (-EIO and
+ * the image marked corrupt on impossible entries). */
 int qcow2_tree_collect(BlockDriverState *bs, const Qcow2WalkSource *src, GArray *runs);
-/* Pure: how references change from @from to @to: runs that come into @ret_up and go away into @ret_down. */
+/* Pure: how references change from @from to @to: runs that come into @ret_up and go away into
+ * @ret_down. */
 void qcow2_runs_difference(const BDRVQcow2State *s, const GArray *from, const GArray *to,
                            GArray *ret_up, GArray *ret_down);
-/* Adds @sign (1 or -1) to the counts of all of @runs, which may overlap. Overflow (-EINVAL) and underflow
- * leave everything as it was. In memory; whole node in the range lock, no flush under way. */
+/* Adds @sign (1 or -1) to the counts of all of @runs, which may overlap. Overflow (-EINVAL) and
+ * underflow leave everything as it was. In memory; whole node in the range lock, no flush under
+ * way. */
 int qcow2_change_counts(BlockDriverState *bs, const GArray *runs, int sign);
-/* Frees every run through quarantine, flushing now and then. 0 or -errno of a flush (the rest leaks). */
+/* Frees every run through quarantine, flushing now and then. 0 or -errno of a flush (the rest
+ * leaks). */
 int qcow2_free_runs(BlockDriverState *bs, const GArray *runs, Qcow2DiscardType type);
 /* Of @runs the clusters whose count is 1 now, sorted and merged, into @ret. */
 int qcow2_runs_with_count_one(BlockDriverState *bs, const GArray *runs, GArray *ret);
 /* Clears COPIED in all entries of the active L1 and its L2 tables, in memory. */
 int qcow2_clear_all_copied(BlockDriverState *bs);
-/* Sets COPIED in all entries of the active tables whose host cluster lies in @ones (sorted, merged). */
+/* Sets COPIED in all entries of the active tables whose host cluster lies in @ones (sorted,
+ * merged). */
 int qcow2_set_copied_in(BlockDriverState *bs, const GArray *ones);
-/* Flushes until quarantine is empty too and its counts are written. Whole node in the range lock. */
+/* Flushes until quarantine is empty too and its counts are written. Whole node in the
+ * range lock. */
 int qcow2_flush_all(BlockDriverState *bs);
 
 /* ======================= whole-image operations (node serialised by the core) ======================= */
@@ -715,7 +724,8 @@ GArray *qcow2_snapshots_new(void);
 /* Deep copy. */
 GArray *qcow2_snapshots_dup(const GArray *snapshots);
 /* Pure: one entry of the table from @len bytes at @buf; *ret_bytes: its length without padding.
- * @disk_size: what an entry without that field means. EINVAL when it is cut off, EFBIG over limits. */
+ * @disk_size: what an entry without that field means. EINVAL when it is cut off, EFBIG
+ * over limits. */
 bool qcow2_snapshot_decode(const uint8_t *buf, size_t len, uint64_t disk_size, Qcow2Snapshot *ret,
                            size_t *ret_bytes, GError **errp);
 /* Reads the table the header names into s->snapshots. @for_check: what check can repair (too many
@@ -734,8 +744,9 @@ bool qcow2_snapshot_load_tmp(BlockDriverState *bs, const char *id_or_name, GErro
 uint8_t *qcow2_snapshots_encode(const GArray *snapshots, int version, size_t *ret_bytes,
                                 GError **errp);
 /* Writes @snapshots (stolen, also on failure) as a table into new clusters, makes that stable and
- * switches the header to it in one write, in which @fn (may be NULL) changes other fields too. The old
- * table is freed, s->snapshots replaced. Failure leaves the old one. Whole node in the range lock. */
+ * switches the header to it in one write, in which @fn (may be NULL) changes other fields too. The
+ * old table is freed, s->snapshots replaced. Failure leaves the old one. Whole node in the range
+ * lock. */
 bool qcow2_snapshots_store(BlockDriverState *bs, GArray *snapshots,
                            void (*fn)(Qcow2Header *h, void *opaque), void *opaque, GError **errp);
 /* qcow2-check.c */
