@@ -1,5 +1,5 @@
 /*
- * Creating images.
+ * Creating images, and measuring what one would take.
  *
  *     bdrv_img_create(name, format, options)
  *       size, unless given, from the backing file
@@ -165,4 +165,32 @@ bool bdrv_img_create(const char *filename, const char *format, json_t *options, 
         return false;
     }
     return create_checked(drv, proto, filename, own, errp);
+}
+
+/* --- measuring --- */
+
+bool bdrv_measure(const BlockDriver *drv, const json_t *options, BlockDriverState *source,
+                  BlockMeasureInfo *ret, GError **errp)
+{
+    g_autoptr(json_t) own = json_deep_copy(options);
+    BlockMeasureInfo info = {0};
+    if (!drv->measure) {
+        qb_error_set(errp, ENOTSUP, "Block driver '%s' does not support size measurement",
+                     drv->format_name);
+        return false;
+    }
+    BDRV_GRAPH_GUARD();
+    int64_t length = source ? bdrv_getlength(source) : 0;
+    if (length < 0) {
+        qb_error_set_errno(errp, (int)length, "Unable to get image virtual_size");
+        return false;
+    }
+    if (source) {
+        json_object_set_new(own, "size", json_integer(length));
+    }
+    if (!drv->measure(own, source, &info, errp)) {
+        return false;
+    }
+    *ret = info;
+    return true;
 }

@@ -24,7 +24,7 @@
  *
  * SPDX-License-Identifier: MIT
  */
-#include "block/qcow2.h"
+#include "block/qcow2-create.h"
 
 #include <inttypes.h>
 #include <string.h>
@@ -51,22 +51,12 @@ const QbOptDesc qcow2_create_opts[] = {
     {NULL, 0, NULL, NULL},
 };
 
-typedef struct CreateArgs {
-    int version;
-    uint64_t size, cluster_size, refcount_bits;
-    bool extended_l2, lazy_refcounts, data_file_raw;
-    int prealloc;    /* PreallocMode */
-    int compression; /* QCOW2_COMPRESSION_* */
-    char *backing_file, *backing_fmt, *data_file;
-} CreateArgs;
-
-static void create_args_clear(CreateArgs *a)
+void qcow2_create_args_clear(Qcow2CreateArgs *a)
 {
     g_free(a->backing_file);
     g_free(a->backing_fmt);
     g_free(a->data_file);
 }
-G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(CreateArgs, create_args_clear)
 
 static bool fail(GError **errp, int err, const char *text)
 {
@@ -130,7 +120,7 @@ static bool take_size(json_t *options, uint64_t *ret, GError **errp)
     return true;
 }
 
-static bool parse(json_t *options, CreateArgs *a, GError **errp)
+static bool parse(json_t *options, Qcow2CreateArgs *a, GError **errp)
 {
     a->backing_file = qb_opt_take_string(options, "backing_file");
     a->backing_fmt = qb_opt_take_string(options, "backing_fmt");
@@ -151,7 +141,7 @@ static bool parse(json_t *options, CreateArgs *a, GError **errp)
 
 #define NEEDS_V3 "compatibility level 1.1 and above (use version=v3 or greater)"
 
-static bool validate_version2(const CreateArgs *a, GError **errp)
+static bool validate_version2(const Qcow2CreateArgs *a, GError **errp)
 {
     if (a->version >= 3) {
         return true;
@@ -175,7 +165,7 @@ static bool validate_version2(const CreateArgs *a, GError **errp)
     return true;
 }
 
-static bool validate_geometry(const CreateArgs *a, GError **errp)
+static bool validate_geometry(const Qcow2CreateArgs *a, GError **errp)
 {
     if (!qb_is_power_of_2(a->cluster_size) || a->cluster_size < 512 ||
         a->cluster_size > (2u << 20)) {
@@ -192,7 +182,7 @@ static bool validate_geometry(const CreateArgs *a, GError **errp)
     return true;
 }
 
-static bool validate_names(const CreateArgs *a, GError **errp)
+static bool validate_names(const Qcow2CreateArgs *a, GError **errp)
 {
     if (a->data_file_raw && !a->data_file) {
         return fail(errp, EINVAL, "data-file-raw requires data-file");
@@ -213,9 +203,14 @@ static bool validate_names(const CreateArgs *a, GError **errp)
     return true;
 }
 
-static bool validate(const CreateArgs *a, GError **errp)
+static bool validate(const Qcow2CreateArgs *a, GError **errp)
 {
     return validate_geometry(a, errp) && validate_names(a, errp) && validate_version2(a, errp);
+}
+
+bool qcow2_create_args_take(json_t *options, Qcow2CreateArgs *a, GError **errp)
+{
+    return parse(options, a, errp) && validate(a, errp);
 }
 
 /* ---------------------------------------------------------------- layout */
@@ -233,24 +228,30 @@ static unsigned log2_of(uint64_t power_of_2)
 }
 
 /* Blocks count themselves and their table: grow both until nothing changes any more. */
-static void settle_refcounts(const CreateArgs *a, Layout *l)
+void qcow2_settle_refcounts(const Qcow2CreateArgs *a, uint64_t others, uint64_t *ret_blocks,
+                            uint64_t *ret_table)
 {
     uint64_t per_block = a->cluster_size * 8 / a->refcount_bits;
     uint64_t per_table = a->cluster_size / 8;
-    uint64_t before;
-    l->reftable_clusters = l->refblocks = 1;
+    uint64_t blocks = 1, table = 1, before;
     do {
-        uint64_t used = 1 + l->reftable_clusters + l->refblocks + l->l1_clusters;
-        before = l->reftable_clusters + l->refblocks;
-        l->refblocks = qb_div_round_up(used, per_block);
-        l->reftable_clusters = qb_div_round_up(l->refblocks, per_table);
-    } while (l->reftable_clusters + l->refblocks != before);
+        before = table + blocks;
+        blocks = qb_div_round_up(others + before, per_block);
+        table = qb_div_round_up(blocks, per_table);
+    } while (table + blocks != before);
+    *ret_blocks = blocks;
+    *ret_table = table;
 }
 
-static bool settle_l1(const CreateArgs *a, Layout *l, GError **errp)
+uint64_t qcow2_new_l2_tables(const Qcow2CreateArgs *a)
 {
-    uint64_t covered = a->cluster_size * (a->cluster_size / (a->extended_l2 ? 16 : 8));
-    uint64_t entries = qb_div_round_up(a->size, covered);
+    uint64_t entries = a->cluster_size / (a->extended_l2 ? 16 : 8);
+    return qb_div_round_up(a->size, a->cluster_size * entries);
+}
+
+static bool settle_l1(const Qcow2CreateArgs *a, Layout *l, GError **errp)
+{
+    uint64_t entries = qcow2_new_l2_tables(a);
     if (entries > QCOW2_MAX_L1_BYTES / 8) {
         return fail(errp, EFBIG, "The image size is too large for file format 'qcow2' (try using a"
                                  " larger cluster size)");
@@ -260,7 +261,7 @@ static bool settle_l1(const CreateArgs *a, Layout *l, GError **errp)
     return true;
 }
 
-static void set_features(const CreateArgs *a, Qcow2Header *h)
+static void set_features(const Qcow2CreateArgs *a, Qcow2Header *h)
 {
     h->incompatible = (a->data_file ? QCOW2_INCOMPAT_DATA_FILE : 0) |
                       (a->compression ? QCOW2_INCOMPAT_COMPRESSION : 0) |
@@ -271,7 +272,7 @@ static void set_features(const CreateArgs *a, Qcow2Header *h)
     h->refcount_order = log2_of(a->refcount_bits);
 }
 
-static bool lay_out(const CreateArgs *a, Layout *l, GError **errp)
+static bool lay_out(const Qcow2CreateArgs *a, Layout *l, GError **errp)
 {
     Qcow2Header *h = &l->header;
     *h = (Qcow2Header){
@@ -283,7 +284,7 @@ static bool lay_out(const CreateArgs *a, Layout *l, GError **errp)
     if (!settle_l1(a, l, errp)) {
         return false;
     }
-    settle_refcounts(a, l);
+    qcow2_settle_refcounts(a, 1 + l->l1_clusters, &l->refblocks, &l->reftable_clusters);
     h->reftable_offset = a->cluster_size;
     h->reftable_clusters = l->reftable_clusters;
     uint64_t l1_offset = a->cluster_size * (1 + l->reftable_clusters + l->refblocks);
@@ -292,7 +293,7 @@ static bool lay_out(const CreateArgs *a, Layout *l, GError **errp)
     return true;
 }
 
-static GArray *make_extensions(const CreateArgs *a)
+static GArray *make_extensions(const Qcow2CreateArgs *a)
 {
     GArray *extensions = qcow2_extensions_new();
     if (a->backing_fmt) {
@@ -311,7 +312,7 @@ static GArray *make_extensions(const CreateArgs *a)
 }
 
 /* The header cluster; NULL when it does not hold everything. Also the last step of validation. */
-static uint8_t *make_cluster0(const CreateArgs *a, Layout *l, GError **errp)
+static uint8_t *make_cluster0(const Qcow2CreateArgs *a, Layout *l, GError **errp)
 {
     g_autoptr(GArray) extensions = make_extensions(a);
     g_autofree uint8_t *cluster0 = g_malloc(a->cluster_size);
@@ -325,7 +326,7 @@ static uint8_t *make_cluster0(const CreateArgs *a, Layout *l, GError **errp)
 
 /* ---------------------------------------------------------------- writing */
 
-static int write_reftable(BlockBackend *blk, const CreateArgs *a, const Layout *l)
+static int write_reftable(BlockBackend *blk, const Qcow2CreateArgs *a, const Layout *l)
 {
     size_t bytes = l->reftable_clusters * a->cluster_size;
     g_autofree uint8_t *table = g_malloc0(bytes);
@@ -336,7 +337,7 @@ static int write_reftable(BlockBackend *blk, const CreateArgs *a, const Layout *
     return blk_pwrite(blk, (int64_t)a->cluster_size, (int64_t)bytes, table, 0);
 }
 
-static int write_refblocks(BlockBackend *blk, const CreateArgs *a, const Layout *l)
+static int write_refblocks(BlockBackend *blk, const Qcow2CreateArgs *a, const Layout *l)
 {
     uint64_t per_block = a->cluster_size * 8 / a->refcount_bits;
     uint64_t used = 1 + l->reftable_clusters + l->refblocks + l->l1_clusters;
@@ -363,7 +364,7 @@ static int write_l1(BlockBackend *blk, const Layout *l)
     return bytes ? blk_pwrite_zeroes(blk, (int64_t)l->header.l1_offset, bytes, 0) : 0;
 }
 
-static int write_image(BlockBackend *blk, const CreateArgs *a, const Layout *l,
+static int write_image(BlockBackend *blk, const Qcow2CreateArgs *a, const Layout *l,
                        const uint8_t *cluster0)
 {
     int ret = write_reftable(blk, a, l);
@@ -374,7 +375,7 @@ static int write_image(BlockBackend *blk, const CreateArgs *a, const Layout *l,
     return ret < 0 ? ret : blk_flush(blk);
 }
 
-static bool write_file(const char *filename, const CreateArgs *a, const Layout *l,
+static bool write_file(const char *filename, const Qcow2CreateArgs *a, const Layout *l,
                        const uint8_t *cluster0, GError **errp)
 {
     g_autoptr(BlockBackend) blk =
@@ -392,7 +393,7 @@ static bool write_file(const char *filename, const CreateArgs *a, const Layout *
 /* ---------------------------------------------------------------- filling */
 
 /* What needs the image open: the length of the data file and preallocation. */
-static bool fill(const char *filename, const CreateArgs *a, GError **errp)
+static bool fill(const char *filename, const Qcow2CreateArgs *a, GError **errp)
 {
     if (!a->data_file && a->prealloc == PREALLOC_MODE_OFF) {
         return true;
@@ -418,13 +419,15 @@ static bool create_data_file(const char *name, GError **errp)
     return proto && proto->create(name, options, errp);
 }
 
-static bool create_files(const char *filename, const CreateArgs *a, json_t *rest, GError **errp)
+static bool create_files(const char *filename, const Qcow2CreateArgs *a, json_t *rest,
+                         GError **errp)
 {
     return bdrv_create_file(filename, rest, errp) &&
            (!a->data_file || create_data_file(a->data_file, errp));
 }
 
-static bool build(const char *filename, const CreateArgs *a, Layout *l, json_t *rest, GError **errp)
+static bool build(const char *filename, const Qcow2CreateArgs *a, Layout *l, json_t *rest,
+                  GError **errp)
 {
     g_autofree uint8_t *cluster0 = make_cluster0(a, l, errp);
     if (!cluster0) {
@@ -443,10 +446,10 @@ static bool build(const char *filename, const CreateArgs *a, Layout *l, json_t *
 
 bool qcow2_create(const char *filename, json_t *options, GError **errp)
 {
-    g_auto(CreateArgs) args = {0};
+    g_auto(Qcow2CreateArgs) args = {0};
     g_autoptr(json_t) rest = json_deep_copy(options);
     Layout layout = {0};
-    if (!parse(rest, &args, errp) || !validate(&args, errp) || !lay_out(&args, &layout, errp)) {
+    if (!qcow2_create_args_take(rest, &args, errp) || !lay_out(&args, &layout, errp)) {
         return false;
     }
     return build(filename, &args, &layout, rest, errp);

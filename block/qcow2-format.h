@@ -99,6 +99,23 @@ enum {
 #define QCOW2_REFTABLE_OFFSET_MASK UINT64_C(0xfffffffffffffe00)
 #define QCOW2_REFTABLE_RESERVED_MASK UINT64_C(0x1ff)
 
+/* The bitmaps extension: count, reserved, bytes and place of the directory. */
+enum {
+    QCOW2_BITMAP_EXT_DIR_BYTES = 8,
+    QCOW2_BITMAP_EXT_DIR_OFFSET = 16,
+    QCOW2_BITMAP_EXT_LENGTH = 24,
+};
+/* An entry of the bitmap directory: the fixed part; extra data and the name follow, padded to 8. */
+enum {
+    QCOW2_BITMAP_FLAGS = 12,
+    QCOW2_BITMAP_GRANULARITY_BITS = 17,
+    QCOW2_BITMAP_NAME_LENGTH = 18,
+    QCOW2_BITMAP_EXTRA_LENGTH = 20,
+    QCOW2_BITMAP_FIXED = 24,
+};
+#define QCOW2_BITMAP_IN_USE (1u << 0)
+#define QCOW2_MAX_GRANULARITY_BITS 31
+
 #define QCOW2_SUBCLUSTERS 32 /* per cluster with extended L2 */
 
 #endif

@@ -468,6 +468,7 @@ const BlockDriver bdrv_qcow2 = {
     .create_opts = qcow2_create_opts,
     .amend_opts = qcow2_amend_opts,
     .create = qcow2_create,
+    .measure = qcow2_measure,
 
     .preadv = qcow2_preadv,
     .pwritev = gated_pwritev,

@@ -702,6 +702,9 @@ int qcow2_flush_all(BlockDriverState *bs);
 /* qcow2-create.c */
 extern const QbOptDesc qcow2_create_opts[];
 bool qcow2_create(const char *filename, json_t *options, GError **errp);
+/* qcow2-measure.c: bdrv_measure() of block.h */
+bool qcow2_measure(json_t *options, BlockDriverState *source, BlockMeasureInfo *ret,
+                   GError **errp);
 /* qcow2-amend.c */
 extern const QbOptDesc qcow2_amend_opts[];
 bool qcow2_change_backing_file(BlockDriverState *bs, const char *file, const char *fmt,

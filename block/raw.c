@@ -338,6 +338,23 @@ static bool raw_create(const char *filename, json_t *options, GError **errp)
     return protocol->create(filename, options, errp);
 }
 
+/* Raw files grow to their length at once; as create, which rounds lengths up. */
+static bool raw_measure(json_t *options, BlockDriverState *source, BlockMeasureInfo *ret,
+                        GError **errp)
+{
+    uint64_t size;
+    int64_t rounded;
+    if (!qb_opt_take_size(options, "size", 0, &size, errp)) {
+        return false;
+    }
+    if (qb_align_up_overflow(size, BDRV_SECTOR_SIZE, &rounded)) {
+        qb_error_set(errp, EFBIG, "The image size is too large");
+        return false;
+    }
+    ret->required = ret->fully_allocated = (uint64_t)rounded;
+    return true;
+}
+
 static const QbOptDesc raw_create_opts[] = {
     {"size", QB_OPT_SIZE, "Virtual disk size", NULL},
     {NULL, QB_OPT_STRING, NULL, NULL},
@@ -362,6 +379,7 @@ const BlockDriver bdrv_raw = {
     .refresh_limits = raw_refresh_limits,
     .create_opts = raw_create_opts,
     .create = raw_create,
+    .measure = raw_measure,
     .preadv = raw_preadv,
     .pwritev = raw_pwritev,
     .pwrite_zeroes = raw_pwrite_zeroes,

@@ -131,55 +131,6 @@ static bool check_combinations(const ConvertArgs *a)
 
 /* ---- sources ---- */
 
-/* The ID of the snapshot that has the ID and the name given (NULL: any). Borrowed from @list. */
-static const char *find_snapshot(const GArray *list, const char *id, const char *name)
-{
-    for (guint i = 0; i < list->len; i++) {
-        const BdrvSnapshotInfo *sn = &g_array_index(list, BdrvSnapshotInfo, i);
-        if ((!id || !strcmp(id, sn->id)) && (!name || !strcmp(name, sn->name))) {
-            return sn->id;
-        }
-    }
-    return NULL;
-}
-
-/* "snapshot.id=X,snapshot.name=Y", or one of them. */
-static bool load_described_snapshot(BlockDriverState *bs, const char *text, GError **errp)
-{
-    g_autoptr(json_t) options = qb_opts_parse(text, NULL, errp);
-    g_autoptr(GArray) list = options ? bdrv_snapshot_list(bs, errp) : NULL;
-
-    if (!list) {
-        return false;
-    }
-    g_autofree char *id = qb_opt_take_string(options, "snapshot.id");
-    g_autofree char *name = qb_opt_take_string(options, "snapshot.name");
-    if (json_object_size(options) > 0) {
-        qb_error_set(errp, EINVAL, "Invalid parameter '%s'",
-                     json_object_iter_key(json_object_iter(options)));
-        return false;
-    }
-    const char *found = find_snapshot(list, id, name);
-    if (!found) {
-        qb_error_set(errp, ENOENT, "Can't find snapshot");
-    }
-    return found && bdrv_snapshot_load_tmp(bs, found, errp);
-}
-
-/* Without a description: an ID, or else a name. */
-static bool load_snapshot(BlockDriverState *bs, const char *text)
-{
-    bool described = g_str_has_prefix(text, "snapshot.");
-    GError *err = NULL;
-
-    if (described ? load_described_snapshot(bs, text, &err)
-                  : bdrv_snapshot_load_tmp(bs, text, &err)) {
-        return true;
-    }
-    img_report_prefixed(err, 1, "Failed to load snapshot: ");
-    return false;
-}
-
 static bool open_source(ConvertPlan *plan, const char *name, const ConvertArgs *a)
 {
     ImgOpen how = {.format = a->source_format, .image_opts = a->image_opts,
@@ -194,7 +145,7 @@ static bool open_source(ConvertPlan *plan, const char *name, const ConvertArgs *
         return false;
     }
     plan->nb_sources++;
-    if (a->snapshot && !load_snapshot(blk_bs(src->blk), a->snapshot)) {
+    if (a->snapshot && !img_load_snapshot(blk_bs(src->blk), a->snapshot)) {
         return false;
     }
     src->size = blk_getlength(src->blk);

@@ -38,6 +38,7 @@ int img_convert(int argc, char **argv);
 int img_create(int argc, char **argv);
 int img_info(int argc, char **argv);
 int img_map(int argc, char **argv);
+int img_measure(int argc, char **argv);
 int img_rebase(int argc, char **argv);
 int img_resize(int argc, char **argv);
 int img_snapshot(int argc, char **argv);
@@ -116,6 +117,9 @@ bool img_check_cache(const char *which, const char *mode);
 /* Flushes and closes. Returns @status, or 1 when that is 0 and the flush failed, which is then said
  * (a verb that failed has said why: one error is enough). */
 int img_close(BlockBackend *blk, int status);
+/* Lets a read-only node show a snapshot: "ID", else "NAME", or "snapshot.id=ID,snapshot.name=NAME"
+ * (one of them will do). False: said. */
+bool img_load_snapshot(BlockDriverState *bs, const char *text);
 /* --object is accepted for kinds that change nothing here; false: said. */
 bool img_check_objects(const GPtrArray *objects);
 /* A size in @text, which is the @what ("image size"); false: said as users know it. */

@@ -23,6 +23,7 @@ static const ImgVerb verbs[] = {
     {"create", img_create, "create an image"},
     {"info", img_info, "tell what an image is"},
     {"map", img_map, "tell where an image's content lies"},
+    {"measure", img_measure, "tell how large a new image would be"},
     {"rebase", img_rebase, "change the backing file of an image"},
     {"resize", img_resize, "grow or shrink an image"},
     {"snapshot", img_snapshot, "list, create, apply and delete internal snapshots"},

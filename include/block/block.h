@@ -140,6 +140,20 @@ const QbOptDesc *bdrv_create_options(const BlockDriver *drv);
  * added it removes.
  */
 bool bdrv_img_create(const char *filename, const char *format, json_t *options, GError **errp);
+/* What a new image would take, in bytes of its file (with an external data file: of both). */
+typedef struct BlockMeasureInfo {
+    uint64_t required;        /* holding what the source holds; without a source, no guest data */
+    uint64_t fully_allocated; /* holding data everywhere */
+    bool has_bitmaps;         /* source and format can both store bitmaps; else bitmaps is 0 */
+    uint64_t bitmaps;         /* taken by the source's bitmaps in addition, broken ones left out */
+} BlockMeasureInfo;
+/*
+ * Measures an image of format @drv, made with @options (flat, borrowed, as for bdrv_img_create), that
+ * would hold the content of @source; NULL: an empty one of option "size".  Reads block status, never
+ * data.  Holds the graph lock meanwhile.  *ret only on success.
+ */
+bool bdrv_measure(const BlockDriver *drv, const json_t *options, BlockDriverState *source,
+                  BlockMeasureInfo *ret, GError **errp);
 const BlockDriver *bdrv_find_format(const char *format_name);
 /* The driver named by the "proto:" prefix of @filename, or "file"/"host_device" as it is. */
 const BlockDriver *bdrv_find_protocol(const char *filename, bool allow_prefix, GError **errp);

@@ -151,6 +151,9 @@ struct BlockDriver {
     const QbOptDesc *create_opts;
     const QbOptDesc *amend_opts;
     bool (*create)(const char *filename, json_t *options, GError **errp);
+    /* See bdrv_measure(). @options ("size" is there) may be taken from; @source may be NULL. */
+    bool (*measure)(json_t *options, BlockDriverState *source, BlockMeasureInfo *ret,
+                    GError **errp);
 
     /* --- requests --- */
     int (*preadv)(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes,
