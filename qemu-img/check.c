@@ -55,13 +55,24 @@ static const char *const class_names[] = {
     [BDRV_FINDING_INFO] = "info",
 };
 
-/* Says a finding and keeps it for JSON. @opaque: json array. */
-static void on_finding(const BdrvCheckFinding *finding, void *opaque)
-{
-    json_t *item = json_object();
+/* What a check has found, for JSON. A damaged image of some MiB can have millions of findings: each
+ * is said, but no more than MAX_FINDINGS are kept. */
+#define MAX_FINDINGS 65536
 
-    fflush(stdout);
-    fprintf(stderr, "%s\n", finding->text);
+typedef struct Findings {
+    json_t *list; /* NULL: none is wanted */
+    uint64_t omitted;
+} Findings;
+
+static void keep_finding(Findings *f, const BdrvCheckFinding *finding)
+{
+    json_t *item;
+
+    if (json_array_size(f->list) >= MAX_FINDINGS) {
+        f->omitted++;
+        return;
+    }
+    item = json_object();
     json_object_set_new(item, "class", json_string(class_names[finding->kind]));
     json_object_set_new(item, "code", json_string(finding->code));
     if (finding->offset != UINT64_MAX) {
@@ -69,7 +80,19 @@ static void on_finding(const BdrvCheckFinding *finding, void *opaque)
     }
     json_object_set_new(item, "fixed", json_boolean(finding->fixed));
     json_object_set_new(item, "text", json_string(finding->text));
-    json_array_append_new(opaque, item);
+    json_array_append_new(f->list, item);
+}
+
+/* @opaque: Findings */
+static void on_finding(const BdrvCheckFinding *finding, void *opaque)
+{
+    Findings *f = opaque;
+
+    fflush(stdout);
+    fprintf(stderr, "%s\n", finding->text);
+    if (f->list) {
+        keep_finding(f, finding);
+    }
 }
 
 /* ---- output ---- */
@@ -82,7 +105,7 @@ static void set_count(json_t *obj, const char *key, uint64_t value)
 }
 
 static void print_json_result(const BdrvCheckResult *r, const char *file, const char *format,
-                              json_t *findings)
+                              const Findings *findings)
 {
     g_autoptr(json_t) obj = json_object();
 
@@ -98,9 +121,10 @@ static void print_json_result(const BdrvCheckResult *r, const char *file, const 
     json_object_set_new(obj, "filename", json_string(file));
     json_object_set_new(obj, "format", json_string(format));
     set_count(obj, "fragmented-clusters", r->fragmented_clusters);
-    if (json_array_size(findings) > 0) {
-        json_object_set(obj, "findings", findings);
+    if (json_array_size(findings->list) > 0) {
+        json_object_set(obj, "findings", findings->list);
     }
+    set_count(obj, "findings-omitted", findings->omitted);
     tool_print_json(obj);
 }
 
@@ -205,8 +229,9 @@ static int check_failed(GError *err, bool quiet)
 static int check_blk(BlockBackend *blk, const char *file, const CheckArgs *args, unsigned fix,
                      bool json)
 {
-    g_autoptr(json_t) findings = json_array();
-    BdrvCheckOptions opts = {.fix = fix, .finding = on_finding, .opaque = findings};
+    g_autoptr(json_t) list = json ? json_array() : NULL;
+    Findings findings = {.list = list};
+    BdrvCheckOptions opts = {.fix = fix, .finding = on_finding, .opaque = &findings};
     BdrvCheckResult result = {0};
     QbProgress progress;
     GError *err = NULL;
@@ -224,7 +249,7 @@ static int check_blk(BlockBackend *blk, const char *file, const CheckArgs *args,
         return check_status(&result);
     }
     if (json) {
-        print_json_result(&result, file, bdrv_get_format_name(blk_bs(blk)), findings);
+        print_json_result(&result, file, bdrv_get_format_name(blk_bs(blk)), &findings);
     } else {
         print_human_result(&result);
     }

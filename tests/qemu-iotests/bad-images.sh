@@ -1,8 +1,8 @@
 # What the tests of damaged images share; after common.sh.
 #
 #     poke FILE OFFSET HEX     writes bytes          peek FILE OFFSET LENGTH   prints bytes in hex
-#     no_open TEXT [OFFSET HEX]...   a copy of good.qcow2 with these bytes is opened by no command; each
-#                              says "Could not open ...: TEXT" and the copy stays as it is
+#     no_open TEXT [OFFSET HEX]...   a copy of good.qcow2 with these bytes is opened by no command;
+#                              each says "Could not open ...: TEXT" and the copy stays as it is
 #     damaged [OFFSET HEX]...  makes bad.qcow2, a copy of good.qcow2 with these bytes
 #     untouched CMD...         must end in good order (status 0 to 3) and leave bad.qcow2 as it was
 #     field NAME IMAGE         a field of the header, decimal
@@ -46,7 +46,8 @@ field()
 # entry IMAGE OFFSET: the place that a table entry there points to, decimal.
 entry()
 {
-    echo $((0x$(peek "$1" "$(($2 + 1))" 7) & 0x00fffffffffffe00)) # without the flags: shells are signed
+    # without the byte of flags, as numbers of the shell have a sign
+    echo $((0x$(peek "$1" "$(($2 + 1))" 7) & 0x00fffffffffffe00))
 }
 
 damaged()
