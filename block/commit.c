@@ -6,7 +6,7 @@
  *        allocated here?  --batch of extents--> read from top --> written to base
  *
  * Only what is allocated above the base is visited; ranges that read as zeroes become zeroes in the
- * base without being read.  A batch is read at depth, then written at depth.
+ * base without being read, and nothing at all where the base reads as zeroes already.  A batch is read at depth, then written at depth.
  *
  * Invariants
  * 1. The base's content never becomes something that neither base nor top showed: a range is
@@ -91,6 +91,23 @@ static int64_t add_data(Commit *c, CommitBatch *b, int64_t offset, int64_t bytes
     return done;
 }
 
+/* Zeroes go where the base does not read as zeroes already: a sparse base stays sparse. Returns the
+ * length that was decided, or -errno. */
+static int64_t add_zero_extent(Commit *c, CommitBatch *b, int64_t offset, int64_t bytes)
+{
+    BdrvStatus st = {0};
+    int ret = bdrv_block_status_above(c->opts->base, NULL, offset, bytes, &st);
+
+    if (ret < 0) {
+        return ret;
+    }
+    bytes = MIN(bytes, st.bytes);
+    if (!(st.flags & BDRV_BLOCK_ZERO)) {
+        add_zero(b, offset, bytes);
+    }
+    return bytes;
+}
+
 /* Adds the extent at @offset, which is allocated above the base. Returns its length or -errno. */
 static int64_t add_extent(Commit *c, CommitBatch *b, int64_t offset, int64_t bytes)
 {
@@ -101,11 +118,8 @@ static int64_t add_extent(Commit *c, CommitBatch *b, int64_t offset, int64_t byt
         return ret;
     }
     bytes = MIN(bytes, st.bytes);
-    if (st.flags & BDRV_BLOCK_ZERO) {
-        add_zero(b, offset, bytes);
-        return bytes;
-    }
-    return add_data(c, b, offset, bytes);
+    return st.flags & BDRV_BLOCK_ZERO ? add_zero_extent(c, b, offset, bytes)
+                                      : add_data(c, b, offset, bytes);
 }
 
 /* Fills @b from b->next on. One entry of the graph. */

@@ -118,6 +118,7 @@ typedef struct Request {
 /* Tries block @index: r->n tells. Makes the index exact when there is no such run. -ENOSPC: the
  * lowest run lies beyond the end of a file that cannot grow, and so do all others. */
 static int take_from_block_locked(BDRVQcow2State *s, Qcow2Table *t, uint64_t index, Request *r)
+    QB_REQUIRES(s->alloc_lock)
 {
     uint64_t hint = qcow2_free_index_first(s->free_index, index);
     uint64_t from = index == 0 ? MAX(hint, 1) : hint; /* cluster 0 is the header */
@@ -142,6 +143,7 @@ static int take_from_block_locked(BDRVQcow2State *s, Qcow2Table *t, uint64_t ind
 
 /* Is the run at @cluster free for at least one cluster? Takes up to @max of it. */
 static uint64_t take_at_locked(BDRVQcow2State *s, Qcow2Table *t, uint64_t cluster, uint64_t max)
+    QB_REQUIRES(s->alloc_lock)
 {
     const uint8_t *data = qcow2_refblock_data(t);
     uint64_t slot = qcow2_slot_of(s, cluster), n = 0;
@@ -156,6 +158,7 @@ static uint64_t take_at_locked(BDRVQcow2State *s, Qcow2Table *t, uint64_t cluste
 
 /* Looks at a block for the first time. One that is missing leaves its clusters free. */
 static int look_at_locked(BDRVQcow2State *s, uint64_t index)
+    QB_REQUIRES(s->alloc_lock)
 {
     g_autoptr(Qcow2Table) t = NULL;
     bool dropped = false;
@@ -176,6 +179,7 @@ static int look_at_locked(BDRVQcow2State *s, uint64_t index)
 /* Blocks not looked at yet that lie before the first one known to have the run: they may have it,
  * too. */
 static int look_ahead_locked(BDRVQcow2State *s, const Request *r)
+    QB_REQUIRES(s->alloc_lock)
 {
     int ret = 0;
 
@@ -190,6 +194,7 @@ static int look_ahead_locked(BDRVQcow2State *s, const Request *r)
 }
 
 static int try_want_locked(BDRVQcow2State *s, Request *r)
+    QB_REQUIRES(s->alloc_lock)
 {
     uint64_t index = qcow2_block_of(s, r->want);
     g_autoptr(Qcow2Table) t = NULL;
@@ -210,6 +215,7 @@ static int try_want_locked(BDRVQcow2State *s, Request *r)
 
 /* A range of clusters whose block is missing is free but for what the block itself takes. */
 static int make_missing_locked(BDRVQcow2State *s, uint64_t index, const Request *r)
+    QB_REQUIRES(s->alloc_lock)
 {
     int64_t ret;
 
@@ -222,6 +228,7 @@ static int make_missing_locked(BDRVQcow2State *s, uint64_t index, const Request 
 
 /* Searches the blocks that were looked at. r->n stays 0 when none has the run. */
 static int try_index_locked(BDRVQcow2State *s, Request *r)
+    QB_REQUIRES(s->alloc_lock)
 {
     uint64_t index;
     int ret = 0;
@@ -243,6 +250,7 @@ static int try_index_locked(BDRVQcow2State *s, Request *r)
 }
 
 static int append_locked(BDRVQcow2State *s, Request *r)
+    QB_REQUIRES(s->alloc_lock)
 {
     int64_t offset = qcow2_append_blocks_locked(s, s->reftable.nb_blocks, r->min, r->limit);
 
@@ -255,6 +263,7 @@ static int append_locked(BDRVQcow2State *s, Request *r)
 }
 
 static int attempt_locked(BDRVQcow2State *s, Request *r)
+    QB_REQUIRES(s->alloc_lock)
 {
     int ret;
 
@@ -382,6 +391,7 @@ void qcow2_alloc_undo(BlockDriverState *bs, uint64_t offset, uint64_t bytes)
 
 /* Raises the count of the shared cluster under @offset; false: a fresh one must be taken. */
 static int share_cluster_locked(BDRVQcow2State *s, uint64_t offset, bool *ret_shared)
+    QB_REQUIRES(s->alloc_lock)
 {
     uint64_t cluster = offset >> s->cluster_bits, index = qcow2_block_of(s, cluster), count;
     g_autoptr(Qcow2Table) t = NULL;

@@ -295,12 +295,13 @@ bool qcow2_cache_too_dirty(Qcow2Cache *c)
 /* ---- finding and loading ---- */
 
 /* Waits for another thread's load. 0, or the load's error with the pin dropped. */
-static int wait_loaded_locked(Qcow2Table *t)
+static int wait_loaded_locked(Shard *shard, Qcow2Table *t)
+    QB_REQUIRES(shard->lock)
 {
     int error;
 
     while (t->state == TABLE_LOADING) {
-        qb_cond_wait(&t->shard->loaded, &t->shard->lock);
+        qb_cond_wait(&shard->loaded, &shard->lock);
     }
     if (t->state == TABLE_READY) {
         return 0;
@@ -399,7 +400,7 @@ static int enter(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset, Qcow2Table
     } else if (other_kind) {
         unpin_locked(*ret);
     } else {
-        err = wait_loaded_locked(*ret);
+        err = wait_loaded_locked(shard, *ret);
     }
     qb_mutex_unlock(&shard->lock);
     if (other_kind) {

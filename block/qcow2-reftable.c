@@ -306,6 +306,7 @@ static void switch_table(BDRVQcow2State *s, const Append *a)
 
 /* Counts 1 for the first @used clusters of the append, block by block. */
 static void fill_block(BDRVQcow2State *s, const Append *a, uint64_t i, Qcow2Table *t)
+    QB_REQUIRES(s->alloc_lock)
 {
     uint64_t per_block = qcow2_counts_per_block(s);
     uint64_t used = a->blocks + a->table + a->clusters, start = i * per_block;
