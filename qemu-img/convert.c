@@ -226,20 +226,22 @@ static bool create_target(ConvertPlan *plan, const char *name, const ConvertArgs
 static bool open_target(ConvertPlan *plan, const char *name, const char *format,
                         const ConvertArgs *a)
 {
-    BlockDriverInfo info = {0};
     ImgOpen how = {.format = a->target_image_opts ? NULL : format,
                    .image_opts = a->target_image_opts,
                    .cache = a->target_cache ? a->target_cache : "unsafe",
                    .unmap = true,
                    .flags = BDRV_O_RDWR | BDRV_O_NO_SHARE | (a->no_create ? 0 : BDRV_O_RESIZE)};
-    int64_t size;
 
     plan->target_name = name;
     plan->target = img_open(name, &how);
-    if (!plan->target) {
-        return false;
-    }
-    size = blk_getlength(plan->target);
+    return plan->target && convert_settle_target(plan);
+}
+
+bool convert_settle_target(ConvertPlan *plan)
+{
+    BlockDriverInfo info = {0};
+    int64_t size = blk_getlength(plan->target);
+
     if (size < plan->size) {
         if (size < 0) {
             img_error("unable to get output file size: %s", g_strerror((int)-size));
@@ -254,8 +256,8 @@ static bool open_target(ConvertPlan *plan, const char *name, const char *format,
     return true;
 }
 
-/* A fresh image reads as zeroes, but a device keeps what was on it. */
-static bool fresh_target_is_zero(const char *name, const char *format)
+/* A device keeps what was on it. */
+bool convert_fresh_target_is_zero(const char *name, const char *format)
 {
     const BlockDriver *protocol = bdrv_find_protocol(name, true, NULL);
 
@@ -282,16 +284,16 @@ static bool prepare_target(ConvertPlan *plan, const char *name, const ConvertArg
     if (!open_target(plan, name, format, a) || !check_compression(plan)) {
         return false;
     }
-    plan->target_is_zero = a->no_create
-                               ? a->target_is_zero
-                               : !plan->target_has_backing && fresh_target_is_zero(name, format);
+    plan->target_is_zero = a->no_create ? a->target_is_zero
+                                        : !plan->target_has_backing &&
+                                              convert_fresh_target_is_zero(name, format);
     plan->target_is_zero &= plan->min_sparse != 0;
     return true;
 }
 
 /* ---- the verb ---- */
 
-static bool run_copy(ConvertPlan *plan, bool show)
+bool convert_run(ConvertPlan *plan, bool show)
 {
     QbProgress progress;
     bool ok;
@@ -315,11 +317,11 @@ static int convert_images(ConvertPlan *plan, const GPtrArray *operands, const Co
     if (!open_sources(plan, operands, a) || !prepare_target(plan, target, a)) {
         return 1;
     }
-    status = run_copy(plan, a->progress && !a->quiet) ? 0 : 1;
+    status = convert_run(plan, a->progress && !a->quiet) ? 0 : 1;
     return img_close(g_steal_pointer(&plan->target), status);
 }
 
-static void free_plan(ConvertPlan *plan)
+void convert_plan_clear(ConvertPlan *plan)
 {
     if (plan->target) {
         blk_unref(plan->target);
@@ -368,6 +370,6 @@ int img_convert(int argc, char **argv)
         return 1;
     }
     status = convert_images(&plan, operands, &args);
-    free_plan(&plan);
+    convert_plan_clear(&plan);
     return status;
 }

@@ -1,5 +1,6 @@
 /*
- * convert's private header: what convert.c (what to do) and convert-copy.c (doing it) agree on.
+ * Copying content into an image: what convert.c and dd.c (what to do) and convert-copy.c (doing it)
+ * agree on.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -12,7 +13,7 @@
 typedef struct ConvertSource {
     BlockBackend *blk;
     const char *name;
-    int64_t start, size; /* place in the concatenation */
+    int64_t start, size; /* place in the concatenation; what lies before 0 is left out */
 } ConvertSource;
 
 typedef struct ConvertPlan {
@@ -32,6 +33,16 @@ typedef struct ConvertPlan {
     uint64_t rate_limit;
     QbProgress *progress;
 } ConvertPlan;
+
+/* The open target's size and alignment into the plan; false: said, also when plan->size does not
+ * fit. */
+bool convert_settle_target(ConvertPlan *plan);
+/* Does image @name of @format read as zeroes when it was just made? */
+bool convert_fresh_target_is_zero(const char *name, const char *format);
+/* convert_copy() with its progress reported, on stdout if @show; plan->progress is set meanwhile. */
+bool convert_run(ConvertPlan *plan, bool show);
+/* Closes and frees what the plan holds, but for the plan itself. */
+void convert_plan_clear(ConvertPlan *plan);
 
 /* Copies all of it; false: said. */
 bool convert_copy(const ConvertPlan *plan);

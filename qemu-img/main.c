@@ -21,6 +21,7 @@ static const ImgVerb verbs[] = {
     {"compare", img_compare, "compare the content of two images"},
     {"convert", img_convert, "copy images into another format or layout"},
     {"create", img_create, "create an image"},
+    {"dd", img_dd, "copy a part of an image into a new one"},
     {"info", img_info, "tell what an image is"},
     {"map", img_map, "tell where an image's content lies"},
     {"measure", img_measure, "tell how large a new image would be"},
