@@ -95,28 +95,51 @@ static uint64_t bitmap_clusters(uint64_t disk_size, unsigned granularity_bits,
     return data + qb_div_round_up(data * 8, cluster_size);
 }
 
+/* What the bitmaps of a source take in the new image. */
+typedef struct BitmapTotals {
+    const Qcow2CreateArgs *a;
+    uint64_t clusters, dir_bytes;
+} BitmapTotals;
+
+/* Adds what @entry stands for; broken bitmaps are left out, as nobody would copy them. */
+static void add_bitmap(BitmapTotals *t, const uint8_t *entry)
+{
+    unsigned bits = entry[QCOW2_BITMAP_GRANULARITY_BITS];
+    if (bits > QCOW2_MAX_GRANULARITY_BITS ||
+        (qb_ldbe32(entry + QCOW2_BITMAP_FLAGS) & QCOW2_BITMAP_IN_USE)) {
+        return;
+    }
+    uint64_t name = qb_ldbe16(entry + QCOW2_BITMAP_NAME_LENGTH);
+    t->dir_bytes += qb_align_up(QCOW2_BITMAP_FIXED + name, 8);
+    t->clusters += bitmap_clusters(t->a->size, bits, t->a->cluster_size);
+}
+
+static uint64_t entry_bytes(const uint8_t *entry)
+{
+    return qb_align_up(QCOW2_BITMAP_FIXED + qb_ldbe16(entry + QCOW2_BITMAP_NAME_LENGTH) +
+                           (uint64_t)qb_ldbe32(entry + QCOW2_BITMAP_EXTRA_LENGTH), 8);
+}
+
+/* Sums cannot overflow before the last step: there are at most 2^16 bitmaps of 2^49 clusters. */
 static bool measure_bitmaps(BlockDriverState *source, const Qcow2CreateArgs *a, uint64_t *ret,
                             GError **errp)
 {
     BitmapDirectory dir = find_directory(source);
-    uint64_t pos = 0, dir_bytes = 0, clusters = 0;
-    for (uint32_t i = 0; i < dir.nb; i++) {
+    BitmapTotals totals = {.a = a};
+    uint64_t pos = 0;
+    for (uint32_t i = 0; i < MIN(dir.nb, QCOW2_MAX_BITMAPS); i++) {
         uint8_t entry[QCOW2_BITMAP_FIXED];
         if (!read_entry(&dir, pos, entry, errp)) {
             return false;
         }
-        unsigned bits = entry[QCOW2_BITMAP_GRANULARITY_BITS];
-        uint64_t fixed_and_name = QCOW2_BITMAP_FIXED +
-                                  (uint64_t)qb_ldbe16(entry + QCOW2_BITMAP_NAME_LENGTH);
-        pos += qb_align_up(fixed_and_name + qb_ldbe32(entry + QCOW2_BITMAP_EXTRA_LENGTH), 8);
-        if (bits > QCOW2_MAX_GRANULARITY_BITS ||
-            (qb_ldbe32(entry + QCOW2_BITMAP_FLAGS) & QCOW2_BITMAP_IN_USE)) {
-            continue; /* broken: nobody would copy it */
-        }
-        dir_bytes += qb_align_up(fixed_and_name, 8);
-        clusters += bitmap_clusters(a->size, bits, a->cluster_size);
+        add_bitmap(&totals, entry);
+        pos += entry_bytes(entry);
     }
-    *ret = (clusters + qb_div_round_up(dir_bytes, a->cluster_size)) * a->cluster_size;
+    uint64_t clusters = totals.clusters + qb_div_round_up(totals.dir_bytes, a->cluster_size);
+    if (qb_mul_overflow(clusters, a->cluster_size, ret) || *ret > INT64_MAX) {
+        qb_error_set(errp, EFBIG, "The bitmaps are too large");
+        return false;
+    }
     return true;
 }
 
