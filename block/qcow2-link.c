@@ -155,7 +155,9 @@ static bool table_is_current_locked(BDRVQcow2State *s, const Qcow2Table *t, uint
     QB_REQUIRES(s->lock)
 {
     qb_mutex_assert_held(&s->lock);
-    return qcow2_l1_get(s, l1_index) == (qcow2_table_offset(t) | QCOW2_ENTRY_COPIED)
+    uint64_t entry = qcow2_l1_get(s, l1_index); /* may have reserved bits set: check's business */
+    return is_writable_entry(entry)
+           && (entry & QCOW2_ENTRY_OFFSET_MASK) == qcow2_table_offset(t)
            && !qcow2_table_poisoned(t);
 }
 
