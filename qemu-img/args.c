@@ -167,8 +167,14 @@ static int next_option(int argc, char **argv, const GetoptTables *t)
     return getopt_long(argc, argv, t->letters, t->longs, NULL);
 }
 
-static ImgParseResult handle_option(const ImgUsage *usage, int c, char **argv, void *args,
-                                    GPtrArray *operands)
+typedef enum ParseResult {
+    PARSE_GO_ON,
+    PARSE_HELP, /* --help was printed */
+    PARSE_ERROR /* said */
+} ParseResult;
+
+static ParseResult handle_option(const ImgUsage *usage, int c, char **argv, void *args,
+                                 GPtrArray *operands)
 {
     const ImgOption *o;
     char buf[3];
@@ -176,24 +182,24 @@ static ImgParseResult handle_option(const ImgUsage *usage, int c, char **argv, v
     switch (c) {
     case 'h':
         print_help(usage);
-        return IMG_PARSE_HELP;
+        return PARSE_HELP;
     case 1:
         g_ptr_array_add(operands, optarg);
-        return IMG_PARSE_OK;
+        return PARSE_GO_ON;
     case ':':
         img_usage_error(usage->verb, "missing argument for option '%s'",
                         option_in_error(argv, buf));
-        return IMG_PARSE_ERROR;
+        return PARSE_ERROR;
     case '?':
         img_usage_error(usage->verb, "unrecognized option '%s'", option_in_error(argv, buf));
-        return IMG_PARSE_ERROR;
+        return PARSE_ERROR;
     }
     o = find_option(usage->options, c);
-    return store_value(o, optarg, args) ? IMG_PARSE_OK : IMG_PARSE_ERROR;
+    return store_value(o, optarg, args) ? PARSE_GO_ON : PARSE_ERROR;
 }
 
-ImgParseResult img_parse_args(const ImgUsage *usage, int argc, char **argv, void *args,
-                              GPtrArray *operands)
+bool img_parse_args(const ImgUsage *usage, int argc, char **argv, void *args,
+                    GPtrArray *operands, int *ret_status)
 {
     GetoptTables tables;
     int c;
@@ -202,15 +208,16 @@ ImgParseResult img_parse_args(const ImgUsage *usage, int argc, char **argv, void
     opterr = 0;
     optind = 1;
     while ((c = next_option(argc, argv, &tables)) != -1) {
-        ImgParseResult result = handle_option(usage, c, argv, args, operands);
-        if (result != IMG_PARSE_OK) {
-            return result;
+        ParseResult result = handle_option(usage, c, argv, args, operands);
+        if (result != PARSE_GO_ON) {
+            *ret_status = result == PARSE_ERROR;
+            return false;
         }
     }
     while (optind < argc) {
         g_ptr_array_add(operands, argv[optind++]);
     }
-    return IMG_PARSE_OK;
+    return true;
 }
 
 int img_usage_error(const char *verb, const char *fmt, ...)

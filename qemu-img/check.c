@@ -296,16 +296,12 @@ int img_check(int argc, char **argv)
 {
     g_autoptr(GPtrArray) operands = g_ptr_array_new();
     CheckArgs args = {0};
+    int status;
     unsigned fix;
     bool json;
 
-    switch (img_parse_args(&check_usage, argc, argv, &args, operands)) {
-    case IMG_PARSE_HELP:
-        return 0;
-    case IMG_PARSE_ERROR:
-        return CHECK_FAILED;
-    case IMG_PARSE_OK:
-        break;
+    if (!img_parse_args(&check_usage, argc, argv, &args, operands, &status)) {
+        return status;
     }
     g_autoptr(GPtrArray) objects = args.objects;
     if (!img_check_cache("source ", args.cache) || !parse_repair(args.repair, &fix) ||

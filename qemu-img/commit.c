@@ -112,13 +112,8 @@ int img_commit(int argc, char **argv)
     BlockBackend *blk;
     int status;
 
-    switch (img_parse_args(&commit_usage, argc, argv, &args, operands)) {
-    case IMG_PARSE_HELP:
-        return 0;
-    case IMG_PARSE_ERROR:
-        return 1;
-    case IMG_PARSE_OK:
-        break;
+    if (!img_parse_args(&commit_usage, argc, argv, &args, operands, &status)) {
+        return status;
     }
     g_autoptr(GPtrArray) objects = args.objects;
     if (operands->len != 1) {

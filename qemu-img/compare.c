@@ -317,13 +317,8 @@ int img_compare(int argc, char **argv)
     CompareArgs args = {0};
     int status;
 
-    switch (img_parse_args(&compare_usage, argc, argv, &args, operands)) {
-    case IMG_PARSE_HELP:
-        return 0;
-    case IMG_PARSE_ERROR:
-        return 1; /* like any verb that was called wrongly */
-    case IMG_PARSE_OK:
-        break;
+    if (!img_parse_args(&compare_usage, argc, argv, &args, operands, &status)) {
+        return status;
     }
     g_autoptr(GPtrArray) objects = args.objects;
     if (operands->len != 2) {

@@ -344,13 +344,8 @@ int img_convert(int argc, char **argv)
     ConvertArgs args = {0};
     int status;
 
-    switch (img_parse_args(&convert_usage, argc, argv, &args, operands)) {
-    case IMG_PARSE_HELP:
-        return 0;
-    case IMG_PARSE_ERROR:
-        return 1;
-    case IMG_PARSE_OK:
-        break;
+    if (!img_parse_args(&convert_usage, argc, argv, &args, operands, &status)) {
+        return status;
     }
     g_autoptr(GPtrArray) objects = args.objects;
     g_autofree char *options = args.options;

@@ -257,14 +257,10 @@ int img_create(int argc, char **argv)
 {
     g_autoptr(GPtrArray) operands = g_ptr_array_new();
     CreateArgs args = {0};
+    int status;
 
-    switch (img_parse_args(&create_usage, argc, argv, &args, operands)) {
-    case IMG_PARSE_HELP:
-        return 0;
-    case IMG_PARSE_ERROR:
-        return 1;
-    case IMG_PARSE_OK:
-        break;
+    if (!img_parse_args(&create_usage, argc, argv, &args, operands, &status)) {
+        return status;
     }
     g_autofree char *options = args.options;
     g_autoptr(GPtrArray) objects = args.objects;

@@ -257,14 +257,10 @@ int img_dd(int argc, char **argv)
     ImgCreateTables tables;
     GError *err = NULL;
     DdOperands ops;
+    int status;
 
-    switch (img_parse_args(&dd_usage, argc, argv, &args, words)) {
-    case IMG_PARSE_HELP:
-        return 0;
-    case IMG_PARSE_ERROR:
-        return 1;
-    case IMG_PARSE_OK:
-        break;
+    if (!img_parse_args(&dd_usage, argc, argv, &args, words, &status)) {
+        return status;
     }
     g_autoptr(GPtrArray) objects = args.objects;
     if (!parse_operands(&ops, words) || !img_check_open_args(args.format, args.image_opts) ||

@@ -73,16 +73,11 @@ typedef struct ImgUsage {
     const ImgOption *options;
 } ImgUsage;
 
-typedef enum ImgParseResult {
-    IMG_PARSE_OK,
-    IMG_PARSE_HELP, /* --help was printed */
-    IMG_PARSE_ERROR /* said; exit 1 */
-} ImgParseResult;
-
 /* Parses @argv into @args by the table. Operands go to @operands (borrowed strings) in order; a
- * word that looks like a negative number is an operand. */
-ImgParseResult img_parse_args(const ImgUsage *usage, int argc, char **argv, void *args,
-                              GPtrArray *operands);
+ * word that looks like a negative number is an operand. False: the verb is done with *ret_status,
+ * 0 after --help, 1 after an error that was said. */
+bool img_parse_args(const ImgUsage *usage, int argc, char **argv, void *args,
+                    GPtrArray *operands, int *ret_status);
 /* "qemu-img: MSG" and the hint to try --help; returns 1. */
 int img_usage_error(const char *verb, const char *fmt, ...) G_GNUC_PRINTF(2, 3);
 /* --output: "human" or "json"; false: said. */

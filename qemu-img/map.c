@@ -211,15 +211,11 @@ int img_map(int argc, char **argv)
 {
     g_autoptr(GPtrArray) operands = g_ptr_array_new();
     MapArgs args = {.length = INT64_MAX};
+    int status;
     bool json;
 
-    switch (img_parse_args(&map_usage, argc, argv, &args, operands)) {
-    case IMG_PARSE_HELP:
-        return 0;
-    case IMG_PARSE_ERROR:
-        return 1;
-    case IMG_PARSE_OK:
-        break;
+    if (!img_parse_args(&map_usage, argc, argv, &args, operands, &status)) {
+        return status;
     }
     g_autoptr(GPtrArray) objects = args.objects;
     if (operands->len != 1) {

@@ -125,17 +125,13 @@ int img_measure(int argc, char **argv)
 {
     g_autoptr(GPtrArray) operands = g_ptr_array_new();
     MeasureArgs args = {.target_format = "raw"};
+    int status;
     ImgCreateTables tables;
     GError *err = NULL;
     bool json;
 
-    switch (img_parse_args(&measure_usage, argc, argv, &args, operands)) {
-    case IMG_PARSE_HELP:
-        return 0;
-    case IMG_PARSE_ERROR:
-        return 1;
-    case IMG_PARSE_OK:
-        break;
+    if (!img_parse_args(&measure_usage, argc, argv, &args, operands, &status)) {
+        return status;
     }
     g_autoptr(GPtrArray) objects = args.objects;
     g_autofree char *text = args.options;
