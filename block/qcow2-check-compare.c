@@ -228,6 +228,14 @@ static void report_difference(Qcow2Check *c, uint64_t cluster, uint64_t disk, ui
     }
 }
 
+/* @cluster is in use. */
+static void note_end(Qcow2Check *c, uint64_t cluster)
+{
+    if (cluster < c->nb_clusters) {
+        c->res->image_end_offset = (int64_t)((cluster + 1) << c->s->cluster_bits);
+    }
+}
+
 static void compare_cluster(Qcow2Check *c, uint64_t cluster, uint64_t disk,
                             const Qcow2RefLeaf *leaf, Qcow2CheckBlock *block)
 {
@@ -244,8 +252,8 @@ static void compare_cluster(Qcow2Check *c, uint64_t cluster, uint64_t disk,
     }
     c->copied_suspect |= ((flags & QCOW2_REF_COPIED) && disk != 1) ||
                          ((flags & QCOW2_REF_SHARED) && disk == 1);
-    if ((disk || refs) && cluster < c->nb_clusters) {
-        c->res->image_end_offset = (int64_t)((cluster + 1) << c->s->cluster_bits);
+    if (disk || refs) {
+        note_end(c, cluster);
     }
 }
 
@@ -255,6 +263,21 @@ static bool group_is_empty(const uint8_t *data, unsigned order, uint64_t slot)
     static const uint8_t zeroes[QCOW2_REF_LEAF * 8];
     size_t bytes = (QCOW2_REF_LEAF << order) / 8;
     return memcmp(data + ((slot << order) / 8), zeroes, bytes) == 0;
+}
+
+/* Nearly all groups of nearly all images: every cluster has one owner, and the flags say so. */
+static bool group_is_ones(const uint8_t *data, unsigned order, uint64_t slot, const uint8_t *ones,
+                          const Qcow2RefLeaf *leaf)
+{
+    size_t bytes = (QCOW2_REF_LEAF << order) / 8;
+    uint8_t flags = 0;
+    if (leaf->wide || memcmp(data + ((slot << order) / 8), ones, bytes)) {
+        return false;
+    }
+    for (unsigned i = 0; i < QCOW2_REF_LEAF; i++) {
+        flags |= leaf->flags[i] | (leaf->narrow[i] ^ 1 ? QCOW2_REF_ALIAS : 0);
+    }
+    return !(flags & (QCOW2_REF_ALIAS | QCOW2_REF_SHARED));
 }
 
 /* The next leaf in file order. */
@@ -298,9 +321,17 @@ static void compare_block(Qcow2Check *c, LeafCursor *cur, uint64_t index, const 
 {
     unsigned order = c->s->refcount_order;
     uint64_t first = index << c->s->refblock_bits;
+    uint8_t ones[QCOW2_REF_LEAF * 8] = {0};
+    for (unsigned i = 0; i < QCOW2_REF_LEAF; i++) {
+        qcow2_refcount_write(ones, order, i, 1);
+    }
     for (uint64_t slot = 0; slot < counts_per_block(c); slot += QCOW2_REF_LEAF) {
         const Qcow2RefLeaf *leaf = leaf_at(cur, (first + slot) / QCOW2_REF_LEAF);
         if (!leaf && group_is_empty(data, order, slot)) {
+            continue;
+        }
+        if (leaf && group_is_ones(data, order, slot, ones, leaf)) {
+            note_end(c, first + slot + QCOW2_REF_LEAF - 1);
             continue;
         }
         for (uint64_t i = slot; i < slot + QCOW2_REF_LEAF; i++) {

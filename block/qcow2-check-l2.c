@@ -22,10 +22,6 @@
 
 #include <inttypes.h>
 
-enum {
-    TABLES_PER_WALK = 1024,
-};
-
 /* ---------------------------------------------------------------- walking */
 
 typedef struct TableWalk {
@@ -56,21 +52,26 @@ static int walk_table(const Qcow2WalkTable *table, void *opaque)
     return qcow2_check_cancelled(w->c) ? -EINTR : 0;
 }
 
+int qcow2_check_walk(const Qcow2Check *c, guint first, guint n, Qcow2TableFn fn, void *opaque)
+{
+    BDRVQcow2State *s = c->s;
+    uint64_t be_l1[QCOW2_CHECK_WALK];
+    assert(n <= QCOW2_CHECK_WALK);
+    for (guint i = 0; i < n; i++) {
+        uint64_t offset = g_array_index(c->tables, Qcow2CheckTable, first + i).offset;
+        be_l1[i] = qcow2_check_is_hole(c, offset) ? 0 : htobe64(offset);
+    }
+    Qcow2WalkSource src = {.be_l1 = be_l1, .l1_size = n};
+    uint64_t end = (uint64_t)n << (s->cluster_bits + s->l2_bits);
+    return qcow2_walk_tables(c->bs, &src, 0, end, fn, opaque);
+}
+
 void qcow2_check_for_tables(Qcow2Check *c, guint first, guint n, Qcow2CheckTableFn fn,
                             void *opaque)
 {
-    BDRVQcow2State *s = c->s;
-    uint64_t be_l1[TABLES_PER_WALK];
-    for (guint end = first + n; first < end; first += MIN(TABLES_PER_WALK, end - first)) {
-        guint count = MIN(TABLES_PER_WALK, end - first);
-        for (guint i = 0; i < count; i++) {
-            uint64_t offset = g_array_index(c->tables, Qcow2CheckTable, first + i).offset;
-            be_l1[i] = qcow2_check_is_hole(c, offset) ? 0 : htobe64(offset);
-        }
-        Qcow2WalkSource src = {.be_l1 = be_l1, .l1_size = count};
+    for (guint end = first + n; first < end; first += MIN(QCOW2_CHECK_WALK, end - first)) {
         TableWalk w = {.c = c, .first = first, .fn = fn, .opaque = opaque};
-        uint64_t end_guest = (uint64_t)count << (s->cluster_bits + s->l2_bits);
-        int ret = qcow2_walk_tables(c->bs, &src, 0, end_guest, walk_table, &w);
+        int ret = qcow2_check_walk(c, first, MIN(QCOW2_CHECK_WALK, end - first), walk_table, &w);
         if (ret == -EINTR && qcow2_check_cancelled(c)) {
             return;
         }
@@ -310,6 +311,13 @@ static void check_table(Qcow2Check *c, const Qcow2CheckTable *t, const uint8_t *
 
 void qcow2_check_l2_tables(Qcow2Check *c)
 {
-    qb_progress_grow(c->opts->progress, (uint64_t)c->tables->len * c->s->cluster_size);
-    qcow2_check_for_tables(c, 0, c->tables->len, check_table, NULL);
+    guint n = c->tables->len;
+    qb_progress_grow(c->opts->progress, (uint64_t)n * c->s->cluster_size);
+    g_autofree uint8_t *odd = qcow2_check_scan_tables(c);
+    for (guint i = 0, end; i < n; i = end) {
+        for (end = i; end < n && odd[end]; end++) {
+        }
+        qcow2_check_for_tables(c, i, end - i, check_table, NULL);
+        end = MAX(end, i + 1);
+    }
 }

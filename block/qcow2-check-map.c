@@ -1,16 +1,20 @@
 /*
  * The reference map of a check: how often is each host cluster referenced, and by whom.
  *
- *      hash table of leaves (open addressing, by leaf index)
- *        [ . | o | . | o | o | . ]
- *              |       |   |
- *            leaf    leaf  leaf       64 clusters each: 64 counts of 8 bits, 64 bytes of flags;
+ *      shards, by leaf index: 64 neighbours in one shard, the next 64 in the next one
+ *        hash table of leaves (open addressing, by leaf index), and the slabs they lie in
+ *          [ . | o | . | o | o | . ]
+ *                |       |   |
+ *              leaf    leaf  leaf     64 clusters each: 64 counts of 8 bits, 64 bytes of flags;
  *                                     a count beyond 255 turns the leaf's counts into 32 bits
  *
  * A leaf exists only where something is referenced, so the map costs what metadata really refers
  * to: 144 bytes for a lonely reference (which took 8 bytes of metadata), 2.5 bytes per cluster of a
  * dense image (40 MB for 1 TiB at 64 KiB clusters), nothing for a long file or for what a header
  * claims.
+ *
+ * References come in runs, one thread's mostly far from another's: a lock per shard, taken once per
+ * leaf, is hardly ever waited for.  Only adding takes it; all else happens when nobody adds.
  *
  * Invariants
  *   1. A cluster without a leaf has count 0 and no flags.
@@ -19,98 +23,131 @@
  *   3. ALIAS is set once two owners were seen that cannot both be right:
  *        META with anything; L2 with DATA or COMP; DATA with COMP; active data twice.
  *      Data of two trees (active, snapshots), and compressed streams among themselves, share.
- *
- * Not done: threads.  Counting is memory-bound and takes a small part of the time it takes to read
- * the tables.
+ *      In which order the owners came makes no difference.
  *
  * SPDX-License-Identifier: MIT
  */
 #include "block/qcow2-check.h"
 
-struct Qcow2RefMap {
+enum {
+    SHARDS = 64,       /* power of two */
+    SLAB_LEAVES = 32,  /* allocated at once */
+    RADIX_BITS = 11,
+};
+
+typedef struct Shard {
+    QbMutex lock; /* taken by those who add */
     Qcow2RefLeaf **slots;
-    size_t nslots; /* power of two */
+    size_t nslots; /* power of two; 0: nothing yet */
     size_t used;
+    GPtrArray *slabs;   /* of SLAB_LEAVES leaves each, filled one after the other */
+    Qcow2RefLeaf *last; /* of the last look-up */
+} Shard;
+
+struct Qcow2RefMap {
     uint64_t cap;
-    Qcow2RefLeaf *last; /* of the last look-up: references come in runs */
+    Shard shards[SHARDS];
 };
 
 Qcow2RefMap *qcow2_refmap_new(uint64_t cap)
 {
     assert(cap > 0);
     Qcow2RefMap *map = g_new0(Qcow2RefMap, 1);
-    map->nslots = 64;
-    map->slots = g_new0(Qcow2RefLeaf *, map->nslots);
     map->cap = cap;
+    for (size_t i = 0; i < SHARDS; i++) {
+        qb_mutex_init(&map->shards[i].lock);
+        map->shards[i].slabs = g_ptr_array_new_with_free_func(g_free);
+    }
     return map;
+}
+
+static void free_shard(Shard *shard)
+{
+    for (size_t i = 0; i < shard->nslots; i++) {
+        if (shard->slots[i]) {
+            g_free(shard->slots[i]->wide);
+        }
+    }
+    g_free(shard->slots);
+    g_ptr_array_unref(shard->slabs);
+    qb_mutex_destroy(&shard->lock);
 }
 
 void qcow2_refmap_free(Qcow2RefMap *map)
 {
-    if (!map) {
-        return;
+    for (size_t i = 0; map && i < SHARDS; i++) {
+        free_shard(&map->shards[i]);
     }
-    for (size_t i = 0; i < map->nslots; i++) {
-        if (map->slots[i]) {
-            g_free(map->slots[i]->wide);
-            g_free(map->slots[i]);
-        }
-    }
-    g_free(map->slots);
     g_free(map);
 }
 
-/* The slot that holds leaf @index, or the free one where it would go. */
-static size_t find_slot(const Qcow2RefMap *map, uint64_t index)
+/* ---------------------------------------------------------------- leaves */
+
+static Shard *shard_of(Qcow2RefMap *map, uint64_t index)
 {
-    size_t mask = map->nslots - 1;
+    return &map->shards[(index / QCOW2_REF_LEAF) % SHARDS];
+}
+
+/* The slot that holds leaf @index, or the free one where it would go. */
+static size_t find_slot(const Shard *shard, uint64_t index)
+{
+    size_t mask = shard->nslots - 1;
     size_t i = (index * UINT64_C(0x9e3779b97f4a7c15)) >> 20 & mask;
-    while (map->slots[i] && map->slots[i]->index != index) {
+    while (shard->slots[i] && shard->slots[i]->index != index) {
         i = (i + 1) & mask;
     }
     return i;
 }
 
-static void grow(Qcow2RefMap *map)
+static void grow(Shard *shard)
 {
-    Qcow2RefLeaf **old = map->slots;
-    size_t n = map->nslots;
-    map->nslots *= 2;
-    map->slots = g_new0(Qcow2RefLeaf *, map->nslots);
+    Qcow2RefLeaf **old = shard->slots;
+    size_t n = shard->nslots;
+    shard->nslots = n ? n * 2 : 16;
+    shard->slots = g_new0(Qcow2RefLeaf *, shard->nslots);
     for (size_t i = 0; i < n; i++) {
         if (old[i]) {
-            map->slots[find_slot(map, old[i]->index)] = old[i];
+            shard->slots[find_slot(shard, old[i]->index)] = old[i];
         }
     }
     g_free(old);
 }
 
-static Qcow2RefLeaf *make_leaf(Qcow2RefMap *map, uint64_t index)
+static Qcow2RefLeaf *new_leaf(Shard *shard, uint64_t index)
 {
-    if (map->last && map->last->index == index) {
-        return map->last;
+    size_t in_slab = shard->used++ % SLAB_LEAVES;
+    if (in_slab == 0) {
+        g_ptr_array_add(shard->slabs, g_new0(Qcow2RefLeaf, SLAB_LEAVES));
     }
-    size_t i = find_slot(map, index);
-    if (!map->slots[i]) {
-        if (map->used >= map->nslots / 2) {
-            grow(map);
-            i = find_slot(map, index);
-        }
-        map->slots[i] = g_new0(Qcow2RefLeaf, 1);
-        map->slots[i]->index = index;
-        map->used++;
+    Qcow2RefLeaf *slab = shard->slabs->pdata[shard->slabs->len - 1];
+    slab[in_slab].index = index;
+    return &slab[in_slab];
+}
+
+static Qcow2RefLeaf *make_leaf(Shard *shard, uint64_t index)
+{
+    if (shard->last && shard->last->index == index) {
+        return shard->last;
     }
-    map->last = map->slots[i];
-    return map->last;
+    if (shard->used >= shard->nslots / 2) {
+        grow(shard);
+    }
+    size_t i = find_slot(shard, index);
+    if (!shard->slots[i]) {
+        shard->slots[i] = new_leaf(shard, index);
+    }
+    shard->last = shard->slots[i];
+    return shard->last;
 }
 
 const Qcow2RefLeaf *qcow2_refmap_leaf(const Qcow2RefMap *map, uint64_t cluster)
 {
     uint64_t index = cluster / QCOW2_REF_LEAF;
-    if (map->last && map->last->index == index) {
-        return map->last;
+    const Shard *shard = &map->shards[(index / QCOW2_REF_LEAF) % SHARDS];
+    if (shard->last && shard->last->index == index) {
+        return shard->last;
     }
-    return map->slots[find_slot(map, index)];
+    return shard->nslots ? shard->slots[find_slot(shard, index)] : NULL;
 }
 
 static void widen(Qcow2RefLeaf *leaf)
@@ -134,6 +171,8 @@ static void set_count(Qcow2RefLeaf *leaf, unsigned slot, uint32_t count)
     }
 }
 
+/* ---------------------------------------------------------------- references */
+
 /* Can a reference with @flags join those that @old tells of? (invariant 3) */
 static bool conflicts(unsigned old, unsigned flags)
 {
@@ -147,29 +186,61 @@ static bool conflicts(unsigned old, unsigned flags)
     return kind == QCOW2_REF_DATA && (old & flags & QCOW2_REF_ACTIVE);
 }
 
+/* References to clusters of one leaf that come together. */
+typedef struct Addition {
+    uint64_t times, cap;
+    unsigned flags;
+    void (*overflow)(uint64_t cluster, void *opaque);
+    void *opaque;
+} Addition;
+
+static void add_one(Qcow2RefLeaf *leaf, unsigned slot, const Addition *a)
+{
+    uint64_t count = qcow2_refleaf_count(leaf, slot);
+    if (conflicts(leaf->flags[slot], a->flags)) {
+        leaf->flags[slot] |= QCOW2_REF_ALIAS;
+    }
+    leaf->flags[slot] |= a->flags;
+    if (a->overflow && (count > a->cap || a->times > a->cap - count)) {
+        a->overflow(leaf->index * QCOW2_REF_LEAF + slot, a->opaque);
+    }
+    set_count(leaf, slot, MIN(count + MIN(a->times, UINT32_MAX), UINT32_MAX));
+}
+
+static void add_to_shard(Shard *shard, uint64_t first, uint64_t n, const Addition *a)
+{
+    unsigned slot = first % QCOW2_REF_LEAF;
+    QB_GUARD(&shard->lock);
+    size_t used = shard->used;
+    Qcow2RefLeaf *leaf = make_leaf(shard, first / QCOW2_REF_LEAF);
+    if (shard->used > used && a->times == 1) { /* a fresh leaf: all of it in two strokes */
+        memset(leaf->narrow + slot, 1, n);
+        memset(leaf->flags + slot, (int)a->flags, n);
+        return;
+    }
+    for (uint64_t i = 0; i < n; i++) {
+        add_one(leaf, slot + i, a);
+    }
+}
+
 void qcow2_refmap_add(Qcow2RefMap *map, uint64_t first, uint64_t n, uint64_t times, unsigned flags,
                       void (*overflow)(uint64_t cluster, void *opaque), void *opaque)
 {
     assert(times > 0 && (flags & QCOW2_REF_KINDS));
-    for (uint64_t c = first; c < first + n; c++) {
-        Qcow2RefLeaf *leaf = make_leaf(map, c / QCOW2_REF_LEAF);
-        unsigned slot = c % QCOW2_REF_LEAF;
-        uint64_t count = qcow2_refleaf_count(leaf, slot);
-        if (conflicts(leaf->flags[slot], flags)) {
-            leaf->flags[slot] |= QCOW2_REF_ALIAS;
-        }
-        leaf->flags[slot] |= flags;
-        if (overflow && (count > map->cap || times > map->cap - count)) {
-            overflow(c, opaque);
-        }
-        set_count(leaf, slot, MIN(count + MIN(times, UINT32_MAX), UINT32_MAX));
+    Addition a = {.times = times, .cap = map->cap, .flags = flags, .overflow = overflow,
+                  .opaque = opaque};
+    while (n > 0) {
+        uint64_t part = MIN(n, QCOW2_REF_LEAF - first % QCOW2_REF_LEAF);
+        add_to_shard(shard_of(map, first / QCOW2_REF_LEAF), first, part, &a);
+        first += part;
+        n -= part;
     }
 }
 
 void qcow2_refmap_sub(Qcow2RefMap *map, uint64_t first, uint64_t n, uint64_t times)
 {
     for (uint64_t c = first; c < first + n; c++) {
-        Qcow2RefLeaf *leaf = make_leaf(map, c / QCOW2_REF_LEAF);
+        Qcow2RefLeaf *leaf = make_leaf(shard_of(map, c / QCOW2_REF_LEAF), c / QCOW2_REF_LEAF);
         unsigned slot = c % QCOW2_REF_LEAF;
         uint32_t count = qcow2_refleaf_count(leaf, slot);
         assert(count > 0);
@@ -184,7 +255,7 @@ void qcow2_refmap_sub(Qcow2RefMap *map, uint64_t first, uint64_t n, uint64_t tim
 void qcow2_refmap_clear_kind(Qcow2RefMap *map, uint64_t first, uint64_t n, unsigned kind)
 {
     for (uint64_t c = first; c < first + n; c++) {
-        Qcow2RefLeaf *leaf = make_leaf(map, c / QCOW2_REF_LEAF);
+        Qcow2RefLeaf *leaf = make_leaf(shard_of(map, c / QCOW2_REF_LEAF), c / QCOW2_REF_LEAF);
         uint8_t *flags = &leaf->flags[c % QCOW2_REF_LEAF];
         *flags &= ~kind;
         unsigned kinds = *flags & QCOW2_REF_KINDS;
@@ -206,22 +277,62 @@ unsigned qcow2_refmap_flags(const Qcow2RefMap *map, uint64_t cluster)
     return leaf ? leaf->flags[cluster % QCOW2_REF_LEAF] : 0;
 }
 
-static int compare_leaves(const void *a, const void *b)
+/* ---------------------------------------------------------------- all leaves */
+
+typedef struct LeafKey {
+    uint64_t index;
+    Qcow2RefLeaf *leaf;
+} LeafKey;
+
+static LeafKey *collect_leaves(const Qcow2RefMap *map, size_t *ret_n)
 {
-    const Qcow2RefLeaf *x = *(Qcow2RefLeaf *const *)a, *y = *(Qcow2RefLeaf *const *)b;
-    return x->index < y->index ? -1 : x->index > y->index;
+    LeafKey *keys = g_new(LeafKey, qcow2_refmap_leaves(map) + 1);
+    size_t n = 0;
+    for (size_t i = 0; i < SHARDS; i++) {
+        const Shard *shard = &map->shards[i];
+        for (size_t k = 0; k < shard->used; k++) {
+            Qcow2RefLeaf *slab = shard->slabs->pdata[k / SLAB_LEAVES];
+            keys[n++] = (LeafKey){slab[k % SLAB_LEAVES].index, &slab[k % SLAB_LEAVES]};
+        }
+    }
+    *ret_n = n;
+    return keys;
+}
+
+/* Sorts by the RADIX_BITS bits from @shift on, keeping the order of what is equal there. */
+static void radix_pass(const LeafKey *from, LeafKey *to, size_t n, unsigned shift)
+{
+    enum { BUCKETS = 1 << RADIX_BITS };
+    size_t starts[BUCKETS + 1] = {0};
+    for (size_t i = 0; i < n; i++) {
+        starts[(from[i].index >> shift) % BUCKETS + 1]++;
+    }
+    for (size_t b = 1; b < BUCKETS; b++) {
+        starts[b] += starts[b - 1];
+    }
+    for (size_t i = 0; i < n; i++) {
+        to[starts[(from[i].index >> shift) % BUCKETS]++] = from[i];
+    }
 }
 
 GPtrArray *qcow2_refmap_sorted(const Qcow2RefMap *map)
 {
-    GPtrArray *leaves = g_ptr_array_new();
-    for (size_t i = 0; i < map->nslots; i++) {
-        if (map->slots[i]) {
-            g_ptr_array_add(leaves, map->slots[i]);
-        }
+    size_t n;
+    g_autofree LeafKey *keys = collect_leaves(map, &n);
+    g_autofree LeafKey *other = g_new(LeafKey, n + 1);
+    uint64_t all = 0;
+    for (size_t i = 0; i < n; i++) {
+        all |= keys[i].index;
     }
-    if (leaves->len) {
-        qsort(leaves->pdata, leaves->len, sizeof(gpointer), compare_leaves);
+    for (unsigned shift = 0; shift < 64 && all >> shift; shift += RADIX_BITS) {
+        radix_pass(keys, other, n, shift);
+        LeafKey *sorted = other;
+        other = keys;
+        keys = sorted;
+    }
+    GPtrArray *leaves = g_ptr_array_sized_new((guint)n);
+    for (size_t i = 0; i < n; i++) {
+        g_ptr_array_add(leaves, keys[i].leaf);
     }
     return leaves;
 }
@@ -235,18 +346,30 @@ static uint64_t leaf_end(const Qcow2RefLeaf *leaf)
     return slot ? leaf->index * QCOW2_REF_LEAF + slot : 0;
 }
 
+static uint64_t shard_end(const Shard *shard, uint64_t end)
+{
+    for (size_t i = 0; i < shard->nslots; i++) {
+        if (shard->slots[i] && (shard->slots[i]->index + 1) * QCOW2_REF_LEAF > end) {
+            end = MAX(end, leaf_end(shard->slots[i]));
+        }
+    }
+    return end;
+}
+
 uint64_t qcow2_refmap_end(const Qcow2RefMap *map)
 {
     uint64_t end = 0;
-    for (size_t i = 0; i < map->nslots; i++) {
-        if (map->slots[i] && (map->slots[i]->index + 1) * QCOW2_REF_LEAF > end) {
-            end = MAX(end, leaf_end(map->slots[i]));
-        }
+    for (size_t i = 0; i < SHARDS; i++) {
+        end = shard_end(&map->shards[i], end);
     }
     return end;
 }
 
 size_t qcow2_refmap_leaves(const Qcow2RefMap *map)
 {
-    return map->used;
+    size_t n = 0;
+    for (size_t i = 0; i < SHARDS; i++) {
+        n += map->shards[i].used;
+    }
+    return n;
 }

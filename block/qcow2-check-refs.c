@@ -32,11 +32,16 @@
 
 /* ---------------------------------------------------------------- counting */
 
-bool qcow2_check_inside(Qcow2Check *c, uint64_t offset, uint64_t bytes)
+bool qcow2_check_is_inside(const Qcow2Check *c, uint64_t offset, uint64_t bytes)
 {
     uint64_t end;
-    if (!qb_add_overflow(offset, bytes, &end) && offset <= c->file_bytes &&
-        (end <= c->file_bytes || end - c->file_bytes < c->s->cluster_size)) {
+    return !qb_add_overflow(offset, bytes, &end) && offset <= c->file_bytes &&
+           (end <= c->file_bytes || end - c->file_bytes < c->s->cluster_size);
+}
+
+bool qcow2_check_inside(Qcow2Check *c, uint64_t offset, uint64_t bytes)
+{
+    if (qcow2_check_is_inside(c, offset, bytes)) {
         return true;
     }
     qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "beyond-end-of-file", offset,
@@ -46,7 +51,7 @@ bool qcow2_check_inside(Qcow2Check *c, uint64_t offset, uint64_t bytes)
     return false;
 }
 
-static void report_overflow(uint64_t cluster, void *opaque)
+void qcow2_check_overflow(uint64_t cluster, void *opaque)
 {
     Qcow2Check *c = opaque;
     uint64_t offset = cluster << c->s->cluster_bits;
@@ -69,7 +74,7 @@ bool qcow2_check_count(Qcow2Check *c, uint64_t offset, uint64_t bytes, uint64_t 
     }
     uint64_t first = offset >> c->s->cluster_bits;
     uint64_t last = (offset + bytes - 1) >> c->s->cluster_bits;
-    qcow2_refmap_add(c->map, first, last - first + 1, times, flags, report_overflow, c);
+    qcow2_refmap_add(c->map, first, last - first + 1, times, flags, qcow2_check_overflow, c);
     return true;
 }
 

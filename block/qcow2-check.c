@@ -5,6 +5,7 @@
  *
  *     qcow2-check-refs.c     who refers to which host cluster: header, L1s, snapshots, crypto area
  *     qcow2-check-l2.c         L2 tables, each read once however many L1s name it
+ *     qcow2-check-scan.c       those in which nothing is odd, on all cores
  *     qcow2-check-fixes.c      entries that a repair rewrites
  *     qcow2-check-bitmaps.c    stored bitmaps
  *     qcow2-check-map.c        the counts that come of it, in memory

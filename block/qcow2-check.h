@@ -35,7 +35,8 @@ typedef struct Qcow2RefLeaf {
 
 typedef struct Qcow2RefMap Qcow2RefMap;
 
-/* An empty map; @cap (at least 1) is the highest count an image can hold. Not thread safe. */
+/* An empty map; @cap (at least 1) is the highest count an image can hold. Several
+ * threads may add at once; all else is for one thread while nobody adds. */
 Qcow2RefMap *qcow2_refmap_new(uint64_t cap);
 void qcow2_refmap_free(Qcow2RefMap *map);
 /*
@@ -170,14 +171,22 @@ bool qcow2_check_exclusive(const Qcow2Check *c, uint64_t offset, uint64_t bytes,
 
 /* Fills the map, the tables and the findings on everything but refcounts. */
 void qcow2_check_count_all(Qcow2Check *c);
-/* False, and says so, when [offset, +bytes) reaches a cluster or more beyond the end of file. */
+/* Does [offset, +bytes) end less than a cluster beyond the end of the file? */
+bool qcow2_check_is_inside(const Qcow2Check *c, uint64_t offset, uint64_t bytes);
+/* The same, and says so when it does not. */
 bool qcow2_check_inside(Qcow2Check *c, uint64_t offset, uint64_t bytes);
+/* Says that the count of a cluster is too high for the image; @opaque: the Qcow2Check. */
+void qcow2_check_overflow(uint64_t cluster, void *opaque);
 /* Counts @times references to each cluster touched; false when that was refused (see above). */
 bool qcow2_check_count(Qcow2Check *c, uint64_t offset, uint64_t bytes, uint64_t times,
                        unsigned flags);
 
 /* ======================= qcow2-check-l2.c: L2 entries ======================= */
 
+enum { QCOW2_CHECK_WALK = 1024 }; /* tables at once */
+/* qcow2_walk_tables() over at most QCOW2_CHECK_WALK tables from @first on, whose l1_index counts from
+ * 0; those in holes of the file are left out. Any thread. */
+int qcow2_check_walk(const Qcow2Check *c, guint first, guint n, Qcow2TableFn fn, void *opaque);
 /* Judges and counts all entries of all tables. */
 void qcow2_check_l2_tables(Qcow2Check *c);
 /* Calls @fn for tables [first, first + n) of c->tables that can be read, in order; @entries holds
@@ -189,6 +198,13 @@ void qcow2_check_for_tables(Qcow2Check *c, guint first, guint n, Qcow2CheckTable
                             void *opaque);
 /* Entry @index of a table as on disk. */
 Qcow2L2Entry qcow2_check_entry(const BDRVQcow2State *s, const uint8_t *entries, uint32_t index);
+
+/* ======================= qcow2-check-scan.c: sound L2 tables ======================= */
+
+/* Counts what tables refer to in which nothing is odd. Says of each table whether it is still to be
+ * judged and counted (a byte each, newly allocated). */
+uint8_t *qcow2_check_scan_tables(Qcow2Check *c);
+
 /* ======================= qcow2-check-fixes.c: entries to be rewritten ======================= */
 
 /*

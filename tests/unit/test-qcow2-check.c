@@ -4,6 +4,7 @@
  * SPDX-License-Identifier: MIT
  */
 #include "block/qcow2-check.h"
+#include "util/pool.h"
 
 #define FAR (UINT64_C(1) << 47) /* a cluster index near the end of all host offsets */
 
@@ -203,6 +204,35 @@ static void test_against_oracle(void)
     qcow2_refmap_free(map);
 }
 
+enum { ADDERS = 4, SHARED_CLUSTERS = 20000 };
+
+static int add_many(void *opaque)
+{
+    Qcow2RefMap *map = opaque;
+    for (uint64_t first = 0; first < SHARED_CLUSTERS; first += 50) {
+        add(map, first, 100, 1, QCOW2_REF_DATA);
+    }
+    return 0;
+}
+
+/* Threads that add to the same clusters lose nothing. */
+static void test_threads(void)
+{
+    Qcow2RefMap *map = qcow2_refmap_new(65535);
+    QbTaskGroup group;
+    qb_group_init(&group);
+    for (unsigned i = 0; i < ADDERS; i++) {
+        qb_group_submit(&group, qb_request_pool(), add_many, map);
+    }
+    qb_group_wait(&group, 0);
+    qb_group_destroy(&group);
+    for (uint64_t i = 0; i < SHARED_CLUSTERS; i++) {
+        g_assert_cmpuint(qcow2_refmap_count(map, i), ==, i < 50 ? ADDERS : 2 * ADDERS);
+    }
+    qcow2_refmap_free(map);
+    qb_pools_shutdown();
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -215,5 +245,6 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-check/map/alias", test_alias);
     g_test_add_func("/qcow2-check/map/taking-back", test_taking_back);
     g_test_add_func("/qcow2-check/map/against-oracle", test_against_oracle);
+    g_test_add_func("/qcow2-check/map/threads", test_threads);
     return g_test_run();
 }
