@@ -181,15 +181,20 @@ void blk_end_request(BlockBackend *blk)
     }
 }
 
+bool blk_try_begin_request(BlockBackend *blk)
+{
+    atomic_fetch_add(&blk->in_flight, 1);
+    if (atomic_load(&blk->quiesce) == 0) {
+        return true;
+    }
+    blk_end_request(blk);
+    return false;
+}
+
 void blk_begin_request(BlockBackend *blk)
 {
     assert(!bdrv_graph_held());
-    for (;;) {
-        atomic_fetch_add(&blk->in_flight, 1);
-        if (atomic_load(&blk->quiesce) == 0) {
-            return;
-        }
-        blk_end_request(blk);
+    while (!blk_try_begin_request(blk)) {
         QB_GUARD(&blk->lock);
         while (atomic_load(&blk->quiesce) > 0) {
             qb_cond_wait(&blk->changed, &blk->lock);
@@ -253,6 +258,23 @@ bool blk_parse_discard(const char *mode, bool *ret_unmap)
     return true;
 }
 
+bool blk_parse_aio(const char *mode, int *flags)
+{
+    static const struct {
+        const char *name;
+        int flags;
+    } modes[] = {
+        {"threads", BDRV_O_AIO_THREADS}, {"native", BDRV_O_AIO_NATIVE}, {"io_uring", 0},
+    };
+    for (size_t i = 0; i < G_N_ELEMENTS(modes); i++) {
+        if (!strcmp(mode, modes[i].name)) {
+            *flags |= modes[i].flags;
+            return true;
+        }
+    }
+    return false;
+}
+
 void blk_set_write_cache(BlockBackend *blk, bool writeback)
 {
     atomic_store(&blk->write_cache, writeback);
@@ -277,7 +299,7 @@ bool blk_is_writable(BlockBackend *blk)
 
 /* --- requests --- */
 
-static int write_flags(const BlockBackend *blk, int flags)
+int blk_write_flags(const BlockBackend *blk, int flags)
 {
     return blk_write_cache(blk) ? flags : flags | BDRV_REQ_FUA;
 }
@@ -285,12 +307,17 @@ static int write_flags(const BlockBackend *blk, int flags)
 /* A range inside the image; a transfer no longer than one request may be. */
 static int check_range(BlockBackend *blk, int64_t offset, int64_t bytes, int64_t max)
 {
+    if (!qb_range_valid(offset, bytes) || bytes > max) {
+        return -EIO;
+    }
+    if (bdrv_known_to_reach(blk->root->bs, offset + bytes)) {
+        return 0; /* asking a file is a system call */
+    }
     int64_t length = blk_getlength(blk);
     if (length < 0) {
         return (int)length;
     }
-    bool inside = qb_range_valid(offset, bytes) && offset + bytes <= length;
-    return inside && bytes <= max ? 0 : -EIO;
+    return offset + bytes <= length ? 0 : -EIO;
 }
 
 static int check_change(BlockBackend *blk, int64_t offset, int64_t bytes, int64_t max)
@@ -319,7 +346,7 @@ int blk_pwritev(BlockBackend *blk, int64_t offset, int64_t bytes, IoVector *qiov
     int ret = check_change(blk, offset, bytes, BDRV_REQUEST_MAX_BYTES);
     if (ret == 0) {
         BDRV_GRAPH_GUARD();
-        ret = bdrv_pwritev(blk->root, offset, bytes, qiov, write_flags(blk, flags));
+        ret = bdrv_pwritev(blk->root, offset, bytes, qiov, blk_write_flags(blk, flags));
     }
     blk_end_request(blk);
     return ret;
@@ -351,7 +378,7 @@ int blk_pwrite_zeroes(BlockBackend *blk, int64_t offset, int64_t bytes, int flag
     blk_begin_request(blk);
     int ret = check_change(blk, offset, bytes, INT64_MAX);
     if (ret == 0) {
-        ret = bdrv_pwrite_zeroes(blk->root, offset, bytes, write_flags(blk, flags));
+        ret = bdrv_pwrite_zeroes(blk->root, offset, bytes, blk_write_flags(blk, flags));
     }
     blk_end_request(blk);
     return ret;
@@ -466,29 +493,67 @@ bool blk_make_empty(BlockBackend *blk, GError **errp)
  * others may wait for the ticket with an entry of their own while a writer waits for them. */
 
 typedef struct Task {
-    BlockBackend *blk;
+    BlkDrawn drawn;
     BdrvGraphPin pin;
-    BdrvRequest req; /* drawn at submission, but for a flush and for requests that fail at once */
-    BlkOp op;
-    int64_t offset, bytes;
-    IoVector *qiov;
-    int flags, failed;
     void (*done)(void *opaque, int ret);
     void *opaque;
 } Task;
 
-static int run_drawn(Task *t)
+int blk_check_request(BlockBackend *blk, BlkOp op, int64_t offset, int64_t bytes)
 {
-    BdrvChild *root = t->blk->root;
-    switch (t->op) {
+    switch (op) {
     case BLK_OP_READ:
-        return bdrv_preadv_drawn(root, &t->req, t->offset, t->bytes, t->qiov, t->flags);
+        return check_range(blk, offset, bytes, BDRV_REQUEST_MAX_BYTES);
     case BLK_OP_WRITE:
-        return bdrv_pwritev_drawn(root, &t->req, t->offset, t->bytes, t->qiov, t->flags);
+        return check_change(blk, offset, bytes, BDRV_REQUEST_MAX_BYTES);
     case BLK_OP_ZERO:
-        return bdrv_pwrite_zeroes_drawn(root, &t->req, t->offset, t->bytes, t->flags);
     case BLK_OP_DISCARD:
-        return bdrv_pdiscard_drawn(root, &t->req, t->offset, t->bytes);
+        return check_change(blk, offset, bytes, INT64_MAX);
+    case BLK_OP_FLUSH:
+        return 0;
+    }
+    g_assert_not_reached();
+}
+
+static void draw_ticket(BlkDrawn *d)
+{
+    static const BdrvRequestType types[] = {
+        [BLK_OP_READ] = BDRV_TRACKED_READ,
+        [BLK_OP_WRITE] = BDRV_TRACKED_WRITE,
+        [BLK_OP_ZERO] = BDRV_TRACKED_ZERO,
+        [BLK_OP_DISCARD] = BDRV_TRACKED_DISCARD,
+    };
+    if (d->op != BLK_OP_FLUSH) {
+        bdrv_request_draw(d->blk->root, &d->req, types[d->op], d->offset, d->bytes);
+    }
+}
+
+void blk_draw(BlkDrawn *d)
+{
+    if (d->op == BLK_OP_WRITE || d->op == BLK_OP_ZERO) {
+        d->flags = blk_write_flags(d->blk, d->flags);
+    }
+    d->failed = blk_check_request(d->blk, d->op, d->offset, d->bytes);
+    if (!d->failed) {
+        draw_ticket(d);
+    }
+}
+
+int blk_run_drawn(BlkDrawn *d)
+{
+    BdrvChild *root = d->blk->root;
+    if (d->failed) {
+        return d->failed;
+    }
+    switch (d->op) {
+    case BLK_OP_READ:
+        return bdrv_preadv_drawn(root, &d->req, d->offset, d->bytes, d->qiov, d->flags);
+    case BLK_OP_WRITE:
+        return bdrv_pwritev_drawn(root, &d->req, d->offset, d->bytes, d->qiov, d->flags);
+    case BLK_OP_ZERO:
+        return bdrv_pwrite_zeroes_drawn(root, &d->req, d->offset, d->bytes, d->flags);
+    case BLK_OP_DISCARD:
+        return bdrv_pdiscard_drawn(root, &d->req, d->offset, d->bytes);
     case BLK_OP_FLUSH:
         return bdrv_flush(root->bs);
     }
@@ -499,41 +564,12 @@ static void run_task(void *opaque)
 {
     Task *t = opaque;
     bdrv_graph_borrow();
-    int ret = t->failed ? t->failed : run_drawn(t);
+    int ret = blk_run_drawn(&t->drawn);
     bdrv_graph_return();
     bdrv_graph_unpin(t->pin);
     t->done(t->opaque, ret);
-    blk_end_request(t->blk);
+    blk_end_request(t->drawn.blk);
     g_free(t);
-}
-
-static int check_task(const Task *t)
-{
-    switch (t->op) {
-    case BLK_OP_READ:
-        return check_range(t->blk, t->offset, t->bytes, BDRV_REQUEST_MAX_BYTES);
-    case BLK_OP_WRITE:
-        return check_change(t->blk, t->offset, t->bytes, BDRV_REQUEST_MAX_BYTES);
-    case BLK_OP_ZERO:
-    case BLK_OP_DISCARD:
-        return check_change(t->blk, t->offset, t->bytes, INT64_MAX);
-    case BLK_OP_FLUSH:
-        return 0;
-    }
-    g_assert_not_reached();
-}
-
-static void draw_ticket(Task *t)
-{
-    static const BdrvRequestType types[] = {
-        [BLK_OP_READ] = BDRV_TRACKED_READ,
-        [BLK_OP_WRITE] = BDRV_TRACKED_WRITE,
-        [BLK_OP_ZERO] = BDRV_TRACKED_ZERO,
-        [BLK_OP_DISCARD] = BDRV_TRACKED_DISCARD,
-    };
-    if (t->op != BLK_OP_FLUSH) {
-        bdrv_request_draw(t->blk->root, &t->req, types[t->op], t->offset, t->bytes);
-    }
 }
 
 void blk_submit(BlockBackend *blk, BlkOp op, int64_t offset, int64_t bytes, IoVector *qiov,
@@ -541,17 +577,14 @@ void blk_submit(BlockBackend *blk, BlkOp op, int64_t offset, int64_t bytes, IoVe
 {
     blk_begin_request(blk);
     Task *t = g_new0(Task, 1);
-    *t = (Task){.blk = blk, .op = op, .offset = offset, .bytes = bytes, .qiov = qiov,
-                .flags = flags, .done = done, .opaque = opaque};
-    if (op == BLK_OP_WRITE || op == BLK_OP_ZERO) {
-        t->flags = write_flags(blk, flags);
-    }
+    *t = (Task){
+        .drawn = {.blk = blk, .op = op, .offset = offset, .bytes = bytes, .qiov = qiov,
+                  .flags = flags},
+        .done = done, .opaque = opaque,
+    };
     t->pin = bdrv_graph_pin();
     bdrv_graph_borrow();
-    t->failed = check_task(t);
-    if (!t->failed) {
-        draw_ticket(t);
-    }
+    blk_draw(&t->drawn);
     bdrv_graph_return();
     qb_pool_submit(qb_request_pool(), run_task, t);
 }

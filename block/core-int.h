@@ -92,6 +92,8 @@ void bdrv_commit_perms(GPtrArray *nodes)
 /* --- backend.c --- */
 /* Counts a request; waits while @blk is quiesced. Never under the graph lock. */
 void blk_begin_request(BlockBackend *blk);
+/* The same for who must not wait: false while @blk is quiesced. */
+bool blk_try_begin_request(BlockBackend *blk);
 void blk_end_request(BlockBackend *blk);
 /* A reference unless the last one is gone already. */
 bool blk_try_ref(BlockBackend *blk);
@@ -99,6 +101,27 @@ bool blk_try_ref(BlockBackend *blk);
 void blk_quiesce(BlockBackend *blk);
 void blk_unquiesce(BlockBackend *blk);
 void blk_wait_idle(BlockBackend *blk);
+
+/*
+ * A request of @blk that another thread may carry out.  draw() checks it and gives it its place in the
+ * order of the node; run() does it, once.  Both with the request counted in @blk and the graph lock
+ * held shared, by an entry that lasts from the one to the other.
+ */
+typedef struct BlkDrawn {
+    BlockBackend *blk;
+    BlkOp op;
+    int64_t offset, bytes;
+    IoVector *qiov;
+    int flags;
+    BdrvRequest req; /* private, as the next one */
+    int failed;
+} BlkDrawn;
+void blk_draw(BlkDrawn *d);
+int blk_run_drawn(BlkDrawn *d);
+/* 0, or what is wrong with a request as such. The graph lock held shared. */
+int blk_check_request(BlockBackend *blk, BlkOp op, int64_t offset, int64_t bytes);
+/* @flags and what the cache mode adds to a write. */
+int blk_write_flags(const BlockBackend *blk, int flags);
 
 /* --- io.c: what backend.c and image.c need of requests --- */
 /*
@@ -116,6 +139,12 @@ int bdrv_pwritev_drawn(BdrvChild *child, BdrvRequest *req, int64_t offset, int64
 int bdrv_pwrite_zeroes_drawn(BdrvChild *child, BdrvRequest *req, int64_t offset, int64_t bytes,
                              int flags);
 int bdrv_pdiscard_drawn(BdrvChild *child, BdrvRequest *req, int64_t offset, int64_t bytes);
+/*
+ * True when the node was at least @end long when it was last asked.  Spares the question: who makes
+ * a node shorter sets the cached length before new requests come in, and a file that was cut behind
+ * our back answers reads with zeroes and writes by growing, whenever it was asked.
+ */
+bool bdrv_known_to_reach(const BlockDriverState *bs, int64_t end);
 /* Takes the whole node in the range lock (BDRV_TRACKED_WHOLE); graph lock held shared. */
 void bdrv_request_begin_whole(BlockDriverState *bs, BdrvRequest *req);
 void bdrv_request_end_whole(BdrvRequest *req);

@@ -48,7 +48,8 @@ typedef struct FileDataCache {
 
 /* An operation the file system turned out not to have is not tried again. One way, no lock. */
 typedef struct FileLacks {
-    _Atomic(bool) punch_hole, zero_range, blkzeroout, blkdiscard, copy_range, dsync;
+    _Atomic(bool) punch_hole, zero_range, blkzeroout, blkdiscard, copy_range, dsync, nowait_read,
+        nowait_write;
 } FileLacks;
 
 typedef struct BDRVFileState {

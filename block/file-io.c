@@ -405,7 +405,7 @@ int file_copy_range(BlockDriverState *src, int64_t src_offset, BlockDriverState 
 int file_map(BlockDriverState *bs, BlkQueue *queue, BdrvMapIntent intent, int64_t offset,
              int64_t bytes, BdrvMapping *mapping)
 {
-    const BDRVFileState *s = file_state(bs);
+    BDRVFileState *s = file_state(bs);
     bool aligned = qb_is_aligned((uint64_t)(offset | bytes), s->request_alignment);
     bool writable = intent == BDRV_MAP_READ || !s->read_only;
     /* Inside eof a read is never short and a write never grows the file. */
@@ -413,8 +413,11 @@ int file_map(BlockDriverState *bs, BlkQueue *queue, BdrvMapIntent intent, int64_
         mapping->n == BDRV_MAP_MAX_EXTENTS) {
         return -EAGAIN;
     }
-    mapping->ext[mapping->n++] =
-        (BdrvMapExtent){.fd = s->fd, .host_offset = offset, .bytes = bytes};
+    mapping->ext[mapping->n++] = (BdrvMapExtent){
+        .fd = s->fd, .host_offset = offset, .bytes = bytes,
+        .direct = s->direct, .kernel_aio = s->aio != QB_AIO_THREADS,
+        .lacks_nowait = intent == BDRV_MAP_READ ? &s->lacks.nowait_read : &s->lacks.nowait_write,
+    };
     mapping->bytes += bytes;
     return 0;
 }

@@ -21,7 +21,7 @@
  *  5. A borrowed entry is covered by the lender, who waits for the borrower before leaving, or by a
  *     pin: an entry in a slot that no thread holds but a request, until unpinned.
  *
- * Not done: no upgrade, no try-lock, no fairness among writers beyond their mutex.
+ * Not done: no upgrade, no try-lock but for pins, no fairness among writers beyond their mutex.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -78,14 +78,19 @@ static void wait_for_writer(void)
     }
 }
 
+static bool try_enter_slot(GraphSlot *slot)
+{
+    atomic_fetch_add(&slot->readers, 1);
+    if (!atomic_load(&writer)) {
+        return true;
+    }
+    leave_slot(slot);
+    return false;
+}
+
 static void enter_slot(GraphSlot *slot)
 {
-    for (;;) {
-        atomic_fetch_add(&slot->readers, 1);
-        if (!atomic_load(&writer)) {
-            return;
-        }
-        leave_slot(slot);
+    while (!try_enter_slot(slot)) {
         wait_for_writer();
     }
 }
@@ -133,6 +138,13 @@ BdrvGraphPin bdrv_graph_pin(void)
     GraphSlot *slot = own_slot();
     enter_slot(slot);
     return (BdrvGraphPin)(slot - slots);
+}
+
+bool bdrv_graph_try_pin(BdrvGraphPin *ret)
+{
+    GraphSlot *slot = own_slot();
+    *ret = (BdrvGraphPin)(slot - slots);
+    return try_enter_slot(slot);
 }
 
 void bdrv_graph_unpin(BdrvGraphPin pin)

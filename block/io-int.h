@@ -45,12 +45,6 @@ int bdrv_aligned_preadv(const BdrvTransfer *t);
 int bdrv_aligned_pwritev(const BdrvTransfer *t);
 /* Only hands the data to the driver: no events, no look for zeroes, no flush for FUA. */
 int bdrv_write_pieces(const BdrvTransfer *t);
-/*
- * True when the node was at least @end long when it was last asked.  Spares the question: who makes
- * a node shorter sets the cached length before new requests come in, and a file that was cut behind
- * our back answers reads with zeroes and writes by growing, whenever it was asked.
- */
-bool bdrv_known_to_reach(const BlockDriverState *bs, int64_t end);
 /* A write up to @end has succeeded. */
 void bdrv_raise_length(BlockDriverState *bs, int64_t end);
 /* @max (0: none) as a number of bytes that is a multiple of @align, at least @align. */

@@ -33,21 +33,9 @@ static bool parse_discard(const char *text, bool *ret_unmap)
 
 static bool parse_aio(const char *text, int *ret_flags)
 {
-    static const struct {
-        const char *name;
-        int flags;
-    } modes[] = {
-        {"threads", BDRV_O_AIO_THREADS}, {"native", BDRV_O_AIO_NATIVE}, {"io_uring", 0},
-    };
-
     *ret_flags = 0;
-    for (size_t i = 0; text && i < G_N_ELEMENTS(modes); i++) {
-        if (!strcmp(text, modes[i].name)) {
-            *ret_flags = modes[i].flags;
-            return true;
-        }
-    }
-    return !text || qio_error("Invalid aio option: %s", text);
+    return !text || blk_parse_aio(text, ret_flags) ||
+           qio_error("Invalid aio option: %s", text);
 }
 
 /* What the switches stand for; options that say something themselves win. */

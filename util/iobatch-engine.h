@@ -11,6 +11,7 @@
 #define QB_UTIL_IOBATCH_ENGINE_H
 
 #include <limits.h>
+#include <stdbool.h>
 #include <sys/types.h>
 #include "util/iobatch.h"
 
@@ -28,6 +29,18 @@ static inline int qb_io_first_niov(const QbIoOp *op)
 }
 
 void qb_uring_run(QbIoOp *ops, size_t n);
+
+/* Rings are made, limited in number and given up in one place, for batches and for queues. */
+struct io_uring;
+struct io_uring_sqe;
+/* False: none to be had, now or for good. */
+bool qb_uring_open(struct io_uring *uring, unsigned entries);
+void qb_uring_close(struct io_uring *uring);
+/* The system refuses: nobody in this process tries again. */
+void qb_uring_forbid(void);
+/* Makes @sqe the first transfer of @op, which becomes its user data. */
+void qb_uring_prepare(struct io_uring_sqe *sqe, QbIoOp *op);
+
 void qb_libaio_run(QbIoOp *ops, size_t n);
 
 #endif

@@ -55,38 +55,28 @@ static _Atomic(unsigned) ring_count;
  * this lock instead. */
 static QbMutex life_lock = QB_MUTEX_INIT;
 
-static void close_uring(struct io_uring *uring)
+void qb_uring_close(struct io_uring *uring)
 {
     QB_GUARD(&life_lock);
     io_uring_queue_exit(uring);
-}
-
-static void free_ring(void *opaque)
-{
-    Ring *ring = opaque;
-    assert(ring->under_way == 0);
-    close_uring(&ring->uring);
     atomic_fetch_sub(&ring_count, 1);
-    g_free(ring);
 }
 
-static void make_key(void)
+void qb_uring_forbid(void)
 {
-    if (pthread_key_create(&ring_key, free_ring) != 0) {
-        atomic_store(&unusable, true);
-    }
+    atomic_store(&unusable, true);
 }
 
 /* Newer kernels do less work when they know that one thread uses the ring; older ones refuse. */
-static int init_uring(struct io_uring *uring)
+static int init_uring(struct io_uring *uring, unsigned entries)
 {
     QB_GUARD(&life_lock);
     int rc = -EINVAL;
 #if defined(IORING_SETUP_SINGLE_ISSUER) && defined(IORING_SETUP_COOP_TASKRUN)
-    rc = io_uring_queue_init(QB_IO_DEPTH, uring,
+    rc = io_uring_queue_init(entries, uring,
                              IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_COOP_TASKRUN);
 #endif
-    return rc == -EINVAL ? io_uring_queue_init(QB_IO_DEPTH, uring, 0) : rc;
+    return rc == -EINVAL ? io_uring_queue_init(entries, uring, 0) : rc;
 }
 
 static bool is_disabled(void)
@@ -95,14 +85,48 @@ static bool is_disabled(void)
     return env && strcmp(env, "0") != 0 && env[0];
 }
 
+static bool is_usable(void)
+{
+    return !atomic_load_explicit(&unusable, memory_order_relaxed) && !is_disabled();
+}
+
+bool qb_uring_open(struct io_uring *uring, unsigned entries)
+{
+    if (!is_usable() || atomic_load(&ring_count) >= MAX_RINGS) {
+        return false;
+    }
+    if (init_uring(uring, entries) < 0) {
+        qb_uring_forbid();
+        return false;
+    }
+    atomic_fetch_add(&ring_count, 1);
+    return true;
+}
+
+/* --- rings of threads that run batches --- */
+
+static void free_ring(void *opaque)
+{
+    Ring *ring = opaque;
+    assert(ring->under_way == 0);
+    qb_uring_close(&ring->uring);
+    g_free(ring);
+}
+
+static void make_key(void)
+{
+    if (pthread_key_create(&ring_key, free_ring) != 0) {
+        qb_uring_forbid();
+    }
+}
+
 static Ring *new_ring(void)
 {
     Ring *ring = g_new0(Ring, 1);
-    if (init_uring(&ring->uring) < 0) {
+    if (!qb_uring_open(&ring->uring, QB_IO_DEPTH)) {
         g_free(ring);
         return NULL;
     }
-    atomic_fetch_add(&ring_count, 1);
     if (pthread_setspecific(ring_key, ring) != 0) {
         free_ring(ring);
         return NULL;
@@ -114,20 +138,14 @@ static Ring *new_ring(void)
 static Ring *my_ring(void)
 {
     pthread_once(&key_once, make_key);
-    if (atomic_load_explicit(&unusable, memory_order_relaxed) || is_disabled()) {
+    if (!is_usable()) {
         return NULL;
     }
     Ring *ring = pthread_getspecific(ring_key);
-    if (!ring && atomic_load(&ring_count) < MAX_RINGS) {
-        ring = new_ring();
-        if (!ring) {
-            atomic_store(&unusable, true);
-        }
-    }
-    return ring;
+    return ring ? ring : new_ring();
 }
 
-static void prepare(struct io_uring_sqe *sqe, QbIoOp *op)
+void qb_uring_prepare(struct io_uring_sqe *sqe, QbIoOp *op)
 {
     int niov = qb_io_first_niov(op);
     unsigned len = niov != 1 ? 0 : (unsigned)MIN(op->iov->iov_len, MAX_FIRST_TRANSFER);
@@ -152,7 +170,7 @@ static size_t fill(Ring *ring, QbIoOp *ops, size_t n)
         if (!sqe) {
             break;
         }
-        prepare(sqe, &ops[taken++]);
+        qb_uring_prepare(sqe, &ops[taken++]);
         ring->prepared++;
     }
     return taken;
@@ -203,7 +221,7 @@ static void drain(Ring *ring)
 static void give_up(Ring *ring)
 {
     drain(ring);
-    atomic_store(&unusable, true);
+    qb_uring_forbid();
     pthread_setspecific(ring_key, NULL);
     free_ring(ring);
 }

@@ -145,6 +145,31 @@ void qb_io_complete(QbIoOp *op, ssize_t res)
     op->ret = transfer_rest(op->kind, op->fd, op->offset + done, p, done > 0);
 }
 
+/* ---- without waiting ---- */
+
+static ssize_t transfer_flags(const QbIoOp *op, int flags)
+{
+    int niov = qb_io_first_niov(op);
+    ssize_t n;
+    do {
+        n = op->kind == QB_IO_READ ? preadv2(op->fd, op->iov, niov, (off_t)op->offset, flags)
+                                   : pwritev2(op->fd, op->iov, niov, (off_t)op->offset, flags);
+    } while (n < 0 && errno == EINTR);
+    return n < 0 ? -errno : n;
+}
+
+ssize_t qb_io_nowait(const QbIoOp *op, _Atomic(bool) *lacks)
+{
+    if (!atomic_load_explicit(lacks, memory_order_relaxed)) {
+        ssize_t n = transfer_flags(op, RWF_NOWAIT);
+        if (n != -EOPNOTSUPP && n != -ENOSYS && n != -EINVAL) {
+            return n;
+        }
+        atomic_store_explicit(lacks, true, memory_order_relaxed);
+    }
+    return transfer_flags(op, 0);
+}
+
 /* ---- threads ---- */
 
 /* On the stack of the caller, who waits for the group. */

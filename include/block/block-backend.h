@@ -33,6 +33,8 @@ typedef struct BlkCacheMode {
 } BlkCacheMode;
 bool blk_parse_cache_mode(const char *mode, BlkCacheMode *ret); /* false: unknown */
 bool blk_parse_discard(const char *mode, bool *ret_unmap);      /* ignore|off, unmap|on */
+/* "threads|native|io_uring": adds the BDRV_O_AIO_* flag to *flags, none for the default. */
+bool blk_parse_aio(const char *mode, int *flags); /* false: unknown */
 void blk_set_write_cache(BlockBackend *blk, bool writeback);
 bool blk_write_cache(const BlockBackend *blk);
 

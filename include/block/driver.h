@@ -81,6 +81,9 @@ typedef enum BdrvMapIntent { BDRV_MAP_READ, BDRV_MAP_WRITE } BdrvMapIntent;
 typedef struct BdrvMapExtent {
     bool zero;           /* read: reads as zeroes, no I/O */
     int fd;              /* -1 when zero */
+    bool direct;         /* of fd: O_DIRECT */
+    bool kernel_aio;     /* the kernel's asynchronous I/O may be used, not threads only */
+    _Atomic(bool) *lacks_nowait; /* for qb_io_nowait(); lives as long as the mapping */
     int64_t host_offset; /* in fd */
     int64_t bytes;
 } BdrvMapExtent;

@@ -55,6 +55,8 @@ void bdrv_graph_return(void);
  */
 typedef unsigned BdrvGraphPin;
 BdrvGraphPin bdrv_graph_pin(void);
+/* The same for who must not wait: false while a writer is there. */
+bool bdrv_graph_try_pin(BdrvGraphPin *ret);
 void bdrv_graph_unpin(BdrvGraphPin pin);
 
 static inline void bdrv_graph_guard_leave(int *held)

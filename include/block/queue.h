@@ -33,13 +33,61 @@
 #ifndef BLOCK_QUEUE_H
 #define BLOCK_QUEUE_H
 
+#include "block/block-backend.h"
 #include "block/driver.h"
 
-/* Maps the start of the range. Users zero @mapping before the call; drivers pass on theirs.
+/* Maps the start of the range. Users zero @mapping's n, bytes, layers and depth; drivers pass theirs.
  * @queue may be NULL. 0, or -EAGAIN, or another -errno that a worker would meet as well. */
 int bdrv_map(BdrvChild *child, BlkQueue *queue, BdrvMapIntent intent, int64_t offset,
              int64_t bytes, BdrvMapping *mapping);
 /* For users: @result is 0 or -errno of the I/O. Returns what the request returns. */
 int bdrv_map_done(BlkQueue *queue, BdrvMapping *mapping, int result);
+
+/*
+ * The queue: requests of one thread on one BlockBackend, started now and collected later.
+ *
+ * All functions are called by the owner, the thread that submits first.  done() is called in
+ * blk_queue_poll() and blk_queue_wait() only; it may submit.  Requests have the meaning they have with
+ * blk_submit(): those that overlap take effect in the order they were submitted; a flush, and FUA,
+ * cover what was done before.
+ *
+ * The owner must keep collecting: what is under way holds an entry of the graph lock, and drains wait
+ * for it.  While anything is under way it must not call what may wait for that itself: blocking
+ * requests on the same nodes, drains, changes of the graph.  While the node is drained requests
+ * wait in the queue; submitting never blocks for it.
+ */
+typedef struct BlkQueueRequest {
+    BlkOp op;
+    int flags; /* BdrvRequestFlags */
+    int64_t offset, bytes;
+    IoVector *qiov; /* read, write; lives until done() */
+    void (*done)(void *opaque, int ret);
+    void *opaque;
+} BlkQueueRequest;
+
+/* Holds a reference to @blk. NULL: no file descriptor to be had. */
+BlkQueue *blk_queue_new(BlockBackend *blk);
+/* Waits for all requests, their done() called. NULL is fine. */
+void blk_queue_free(BlkQueue *q);
+/* @req is copied. */
+void blk_queue_submit(BlkQueue *q, const BlkQueueRequest *req);
+/* Calls done() for what is done by now, without waiting; returns how many. Sends on what was
+ * submitted. */
+unsigned blk_queue_poll(BlkQueue *q);
+/* The same, but waits for one at least if there are any. */
+unsigned blk_queue_wait(BlkQueue *q);
+/* Submitted and done() not called. */
+unsigned blk_queue_pending(const BlkQueue *q);
+/* Readable when blk_queue_poll() may have something to do; to be asked before the first request, and
+ * polled after a blk_queue_poll() that returned 0. */
+int blk_queue_fd(BlkQueue *q);
+/* How requests went so far, for tests and tools. */
+typedef struct BlkQueueStats {
+    uint64_t at_once; /* done when submitted: no waiting, no thread */
+    uint64_t lane;    /* through the driver's map, with waiting for the device */
+    uint64_t workers; /* through a worker */
+    uint64_t flushes; /* of the node; many requests may share one */
+} BlkQueueStats;
+BlkQueueStats blk_queue_stats(const BlkQueue *q);
 
 #endif

@@ -12,8 +12,11 @@
 #ifndef QB_UTIL_IOBATCH_H
 #define QB_UTIL_IOBATCH_H
 
+#include <stdatomic.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <sys/types.h>
 #include <sys/uio.h>
 
 typedef enum QbAioMode {
@@ -42,5 +45,12 @@ int qb_io_run(QbIoOp *ops, size_t n, QbAioMode mode);
 
 /* One blocking transfer with the same rules. @offset + length must fit int64_t. */
 int qb_io_one(QbIoKind kind, int fd, uint64_t offset, const struct iovec *iov, int niov);
+
+/*
+ * The part of a transfer that needs no waiting for the device: the bytes done, 0 at the end of a file,
+ * -EAGAIN for none, or another -errno.  *@lacks is set when the file system does not take the question
+ * (some memory file systems; cached writes on many); it is then, and later, a plain call.
+ */
+ssize_t qb_io_nowait(const QbIoOp *op, _Atomic(bool) *lacks);
 
 #endif
