@@ -66,23 +66,30 @@ static bool fail(GError **errp, int err, const char *text)
 
 /* ---------------------------------------------------------------- parsing */
 
-static bool take_version(json_t *options, int *ret, GError **errp)
+int qcow2_version_by_name(const char *name)
 {
     static const struct {
         const char *name;
         int version;
     } names[] = {{"0.10", 2}, {"v2", 2}, {"1.1", 3}, {"v3", 3}};
+    for (size_t i = 0; i < G_N_ELEMENTS(names); i++) {
+        if (!strcmp(name, names[i].name)) {
+            return names[i].version;
+        }
+    }
+    return 0;
+}
+
+static bool take_version(json_t *options, int *ret, GError **errp)
+{
     g_autofree char *compat = qb_opt_take_string(options, "compat");
     g_autofree char *version = qb_opt_take_string(options, "version");
     const char *name = compat ? compat : version ? version : "v3";
-    for (size_t i = 0; i < G_N_ELEMENTS(names); i++) {
-        if (!strcmp(name, names[i].name)) {
-            *ret = names[i].version;
-            return true;
-        }
+    *ret = qcow2_version_by_name(name);
+    if (!*ret) {
+        qb_error_set(errp, EINVAL, "Parameter 'version' does not accept value '%s'", name);
     }
-    qb_error_set(errp, EINVAL, "Parameter 'version' does not accept value '%s'", name);
-    return false;
+    return *ret != 0;
 }
 
 static bool take_compression(json_t *options, int *ret, GError **errp)

@@ -1,6 +1,6 @@
 /*
- * What a new image shall be: shared by those who make one (qcow2-create.c) and those who only
- * reckon what it would take (qcow2-measure.c).
+ * What a new image shall be: shared by those who make one (qcow2-create.c), those who only
+ * reckon what it would take (qcow2-measure.c), and those who change one (qcow2-amend.c).
  *
  * SPDX-License-Identifier: MIT
  */
@@ -18,6 +18,8 @@ typedef struct Qcow2CreateArgs {
     char *backing_file, *backing_fmt, *data_file;
 } Qcow2CreateArgs;
 
+/* Pure: 2 or 3 for "0.10", "v2", "1.1", "v3"; else 0. */
+int qcow2_version_by_name(const char *name);
 /* Frees the strings. */
 void qcow2_create_args_clear(Qcow2CreateArgs *a);
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Qcow2CreateArgs, qcow2_create_args_clear)

@@ -292,6 +292,18 @@ void qcow2_extensions_add(GArray *extensions, uint32_t type, const void *data, u
     g_array_append_val(extensions, ext);
 }
 
+void qcow2_extensions_set(GArray *extensions, uint32_t type, const void *data, uint32_t length)
+{
+    for (guint i = extensions->len; i > 0; i--) {
+        if (g_array_index(extensions, Qcow2Extension, i - 1).type == type) {
+            g_array_remove_index(extensions, i - 1);
+        }
+    }
+    if (data) {
+        qcow2_extensions_add(extensions, type, data, length);
+    }
+}
+
 size_t qcow2_extensions_end(const Qcow2Header *h)
 {
     return h->backing_offset ? h->backing_offset : header_cluster_size(h);

@@ -1,6 +1,6 @@
 /*
- * Changing the backing name and the header extensions of an image that may lose power at any
- * moment.
+ * Changing the backing name, the header extensions and the version of an image that may lose power
+ * at any moment.
  *
  *   cluster 0, before       [fixed | ext A | ext B | features | end | name |  ...  unreached  ... ]
  *                            <-- sector 0 -->|<-- sector 1 ...
@@ -20,6 +20,8 @@
  *  3. The backing name never moves onto bytes where the present one lies; where the new table needs
  *     that place, the detour points to a copy behind everything.
  *  4. s->header and s->extensions say what sector 0 says, after each write of it.
+ *  5. The fixed fields, the version and the header's length among them, change with the last write
+ *     of sector 0; until then they are the old ones.
  *
  * Not done: when the extensions other than the feature table do not fit sector 0 (a very long data
  * file name), only changes that leave the later sectors as they are can be made; others are
@@ -29,6 +31,7 @@
  */
 #include "block/qcow2.h"
 
+#include <limits.h>
 #include <string.h>
 
 typedef struct Range {
@@ -45,7 +48,7 @@ typedef struct Image {
 /* A change on its way. */
 typedef struct Change {
     BDRVQcow2State *s;
-    const char *name; /* new backing name, "" for none */
+    char *name; /* new backing name, "" for none; owned */
     size_t name_len;
     size_t cluster_size;
     uint8_t *now;  /* cluster 0 as it is */
@@ -73,35 +76,36 @@ static Range name_range(const Qcow2Header *h)
 
 /* ---------------------------------------------------------------- what it shall look like */
 
-static GArray *copy_extensions(const GArray *from, uint32_t without, bool with_features)
+static GArray *copy_extensions(const GArray *from, bool with_features)
 {
     GArray *to = qcow2_extensions_new();
     for (guint i = 0; i < from->len; i++) {
         const Qcow2Extension *ext = &g_array_index(from, Qcow2Extension, i);
-        if (ext->type != without && (with_features || ext->type != QCOW2_EXT_FEATURE_TABLE)) {
+        if (with_features || ext->type != QCOW2_EXT_FEATURE_TABLE) {
             qcow2_extensions_add(to, ext->type, ext->data, ext->length);
         }
     }
     return to;
 }
 
-/* Backing format first, so that it shares sector 0 with the name; the feature table last. */
-static GArray *wanted_extensions(const GArray *from, const char *format)
+static void move_extension(GArray *list, uint32_t type, guint at)
 {
-    GArray *to = qcow2_extensions_new();
-    if (*format) {
-        qcow2_extensions_add(to, QCOW2_EXT_BACKING_FORMAT, format, strlen(format));
+    for (guint i = 0; i < list->len; i++) {
+        Qcow2Extension ext = g_array_index(list, Qcow2Extension, i);
+        if (ext.type == type) {
+            g_array_index(list, Qcow2Extension, i).data = NULL; /* @ext owns it now */
+            g_array_remove_index(list, i);
+            g_array_insert_val(list, MIN(at, list->len), ext);
+            return;
+        }
     }
-    g_autoptr(GArray) rest = copy_extensions(from, QCOW2_EXT_BACKING_FORMAT, false);
-    for (guint i = 0; i < rest->len; i++) {
-        const Qcow2Extension *ext = &g_array_index(rest, Qcow2Extension, i);
-        qcow2_extensions_add(to, ext->type, ext->data, ext->length);
-    }
-    const Qcow2Extension *features = qcow2_find_extension(from, QCOW2_EXT_FEATURE_TABLE);
-    if (features) {
-        qcow2_extensions_add(to, features->type, features->data, features->length);
-    }
-    return to;
+}
+
+/* Backing format first, so that it shares sector 0 with the name; the feature table last. */
+static void sort_extensions(GArray *list)
+{
+    move_extension(list, QCOW2_EXT_BACKING_FORMAT, 0);
+    move_extension(list, QCOW2_EXT_FEATURE_TABLE, UINT_MAX);
 }
 
 /* The part of @r behind sector 0, which is where changes are not atomic. */
@@ -175,7 +179,7 @@ static bool plan_name(Change *c, GError **errp)
 /* The state in between: old names, no feature table, the name out of the new table's way. */
 static bool plan_detour(Change *c, GError **errp)
 {
-    c->detour.extensions = copy_extensions(c->from.extensions, QCOW2_EXT_END, false);
+    c->detour.extensions = copy_extensions(c->from.extensions, false);
     c->detour.end = image_end(&c->detour.h, c->detour.extensions);
     if (c->detour.end > QCOW2_HDR_SECTOR) {
         return fail(errp, ENOTSUP, "Header extensions are too long to be changed safely");
@@ -194,12 +198,29 @@ static bool plan_detour(Change *c, GError **errp)
     return true;
 }
 
-static bool plan(Change *c, const char *format, GError **errp)
+/* The name that @what asks for, or the present one. Owned by the change. */
+static bool take_name(Change *c, const Qcow2HeaderChange *what, GError **errp)
+{
+    Range old = name_range(&c->from.h);
+    c->name = what->backing_file
+                  ? g_strdup(what->backing_file)
+                  : g_strndup((const char *)c->now + old.start, old.end - old.start);
+    c->name_len = strlen(c->name);
+    return c->name_len <= QCOW2_MAX_BACKING_NAME ||
+           fail(errp, EINVAL, "Backing file name or format name too long");
+}
+
+static bool plan(Change *c, const Qcow2HeaderChange *what, GError **errp)
 {
     c->from.h = c->detour.h = c->to.h = c->s->header;
     c->from.extensions = c->s->extensions;
     c->from.end = MIN(image_end(&c->from.h, c->from.extensions), c->cluster_size);
-    c->to.extensions = wanted_extensions(c->from.extensions, format);
+    c->to.extensions = copy_extensions(c->from.extensions, true);
+    if (!take_name(c, what, errp)) {
+        return false;
+    }
+    what->edit(&c->to.h, c->to.extensions, what->opaque);
+    sort_extensions(c->to.extensions);
     c->to.end = image_end(&c->to.h, c->to.extensions);
     if (c->to.end > c->cluster_size || c->name_len > c->cluster_size - c->to.end) {
         return fail(errp, ENOSPC, "No space left in the file header");
@@ -282,29 +303,23 @@ static void change_clear(Change *c)
 {
     g_free(c->now);
     g_free(c->want);
+    g_free(c->name);
     g_clear_pointer(&c->detour.extensions, g_array_unref);
     g_clear_pointer(&c->to.extensions, g_array_unref);
 }
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Change, change_clear)
 
-bool qcow2_header_change_names(BlockDriverState *bs, const char *backing_file,
-                               const char *backing_fmt, GError **errp)
+bool qcow2_header_change(BlockDriverState *bs, const Qcow2HeaderChange *what, GError **errp)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    const char *format = backing_fmt && backing_file && *backing_file ? backing_fmt : "";
     g_auto(Change) c = {
         .s = s,
-        .name = backing_file ? backing_file : "",
         .cluster_size = s->cluster_size,
         .now = g_malloc(s->cluster_size),
         .want = g_malloc(s->cluster_size),
     };
-    c.name_len = strlen(c.name);
-    if (c.name_len > QCOW2_MAX_BACKING_NAME || strlen(format) > QCOW2_MAX_BACKING_FORMAT) {
-        return fail(errp, EINVAL, "Backing file name or format name too long");
-    }
     QB_GUARD(&s->header_lock);
-    if (!read_cluster0(&c, errp) || !plan(&c, format, errp)) {
+    if (!read_cluster0(&c, errp) || !plan(&c, what, errp)) {
         return false;
     }
     int ret = carry_out(s, &c);
@@ -312,4 +327,25 @@ bool qcow2_header_change_names(BlockDriverState *bs, const char *backing_file,
         qb_error_set_errno(errp, ret, "Could not write qcow2 header");
     }
     return ret == 0;
+}
+
+/* ---------------------------------------------------------------- names */
+
+static void set_format(Qcow2Header *h, GArray *extensions, void *opaque)
+{
+    const char *format = opaque;
+    qcow2_extensions_set(extensions, QCOW2_EXT_BACKING_FORMAT, *format ? format : NULL,
+                         strlen(format));
+}
+
+bool qcow2_header_change_names(BlockDriverState *bs, const char *backing_file,
+                               const char *backing_fmt, GError **errp)
+{
+    const char *file = backing_file ? backing_file : "";
+    const char *format = backing_fmt && *file ? backing_fmt : "";
+    if (strlen(format) > QCOW2_MAX_BACKING_FORMAT) {
+        return fail(errp, EINVAL, "Backing file name or format name too long");
+    }
+    Qcow2HeaderChange what = {.backing_file = file, .edit = set_format, .opaque = (void *)format};
+    return qcow2_header_change(bs, &what, errp);
 }

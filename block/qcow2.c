@@ -90,6 +90,13 @@ static void set_subclusters(BDRVQcow2State *s)
     s->l2_entries = 1u << s->l2_bits;
 }
 
+void qcow2_set_refcount_order(BDRVQcow2State *s, unsigned order)
+{
+    s->refcount_order = order;
+    s->refblock_bits = s->cluster_bits + 3 - order;
+    s->refcount_max = order == 6 ? UINT64_MAX : (UINT64_C(1) << (1u << order)) - 1;
+}
+
 /* Numbers that follow from the (validated) header and stay until close. */
 static void set_geometry(BDRVQcow2State *s)
 {
@@ -98,10 +105,7 @@ static void set_geometry(BDRVQcow2State *s)
     s->cluster_bits = h->cluster_bits;
     s->cluster_size = 1u << h->cluster_bits;
     set_subclusters(s);
-    s->refcount_order = h->refcount_order;
-    s->refblock_bits = s->cluster_bits + 3 - h->refcount_order;
-    s->refcount_max = h->refcount_order == 6 ? UINT64_MAX
-                                             : (UINT64_C(1) << (1u << h->refcount_order)) - 1;
+    qcow2_set_refcount_order(s, h->refcount_order);
     s->compression_type = h->compression_type;
     s->csize_shift = 70 - s->cluster_bits;
     s->csize_mask = (UINT64_C(1) << (s->cluster_bits - 8)) - 1;
@@ -437,6 +441,12 @@ static bool gated_change_backing_file(BlockDriverState *bs, const char *file, co
     return open_gate(bs, false, errp) && qcow2_change_backing_file(bs, file, fmt, errp);
 }
 
+static bool gated_amend(BlockDriverState *bs, json_t *options, QbProgress *progress, GError **errp)
+{
+    return open_gate(bs, json_object_get(options, "size"), errp) &&
+           qcow2_amend(bs, options, progress, errp);
+}
+
 static bool gated_check(BlockDriverState *bs, const BdrvCheckOptions *opts,
                         BdrvCheckResult *result, GError **errp)
 {
@@ -487,6 +497,7 @@ const BlockDriver bdrv_qcow2 = {
     .get_info = qcow2_get_info,
     .get_specific_info = qcow2_get_specific_info,
     .check = gated_check,
+    .amend = gated_amend,
     .change_backing_file = gated_change_backing_file,
     .make_empty = gated_make_empty,
     .snapshot_create = gated_snapshot_create,

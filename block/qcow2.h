@@ -92,7 +92,8 @@ typedef struct Qcow2HostRun {
 } Qcow2HostRun;
 
 struct BDRVQcow2State {
-    /* --- set at open, constant until close --- */
+    /* --- set at open, constant until close (amend changes the version, the width of refcounts and
+     * data_file_raw, the node held and drained) --- */
     BlockDriverState *bs;
     BdrvChild *data_file; /* bs->file without an external data file */
     int version;
@@ -219,6 +220,9 @@ size_t qcow2_extensions_end(const Qcow2Header *h);
 GArray *qcow2_extensions_new(void);
 /* Appends a copy of @length bytes of @data. */
 void qcow2_extensions_add(GArray *extensions, uint32_t type, const void *data, uint32_t length);
+/* Puts a copy of @length bytes of @data in the place of all extensions of @type; NULL: removes
+ * them. */
+void qcow2_extensions_set(GArray *extensions, uint32_t type, const void *data, uint32_t length);
 /* Bytes that @extensions take up behind the header, end marker included. */
 size_t qcow2_extensions_length(const GArray *extensions);
 /* Pure: the extensions and the end marker to @buf, which is zeroed as far as padding goes. */
@@ -254,8 +258,17 @@ int qcow2_begin_change(BlockDriverState *bs, bool guest);
 /* Sets or clears feature bits, stable on return; no write when nothing changes. */
 int qcow2_set_incompatible(BlockDriverState *bs, uint64_t set, uint64_t clear);
 int qcow2_set_autoclear(BlockDriverState *bs, uint64_t set, uint64_t clear);
-/* Replaces extension @type (NULL @data: removes) and/or the backing name; every step on disk parses
- * (invariant 5). ENOSPC when it does not fit cluster 0. */
+/* A change of more than fixed fields. */
+typedef struct Qcow2HeaderChange {
+    const char *backing_file; /* NULL: as it is; "": none */
+    /* Edits copies of the fixed fields (version and header_length too) and of the extensions. */
+    void (*edit)(Qcow2Header *h, GArray *extensions, void *opaque);
+    void *opaque;
+} Qcow2HeaderChange;
+/* Makes the change so that every step on disk parses; the fixed fields change in its last write, and
+ * memory with them (invariant 5). ENOSPC when it does not fit cluster 0. Takes header_lock. */
+bool qcow2_header_change(BlockDriverState *bs, const Qcow2HeaderChange *what, GError **errp);
+/* The backing name (NULL or "": none) and format only. */
 bool qcow2_header_change_names(BlockDriverState *bs, const char *backing_file,
                                const char *backing_fmt, GError **errp);
 /* Bytes of a fresh header cluster: header, extensions, backing name. ENOSPC if it does not fit. */
@@ -281,6 +294,8 @@ int qcow2_corrupt_save(BlockDriverState *bs);
  * error text. */
 uint64_t *qcow2_read_l1(BlockDriverState *bs, uint64_t offset, uint32_t entries, const char *name,
                         GError **errp);
+/* Numbers that follow from the width of refcounts, 1 << @order bits. At open, or whole node held. */
+void qcow2_set_refcount_order(BDRVQcow2State *s, unsigned order);
 
 /* ======================= qcow2-options.c, qcow2-info.c: run time ======================= */
 
@@ -707,6 +722,9 @@ bool qcow2_measure(json_t *options, BlockDriverState *source, BlockMeasureInfo *
                    GError **errp);
 /* qcow2-amend.c */
 extern const QbOptDesc qcow2_amend_opts[];
+/* Options by the names of that table; everything is judged before the first change. Steps that are done
+ * stay done when a later one fails. */
+bool qcow2_amend(BlockDriverState *bs, json_t *options, QbProgress *progress, GError **errp);
 bool qcow2_change_backing_file(BlockDriverState *bs, const char *file, const char *fmt,
                                GError **errp);
 /* qcow2-truncate.c */

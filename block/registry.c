@@ -145,3 +145,8 @@ const QbOptDesc *bdrv_create_options(const BlockDriver *drv)
 {
     return drv->create_opts;
 }
+
+const QbOptDesc *bdrv_amend_options(const BlockDriver *drv)
+{
+    return drv->amend_opts;
+}

@@ -16,6 +16,7 @@
 #include "util/pool.h"
 
 static const ImgVerb verbs[] = {
+    {"amend", img_amend, "change options of an existing image"},
     {"bench", img_bench, "measure how fast an image takes requests"},
     {"check", img_check, "check an image for consistency, and repair it"},
     {"commit", img_commit, "move an overlay's content into its backing file"},

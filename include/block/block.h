@@ -134,6 +134,8 @@ json_t *bdrv_get_specific_info(BlockDriverState *bs, GError **errp);
 /* --- creating --- */
 /* Table of a driver's creation options; NULL: cannot create. */
 const QbOptDesc *bdrv_create_options(const BlockDriver *drv);
+/* What bdrv_amend() knows; NULL: nothing can be amended. */
+const QbOptDesc *bdrv_amend_options(const BlockDriver *drv);
 /*
  * Creates an image. @options (flat, borrowed) hold "size", "backing_file", ... by their
  * `qemu-img create -o` names.  Never removes a file that was there before; what a failed create
