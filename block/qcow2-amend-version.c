@@ -14,6 +14,10 @@
  *       H, and only T has it       -> H zeroed, the entry loses its flag     (H's count is n)
  *       H, and others have it too  -> as without H; H loses n references     (H's count is more)
  *
+ * The last kind may leave another entry as the only owner of H, which must then get COPIED: the
+ * dirty bit is stable before the first such change, and goes when COPIED is right again, with the
+ * header's switch at the latest (invariant 4 of the driver).
+ *
  * Invariants
  *  1. Nothing an entry other than a zero entry refers to is written.
  *  2. What a table comes to refer to is stable, with its counts, before the table is written; what
@@ -267,6 +271,7 @@ typedef struct Expansion {
     BlockDriverState *bs;
     BDRVQcow2State *s;
     bool backed;
+    GArray *shared; /* Qcow2HostRun: host clusters that lost some of their references */
 } Expansion;
 
 static bool is_zero_entry(uint64_t entry)
@@ -274,12 +279,28 @@ static bool is_zero_entry(uint64_t entry)
     return (entry & QCOW2_ENTRY_ZERO) && !(entry & QCOW2_ENTRY_COMPRESSED);
 }
 
+/* Before entries are changed that refer to the host cluster (0: to none). */
+static int prepare_free(Expansion *x, uint64_t host)
+{
+    if (!host) {
+        return 0;
+    }
+    g_array_append_val(x->shared, ((Qcow2HostRun){host, x->s->cluster_size}));
+    return qcow2_set_incompatible(x->bs, QCOW2_INCOMPAT_DIRTY, 0);
+}
+
 /* Drops @n references to the host cluster. */
 static void free_host(Expansion *x, uint64_t host, uint64_t n)
 {
-    for (uint64_t i = 0; i < n; i++) {
+    for (uint64_t i = 0; host && i < n; i++) {
         qcow2_free_run(x->bs, host, x->s->cluster_size, QCOW2_DISCARD_OTHER);
     }
+}
+
+/* The whole entry for a host cluster with count @n. */
+static uint64_t data_entry(uint64_t host, uint64_t n)
+{
+    return host | (n == 1 ? QCOW2_ENTRY_COPIED : 0);
 }
 
 static int zero_host(Expansion *x, uint64_t host, uint64_t bytes)
@@ -328,18 +349,22 @@ static int fate_of(Expansion *x, uint64_t entry, uint64_t n, Fate *ret)
     return err;
 }
 
-/* Entries from @i on that need a new cluster, at most as many as one run can hold. */
+/* Entries from @i on that need a new cluster; ready to lose their old ones. */
 static int count_new(Expansion *x, const Qcow2Table *table, unsigned i, uint64_t n, unsigned *ret)
 {
     Fate fate = FATE_NEW_HOST;
-    unsigned end = i;
-    while (fate == FATE_NEW_HOST && ++end < x->s->l2_entries) {
-        int err = fate_of(x, load_entry(table, end), n, &fate);
+    int err = 0;
+    for (*ret = 0; i < x->s->l2_entries && fate == FATE_NEW_HOST; i++) {
+        uint64_t entry = load_entry(table, i);
+        err = fate_of(x, entry, n, &fate);
+        if (err == 0 && fate == FATE_NEW_HOST) {
+            err = prepare_free(x, entry & QCOW2_ENTRY_OFFSET_MASK);
+            ++*ret;
+        }
         if (err < 0) {
             return err;
         }
     }
-    *ret = end - i;
     return 0;
 }
 
@@ -360,8 +385,8 @@ static int link_new(Expansion *x, Qcow2Table *table, unsigned i, uint64_t n, uns
     for (unsigned k = 0; k < *ret; k++) {
         uint64_t old = load_entry(table, i + k) & QCOW2_ENTRY_OFFSET_MASK;
         uint64_t host = (uint64_t)offset + ((uint64_t)k << x->s->cluster_bits);
-        store_entry(x->s, table, i + k, host | (n == 1 ? QCOW2_ENTRY_COPIED : 0));
-        free_host(x, old, old ? n : 0);
+        store_entry(x->s, table, i + k, data_entry(host, n));
+        free_host(x, old, n);
     }
     return 0;
 }
@@ -378,16 +403,14 @@ static int expand_entry(Expansion *x, Qcow2Table *table, unsigned i, uint64_t n,
     if (fate == FATE_NEW_HOST) {
         return link_new(x, table, i, n, ret);
     }
-    if (fate == FATE_UNALLOCATE) {
-        store_entry(x->s, table, i, 0);
-        free_host(x, host, host ? n : 0);
-        return 0;
+    bool keep = fate == FATE_KEEP_HOST;
+    err = keep ? zero_host(x, host, x->s->cluster_size) : prepare_free(x, host);
+    if (err < 0) {
+        return err;
     }
-    err = zero_host(x, host, x->s->cluster_size);
-    if (err == 0) {
-        store_entry(x->s, table, i, entry & ~QCOW2_ENTRY_ZERO);
-    }
-    return err;
+    store_entry(x->s, table, i, keep ? data_entry(host, n) : 0);
+    free_host(x, host, keep ? 0 : n);
+    return 0;
 }
 
 static int expand_table(Qcow2Table *table, void *opaque)
@@ -425,21 +448,41 @@ static void become_version2(BDRVQcow2State *s)
     atomic_store(&s->autoclear_pending, 0);
 }
 
+/* Everything stable, and COPIED on whatever has one owner now. */
+static int settle(Expansion *x)
+{
+    g_autoptr(GArray) ones = g_array_new(false, false, sizeof(Qcow2HostRun));
+    int ret = qcow2_flush_all(x->bs);
+    ret = ret < 0 ? ret : qcow2_runs_with_count_one(x->bs, x->shared, ones);
+    ret = ret < 0 ? ret : qcow2_set_copied_in(x->bs, ones);
+    return ret < 0 ? ret : qcow2_flush_all(x->bs);
+}
+
+static bool expand(BlockDriverState *bs, QbProgress *progress, GError **errp)
+{
+    g_autoptr(GArray) shared = g_array_new(false, false, sizeof(Qcow2HostRun));
+    Expansion x = {.bs = bs, .s = qcow2_state(bs), .backed = is_backed(bs), .shared = shared};
+    bool expanded = for_each_table(bs, progress, expand_table, &x, errp);
+    int ret = settle(&x);
+    if (!expanded) {
+        if (ret == 0) {
+            (void)qcow2_set_incompatible(bs, 0, QCOW2_INCOMPAT_DIRTY);
+        }
+        return false; /* a dirty bit that stays is for the next writable open */
+    }
+    return ret == 0 || fail_errno(errp, ret);
+}
+
 bool qcow2_downgrade(BlockDriverState *bs, QbProgress *progress, GError **errp)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    Expansion x = {.bs = bs, .s = s, .backed = is_backed(bs)};
     Qcow2HeaderChange what = {.edit = edit_downgrade};
     assert(s->version == 3 && s->refcount_order == 4 && !s->has_subclusters);
-    bool expanded = for_each_table(bs, progress, expand_table, &x, errp);
-    int ret = qcow2_flush_all(bs);
-    if (!expanded) {
+    if (!expand(bs, progress, errp)) {
         return false;
     }
-    if (ret < 0) {
-        return fail_errno(errp, ret);
-    }
     if (!qcow2_header_change(bs, &what, errp)) {
+        (void)qcow2_set_incompatible(bs, 0, QCOW2_INCOMPAT_DIRTY);
         return false;
     }
     become_version2(s);

@@ -176,13 +176,22 @@ static void edit_bits_and_names(Qcow2Header *h, GArray *extensions, void *opaque
     }
 }
 
-/* Lazy refcounts, data file; nothing is written when nothing changes. */
+/* Is all that edit_bits_and_names() would do there already? Version 2 knows nothing of it. */
+static bool header_agrees(const BDRVQcow2State *s, const Amendment *a)
+{
+    const Qcow2Extension *name = qcow2_find_extension(s->extensions, QCOW2_EXT_DATA_FILE);
+    bool lazy = s->header.compatible & QCOW2_COMPAT_LAZY_REFCOUNTS;
+    bool same_name = !a->data_file || !strcmp(a->data_file, name ? (const char *)name->data : "");
+    return s->version < 3 || (a->lazy == lazy && a->raw == s->data_file_raw && same_name);
+}
+
+/* Lazy refcounts, data file. */
 static bool amend_header(BlockDriverState *bs, Amendment *a, GError **errp)
 {
     BDRVQcow2State *s = qcow2_state(bs);
     Qcow2HeaderChange what = {.edit = edit_bits_and_names, .opaque = a};
-    if (s->version < 3) {
-        return true; /* neither is known there */
+    if (header_agrees(s, a)) {
+        return true;
     }
     if (!qcow2_header_change(bs, &what, errp)) {
         return false;

@@ -247,6 +247,22 @@ static void write_some(BlockBackend *blk, Guest *g, const Shape *shape, uint8_t 
     memset(g->data + (step & ~UINT64_C(511)), 0, 2048);
 }
 
+/* Whole clusters: some that were never written, some that were, some given back. */
+static void zero_some(BlockBackend *blk, Guest *g, uint64_t seed)
+{
+    BlockDriverInfo info;
+    g_assert_true(bdrv_get_info(blk_bs(blk), &info, NULL));
+    uint64_t step = qb_align_down(g->size / 5, info.cluster_size), bytes = 2 * info.cluster_size;
+    for (uint64_t i = 0; i < 5; i++) {
+        uint64_t pos = i * step + (seed + i) % 3 * info.cluster_size;
+        if (pos + bytes <= g->size) {
+            memset(g->data + pos, 0, bytes);
+            int flags = i % 2 ? BDRV_REQ_MAY_UNMAP : 0;
+            g_assert_cmpint(blk_pwrite_zeroes(blk, (int64_t)pos, (int64_t)bytes, flags), ==, 0);
+        }
+    }
+}
+
 /* --- operations --- */
 
 /* One that is tried with crashes and faults. The oracle goes from before to after with it. */
@@ -257,6 +273,8 @@ typedef struct Operation {
     bool snapshots;    /* starts with snapshot "s1" in the image, taken before the last writes */
     bool by_clusters;  /* a crash may leave some clusters as before and some as after */
     bool needs_v3;
+    bool needs_v2;     /* version 2, or what can become it */
+    bool zeroes;       /* starts with zero clusters of all kinds */
 } Operation;
 
 static bool run_snapshot_create(BlockBackend *blk, const Shape *shape, GError **errp)
@@ -316,6 +334,41 @@ static bool run_forget(BlockBackend *blk, const Shape *shape, GError **errp)
     return bdrv_change_backing_file(blk_bs(blk), NULL, NULL, errp);
 }
 
+/* The same again has nothing left to do. */
+static bool amend(BlockBackend *blk, const char *options, GError **errp)
+{
+    BlockDriverState *bs = blk_bs(blk);
+    if (!bdrv_amend(bs, qb_opts_parse(options, NULL, NULL), NULL, errp)) {
+        return false;
+    }
+    Qcow2Header h = qcow2_state(bs)->header;
+    g_autoptr(GError) err = NULL;
+    bdrv_amend(bs, qb_opts_parse(options, NULL, NULL), NULL, &err);
+    g_assert_no_error(err);
+    g_assert_cmpmem(&h, sizeof(h), &qcow2_state(bs)->header, sizeof(h));
+    return true;
+}
+
+static bool run_widen(BlockBackend *blk, const Shape *shape, GError **errp)
+{
+    return amend(blk, "refcount_bits=64", errp);
+}
+
+static bool run_narrow(BlockBackend *blk, const Shape *shape, GError **errp)
+{
+    return amend(blk, "refcount_bits=4", errp);
+}
+
+static bool run_upgrade(BlockBackend *blk, const Shape *shape, GError **errp)
+{
+    return amend(blk, "compat=1.1,lazy_refcounts=on", errp);
+}
+
+static bool run_downgrade(BlockBackend *blk, const Shape *shape, GError **errp)
+{
+    return amend(blk, "compat=0.10,refcount_bits=16", errp);
+}
+
 static void same(Guest *g, const Guest *snapshot, const Shape *shape)
 {
 }
@@ -354,6 +407,13 @@ static const Operation operations[] = {
     {"empty-snapshot", run_empty, becomes_empty, .snapshots = true, .by_clusters = true},
     {"rename", run_rename, same},
     {"forget", run_forget, same},
+    {"widen", run_widen, same, .needs_v3 = true},
+    {"narrow-snapshot", run_narrow, same, .snapshots = true, .needs_v3 = true},
+    {"upgrade", run_upgrade, same, .needs_v2 = true},
+    {"upgrade-snapshot", run_upgrade, same, .snapshots = true, .needs_v2 = true},
+    {"downgrade", run_downgrade, same, .needs_v2 = true, .zeroes = true},
+    {"downgrade-snapshot", run_downgrade, same, .snapshots = true, .needs_v2 = true,
+     .zeroes = true},
 };
 
 /* What an operation works on. */
@@ -367,7 +427,8 @@ typedef struct Trial {
 static bool applies(const Operation *op, const Shape *shape)
 {
     bool snapshots = op->snapshots || op->run == run_snapshot_create;
-    return !(snapshots && shape->no_snapshots) && !(op->needs_v3 && shape->version2);
+    return !(snapshots && shape->no_snapshots) && !(op->needs_v3 && shape->version2) &&
+           !(op->needs_v2 && strstr(shape->options, "extended_l2"));
 }
 
 static void trial_clear(Trial *t)
@@ -385,11 +446,17 @@ static void prepare(Trial *t)
     t->before = guest_new(t->shape);
     g_autoptr(BlockBackend) blk = open_image(t->shape, 0, BDRV_O_RDWR | BDRV_O_RESIZE);
     write_some(blk, &t->before, t->shape, 0x90);
+    if (t->op->zeroes) {
+        zero_some(blk, &t->before, 1);
+    }
     if (t->op->snapshots) {
         g_assert_true(bdrv_snapshot_create(blk_bs(blk), "s1", NULL));
     }
     t->snapshot = guest_copy(&t->before);
     write_some(blk, &t->before, t->shape, 0xa1);
+    if (t->op->zeroes) {
+        zero_some(blk, &t->before, 2);
+    }
     g_clear_pointer(&blk, blk_unref);
     log_copy(&t->image, &log_disks[0]);
     t->after = guest_copy(&t->before);
@@ -446,6 +513,19 @@ static void assert_sound(const Trial *t, BlockBackend *blk)
     g_assert_cmpuint(result.check_errors, ==, 0);
 }
 
+/* Whoever has a snapshot still finds in it what was put there. */
+static void assert_snapshot_survived(const Trial *t, int disk)
+{
+    g_autoptr(GError) err = NULL;
+    if (!t->op->zeroes || !t->op->snapshots) {
+        return;
+    }
+    g_autoptr(BlockBackend) blk = open_image(t->shape, disk, 0);
+    bdrv_snapshot_load_tmp(blk_bs(blk), "s1", &err);
+    g_assert_no_error(err);
+    assert_reads(blk, &t->snapshot);
+}
+
 /* The image on @disk is sound or says that it is not, opens writable, and reads as it may. */
 static void assert_survived(const Trial *t, int disk)
 {
@@ -459,6 +539,7 @@ static void assert_survived(const Trial *t, int disk)
     assert_before_or_after(t, blk);
     assert_sound(t, blk);
     blk_unref(blk);
+    assert_snapshot_survived(t, disk);
 }
 
 /* --- the tests --- */
