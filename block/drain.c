@@ -54,6 +54,34 @@ static void wait_node_idle(BlockDriverState *bs)
     }
 }
 
+/* @bs and each node above it, once, the upper ones first, with a reference. */
+static void collect_above(BlockDriverState *bs, GPtrArray *nodes)
+{
+    if (g_ptr_array_find(nodes, bs, NULL)) {
+        return;
+    }
+    for (guint i = 0; i < bs->parents->len; i++) {
+        BdrvChild *edge = g_ptr_array_index(bs->parents, i);
+        if (edge->parent) {
+            collect_above(edge->parent, nodes);
+        }
+    }
+    bdrv_ref(bs);
+    g_ptr_array_add(nodes, bs);
+}
+
+/* Those above are quiesced with it: what they still do, in the background, may come down here. */
+static void wait_idle(BlockDriverState *bs)
+{
+    g_autoptr(GPtrArray) nodes = g_ptr_array_new_with_free_func((GDestroyNotify)bdrv_unref);
+    bdrv_graph_rdlock();
+    collect_above(bs, nodes);
+    bdrv_graph_rdunlock();
+    for (guint i = 0; i < nodes->len; i++) {
+        wait_node_idle(g_ptr_array_index(nodes, i));
+    }
+}
+
 /* Each node from @bs down, once, with a reference. */
 static void collect_below(BlockDriverState *bs, GPtrArray *nodes)
 {
@@ -141,7 +169,7 @@ void bdrv_drained_begin(BlockDriverState *bs)
     bdrv_parents_quiesce(bs);
     remember(bs, tell_begin(bs));
     bdrv_parents_wait_idle(bs);
-    wait_node_idle(bs);
+    wait_idle(bs);
 }
 
 void bdrv_drained_end(BlockDriverState *bs)

@@ -1,7 +1,8 @@
 /*
  * Allocation: where free host clusters are, and taking them.
  *
- *      blocks not looked at yet, before the first one that may have the run: look at up to 8
+ *      blocks not looked at yet, before the first one that may have the run: look at up to 8 (the
+ *        |      background looks at all of them, from the first allocation on)
  *        |
  *      find in the index  -- a block that may have it? --> search it: take, or make the bound exact
  *        | none
@@ -12,7 +13,8 @@
  *
  * First fit by lowest host offset.  The free tail of the last block is free space like any other,
  * so a file grows simply because the lowest free cluster lies at its end; before that happens with
- * much in quarantine, quarantine is flushed and released, and the search repeated once.
+ * much in quarantine, quarantine is flushed and released, and the search repeated once.  Past blocks
+ * that nobody has looked at it grows by 64 MiB at most; then allocations look at all of them.
  *
  * Invariants
  * 1. A cluster that is handed out has count 1 in memory before the alloc lock is let go; nothing on
@@ -20,7 +22,12 @@
  * 2. Cluster 0 is never handed out, whatever the counts say.
  * 3. No I/O under the alloc lock.  A block that must be loaded means that the search starts again.
  * 4. Whatever the cache may hold at the place of a new cluster is the past: it is poisoned.
- * 5. compressed_next is 0 or lies behind a stream, in whose cluster a stream lives that is neither
+ * 5. While the tail of the file is being cut off nothing in it is handed out: cut_at is an upper
+ *    limit, looked at under the same hold of the lock in which counts become 1.
+ * 6. The background reads blocks past the cache and without the lock: what it saw enters the index
+ *    only if nothing in blocks not looked at became free meanwhile (allocations make the bound
+ *    loose, not wrong).
+ * 7. compressed_next is 0 or lies behind a stream, in whose cluster a stream lives that is neither
  *    freed nor undone: each of those resets it, and who has taken it sets it again only behind his
  *    own.  So a cluster whose references are all in quarantine never gets another one.
  *
@@ -29,9 +36,15 @@
 #include "block/qcow2-refcount-int.h"
 
 #include <inttypes.h>
+#include <limits.h>
 #include <string.h>
 
+#include "util/iov.h"
+
 #define MAX_LOOKS 8 /* blocks looked at for one allocation */
+#define MAX_BLIND_GROWTH (UINT64_C(64) << 20)
+#define STEP_LOOKS 64 /* blocks looked at by one step in the background */
+#define MAX_REREADS 4
 
 /* ---- searching one block ---- */
 
@@ -115,6 +128,14 @@ typedef struct Request {
     uint64_t cluster, n; /* the result */
 } Request;
 
+/* Clusters from here on are not to be had: the file cannot hold them, or they are being cut off. */
+static uint64_t limit_locked(const BDRVQcow2State *s, const Request *r)
+    QB_REQUIRES(s->alloc_lock)
+{
+    qb_mutex_assert_held(&s->alloc_lock);
+    return MIN(r->limit, s->cut_at);
+}
+
 /* Tries block @index: r->n tells. Makes the index exact when there is no such run. -ENOSPC: the
  * lowest run lies beyond the end of a file that cannot grow, and so do all others. */
 static int take_from_block_locked(BDRVQcow2State *s, Qcow2Table *t, uint64_t index, Request *r)
@@ -123,18 +144,17 @@ static int take_from_block_locked(BDRVQcow2State *s, Qcow2Table *t, uint64_t ind
     uint64_t hint = qcow2_free_index_first(s->free_index, index);
     uint64_t from = index == 0 ? MAX(hint, 1) : hint; /* cluster 0 is the header */
     Found f = search_block(s, qcow2_refblock_data(t), from, r->min, r->max);
-    uint64_t cluster = (index << s->refblock_bits) + f.slot;
+    uint64_t cluster = (index << s->refblock_bits) + f.slot, limit = limit_locked(s, r);
 
-    qb_mutex_assert_held(&s->alloc_lock);
     if (!f.n) {
         qcow2_free_index_set(s->free_index, index, f.longest, f.first);
         return 0;
     }
-    if (cluster >= r->limit || r->limit - cluster < r->min) {
+    if (cluster >= limit || limit - cluster < r->min) {
         return -ENOSPC;
     }
     r->cluster = cluster;
-    r->n = MIN(f.n, r->limit - cluster);
+    r->n = MIN(f.n, limit - cluster);
     qcow2_set_counts_locked(s, t, index, f.slot, r->n, 1);
     qcow2_free_index_raise_first(s->free_index, index,
                                  f.first == f.slot ? f.slot + r->n : f.first);
@@ -156,6 +176,14 @@ static uint64_t take_at_locked(BDRVQcow2State *s, Qcow2Table *t, uint64_t cluste
     return n;
 }
 
+static void index_block_locked(BDRVQcow2State *s, uint64_t index, const uint8_t *data)
+    QB_REQUIRES(s->alloc_lock)
+{
+    Found f = search_block(s, data, index == 0, UINT64_MAX, UINT64_MAX);
+
+    qcow2_free_index_set(s->free_index, index, f.longest, f.first);
+}
+
 /* Looks at a block for the first time. One that is missing leaves its clusters free. */
 static int look_at_locked(BDRVQcow2State *s, uint64_t index)
     QB_REQUIRES(s->alloc_lock)
@@ -170,8 +198,7 @@ static int look_at_locked(BDRVQcow2State *s, uint64_t index)
     }
     ret = qcow2_pin_block_locked(s, index, &t, &dropped);
     if (ret == 0 && !qcow2_free_index_seen(s->free_index, index)) {
-        Found f = search_block(s, qcow2_refblock_data(t), index == 0, UINT64_MAX, UINT64_MAX);
-        qcow2_free_index_set(s->free_index, index, f.longest, f.first);
+        index_block_locked(s, index, qcow2_refblock_data(t));
     }
     return ret;
 }
@@ -181,9 +208,10 @@ static int look_at_locked(BDRVQcow2State *s, uint64_t index)
 static int look_ahead_locked(BDRVQcow2State *s, const Request *r)
     QB_REQUIRES(s->alloc_lock)
 {
+    unsigned max = s->blind_growth < MAX_BLIND_GROWTH ? MAX_LOOKS : UINT_MAX;
     int ret = 0;
 
-    for (int looks = 0; looks < MAX_LOOKS && ret == 0; looks++) {
+    for (unsigned looks = 0; looks < max && ret == 0; looks++) {
         uint64_t index = qcow2_free_index_unseen(s->free_index);
         if (index == UINT64_MAX || qcow2_free_index_find(s->free_index, r->min) < index) {
             break;
@@ -199,17 +227,19 @@ static int try_want_locked(BDRVQcow2State *s, Request *r)
     uint64_t index = qcow2_block_of(s, r->want);
     g_autoptr(Qcow2Table) t = NULL;
     bool dropped = false;
+    uint64_t limit;
     int ret;
 
-    if (!r->want || r->want >= r->limit || !qcow2_block_offset_locked(s, index)) {
+    if (!r->want || !qcow2_block_offset_locked(s, index)) {
         return 0;
     }
     ret = qcow2_pin_block_locked(s, index, &t, &dropped);
-    if (ret < 0) {
+    limit = limit_locked(s, r);
+    if (ret < 0 || r->want >= limit) {
         return ret;
     }
     r->cluster = r->want;
-    r->n = take_at_locked(s, t, r->want, MIN(r->max, r->limit - r->want));
+    r->n = take_at_locked(s, t, r->want, MIN(r->max, limit - r->want));
     return 0;
 }
 
@@ -222,7 +252,7 @@ static int make_missing_locked(BDRVQcow2State *s, uint64_t index, const Request 
     if (qcow2_block_offset_locked(s, index)) {
         return 0;
     }
-    ret = qcow2_append_blocks_locked(s, index, 0, r->limit);
+    ret = qcow2_append_blocks_locked(s, index, 0, limit_locked(s, r));
     return ret < 0 ? (int)ret : 0;
 }
 
@@ -252,7 +282,8 @@ static int try_index_locked(BDRVQcow2State *s, Request *r)
 static int append_locked(BDRVQcow2State *s, Request *r)
     QB_REQUIRES(s->alloc_lock)
 {
-    int64_t offset = qcow2_append_blocks_locked(s, s->reftable.nb_blocks, r->min, r->limit);
+    int64_t offset = qcow2_append_blocks_locked(s, s->reftable.nb_blocks, r->min,
+                                                limit_locked(s, r));
 
     if (offset < 0) {
         return (int)offset;
@@ -284,19 +315,166 @@ static int attempt_locked(BDRVQcow2State *s, Request *r)
     return ret;
 }
 
-static int attempt(BDRVQcow2State *s, Request *r)
-{
-    QB_GUARD(&s->alloc_lock);
-
-    return attempt_locked(s, r);
-}
-
-/* ---- quarantine before growth ---- */
-
 static uint64_t request_end(const BDRVQcow2State *s, const Request *r)
 {
     return (r->cluster + r->n) << s->cluster_bits;
 }
+
+/* The file grows although there may be room in blocks that nobody has looked at. */
+static void note_blind_growth_locked(BDRVQcow2State *s, const Request *r)
+    QB_REQUIRES(s->alloc_lock)
+{
+    uint64_t end = request_end(s, r), old_end = atomic_load(&s->file_end);
+
+    qb_mutex_assert_held(&s->alloc_lock);
+    if (qcow2_free_index_unseen(s->free_index) == UINT64_MAX) {
+        return;
+    }
+    s->blind_growth += end > old_end ? end - old_end : 0;
+    if (s->look_from != UINT64_MAX) {
+        qcow2_background_arm(s, QCOW2_BG_LOOK, 0);
+    }
+}
+
+/* Where the only space is in a tail that is being cut off it waits for that to end. */
+static int attempt(BDRVQcow2State *s, Request *r)
+{
+    QB_GUARD(&s->alloc_lock);
+    int ret;
+
+    while ((ret = attempt_locked(s, r)) == -ENOSPC && s->cut_at < r->limit) {
+        qb_cond_wait(&s->cut_done, &s->alloc_lock);
+    }
+    if (ret == 0) {
+        note_blind_growth_locked(s, r);
+    }
+    return ret;
+}
+
+/* ---- cutting the file ---- */
+
+uint64_t qcow2_alloc_seq(BDRVQcow2State *s)
+{
+    QB_GUARD(&s->alloc_lock);
+
+    return s->alloc_seq;
+}
+
+bool qcow2_cut_begin(BDRVQcow2State *s, uint64_t end, uint64_t seq)
+{
+    QB_GUARD(&s->alloc_lock);
+
+    assert(s->cut_at == UINT64_MAX && !qcow2_offset_into_cluster(s, end));
+    if (s->alloc_seq != seq) {
+        return false;
+    }
+    s->cut_at = end >> s->cluster_bits;
+    return true;
+}
+
+void qcow2_cut_end(BDRVQcow2State *s)
+{
+    QB_GUARD(&s->alloc_lock);
+
+    assert(s->cut_at != UINT64_MAX);
+    s->cut_at = UINT64_MAX;
+    qb_cond_broadcast(&s->cut_done);
+}
+
+/* ---- looking at blocks in the background ---- */
+
+/* Does a block seem to be at @offset? Whoever needs it judges it, and says what is wrong. */
+static bool may_be_block(BlockDriverState *bs, uint64_t offset)
+{
+    int64_t length = bdrv_getlength(bs->file->bs);
+
+    return offset && !qcow2_offset_into_cluster(qcow2_state(bs), offset) && length > 0 &&
+           offset < (uint64_t)length;
+}
+
+/* True when there is nothing to read for block @index: it is seen, missing, or in memory. Else
+ * *ret_offset and *ret_frees tell where it is and from when. */
+static bool look_in_memory(BDRVQcow2State *s, uint64_t index, uint64_t *ret_offset,
+                           uint64_t *ret_frees)
+{
+    QB_GUARD(&s->alloc_lock);
+    g_autoptr(Qcow2Table) t = NULL;
+
+    *ret_offset = qcow2_block_offset_locked(s, index);
+    *ret_frees = qcow2_free_index_unseen_frees(s->free_index);
+    if (qcow2_free_index_seen(s->free_index, index)) {
+        return true;
+    }
+    if (!*ret_offset) {
+        qcow2_free_index_set(s->free_index, index, qcow2_counts_per_block(s), 0);
+        return true;
+    }
+    t = qcow2_cache_peek(s->cache, QCOW2_TABLE_REFBLOCK, *ret_offset);
+    if (t) {
+        index_block_locked(s, index, qcow2_refblock_data(t));
+    }
+    return t != NULL;
+}
+
+/* What was read enters the index if it is still true (invariant 6). False: read it again. */
+static bool note_read(BDRVQcow2State *s, uint64_t index, uint64_t offset, uint64_t frees,
+                      const uint8_t *data)
+{
+    QB_GUARD(&s->alloc_lock);
+
+    if (qcow2_free_index_seen(s->free_index, index)) {
+        return true;
+    }
+    if (qcow2_block_offset_locked(s, index) != offset ||
+        qcow2_free_index_unseen_frees(s->free_index) != frees) {
+        return false;
+    }
+    index_block_locked(s, index, data);
+    return true;
+}
+
+/* Reads past the cache, where it would drive out tables that are in use. A block that cannot be read
+ * or changes all the time is left to whoever needs it. */
+static void look_at_file(BlockDriverState *bs, uint64_t index, uint8_t *buf)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+
+    for (int i = 0; i < MAX_REREADS; i++) {
+        uint64_t offset, frees;
+        if (look_in_memory(s, index, &offset, &frees) || !may_be_block(bs, offset) ||
+            bdrv_pread(bs->file, (int64_t)offset, s->cluster_size, buf, 0) < 0 ||
+            note_read(s, index, offset, frees, buf)) {
+            return;
+        }
+    }
+}
+
+/* The next block to look at, UINT64_MAX: all were looked at, as far as that was possible. */
+static uint64_t next_to_look_at(BDRVQcow2State *s, uint64_t from)
+{
+    QB_GUARD(&s->alloc_lock);
+
+    s->look_from = qcow2_free_index_unseen_from(s->free_index, MAX(from, s->look_from));
+    return s->look_from;
+}
+
+uint64_t qcow2_look_step(BlockDriverState *bs)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    QB_AUTO_FREE uint8_t *buf = qb_try_memalign(4096, MAX(s->cluster_size, 4096));
+    uint64_t index = next_to_look_at(s, 0);
+
+    for (int looks = 0; buf && index != UINT64_MAX; looks++) {
+        if (looks == STEP_LOOKS || !qcow2_background_wanted(s)) {
+            return 1;
+        }
+        look_at_file(bs, index, buf);
+        index = next_to_look_at(s, index + 1);
+    }
+    return 0;
+}
+
+/* ---- quarantine before growth ---- */
 
 /* The file would grow although a good part of it waits in quarantine. */
 static bool should_reclaim(BDRVQcow2State *s, const Request *r)

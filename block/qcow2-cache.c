@@ -37,6 +37,7 @@
 
 #define NB_SHARDS 16
 #define MAX_PROCESS_BYTES (UINT64_C(1) << 30)
+#define SHORT_LIFE_NS UINT64_C(1000000000)
 
 typedef enum TableState { TABLE_LOADING, TABLE_READY, TABLE_FAILED } TableState;
 
@@ -61,6 +62,7 @@ struct Qcow2Table {
     unsigned nb_dirty;     /* bits set */
     GList dirty_link, lru_link;
     bool in_lru;
+    unsigned left_at;      /* the cache's tick when it came into the LRU list */
     int error;             /* of a failed load */
     uint8_t *data;         /* readers of refcount blocks look at it under the alloc lock instead */
 };
@@ -70,6 +72,9 @@ struct Qcow2Cache {
     size_t table_bytes, sector;
     unsigned nb_sectors;
     _Atomic(uint64_t) limit, bytes, dirty_bytes;
+    _Atomic(unsigned) tick; /* cleanings */
+    uint64_t born;          /* qb_now_ns() */
+    _Atomic(bool) cleaned;  /* the background has been told that there are tables */
     Shard shards[NB_SHARDS];
 };
 
@@ -181,6 +186,20 @@ static void forget_locked(Qcow2Table *t)
     }
 }
 
+/* There is a table that can become unused. Programs that end at once are spared the timer's thread:
+ * who goes on uses tables later, too. */
+static void arm_cleaning(Qcow2Cache *c)
+{
+    BDRVQcow2State *s = qcow2_state(c->bs);
+
+    if (atomic_load_explicit(&c->cleaned, memory_order_relaxed) || !s->cache_clean_interval ||
+        !qcow2_background_wanted(s) || qb_now_ns() - c->born < SHORT_LIFE_NS) {
+        return;
+    }
+    atomic_store(&c->cleaned, true);
+    qcow2_background_arm(s, QCOW2_BG_CLEAN, s->cache_clean_interval * 1000);
+}
+
 static void unpin_locked(Qcow2Table *t)
 {
     assert(t->pins > 0);
@@ -192,6 +211,8 @@ static void unpin_locked(Qcow2Table *t)
     } else if (!t->nb_dirty && !t->in_lru) {
         g_queue_push_tail_link(&t->shard->lru, &t->lru_link);
         t->in_lru = true;
+        t->left_at = atomic_load_explicit(&t->cache->tick, memory_order_relaxed);
+        arm_cleaning(t->cache);
     }
 }
 
@@ -217,6 +238,7 @@ Qcow2Cache *qcow2_cache_new(BlockDriverState *bs, uint64_t limit_bytes)
     uint32_t align = bs->file ? bs->file->bs->bl.request_alignment : 1;
 
     c->bs = bs;
+    c->born = qb_now_ns();
     c->table_bytes = s->cluster_size;
     c->sector = MIN(MAX(align, BDRV_SECTOR_SIZE), s->cluster_size);
     c->nb_sectors = (unsigned)(c->table_bytes / c->sector);
@@ -278,6 +300,39 @@ void qcow2_cache_trim(Qcow2Cache *c)
         QB_GUARD(&c->shards[i].lock);
         trim_shard_locked(c, &c->shards[i]);
     }
+}
+
+/* Those that came into the list before the cleaning @tick, which are the first of it. */
+static void drop_unused(Shard *shard, unsigned tick)
+{
+    QB_GUARD(&shard->lock);
+    const Qcow2Table *t;
+
+    while (shard->lru.head && (t = shard->lru.head->data)->left_at != tick) {
+        forget_locked(shard->lru.head->data);
+    }
+}
+
+uint64_t qcow2_cache_clean_step(BlockDriverState *bs)
+{
+    const BDRVQcow2State *s = qcow2_state(bs);
+    Qcow2Cache *c = s->cache;
+    unsigned tick;
+
+    tick = atomic_fetch_add(&c->tick, 1);
+    for (int i = 0; i < NB_SHARDS; i++) {
+        drop_unused(&c->shards[i], tick);
+    }
+    if (atomic_load(&c->bytes) && s->cache_clean_interval) {
+        return s->cache_clean_interval * 1000;
+    }
+    atomic_store(&c->cleaned, false);
+    return 0;
+}
+
+uint64_t qcow2_cache_bytes(Qcow2Cache *c)
+{
+    return atomic_load(&c->bytes);
 }
 
 uint64_t qcow2_cache_dirty_bytes(Qcow2Cache *c)

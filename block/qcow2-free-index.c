@@ -33,6 +33,7 @@ struct Qcow2FreeIndex {
     uint32_t *first;
     uint8_t *seen;
     uint64_t next_unseen;
+    uint64_t unseen_frees; /* frees in blocks not looked at: who looks without the lock looks again */
 };
 
 Qcow2FreeIndex *qcow2_free_index_new(void)
@@ -121,6 +122,8 @@ void qcow2_free_index_freed(Qcow2FreeIndex *ix, uint64_t index, uint64_t slot, u
     if (ix->seen[index]) {
         bound = 2 * (uint64_t)ix->longest[ix->leaves + index] + n;
         set_leaf(ix, index, (uint32_t)MIN(bound, limit));
+    } else {
+        ix->unseen_frees++;
     }
 }
 
@@ -153,10 +156,23 @@ uint64_t qcow2_free_index_find(const Qcow2FreeIndex *ix, uint64_t n)
     return node - ix->leaves;
 }
 
+uint64_t qcow2_free_index_unseen_from(const Qcow2FreeIndex *ix, uint64_t from)
+{
+    while (from < ix->nb && ix->seen[from]) {
+        from++;
+    }
+    return from < ix->nb ? from : UINT64_MAX;
+}
+
 uint64_t qcow2_free_index_unseen(Qcow2FreeIndex *ix)
 {
-    while (ix->next_unseen < ix->nb && ix->seen[ix->next_unseen]) {
-        ix->next_unseen++;
-    }
-    return ix->next_unseen < ix->nb ? ix->next_unseen : UINT64_MAX;
+    uint64_t next = qcow2_free_index_unseen_from(ix, ix->next_unseen);
+
+    ix->next_unseen = MIN(next, ix->nb); /* blocks stay seen: they are not looked at again */
+    return next;
+}
+
+uint64_t qcow2_free_index_unseen_frees(const Qcow2FreeIndex *ix)
+{
+    return ix->unseen_frees;
 }

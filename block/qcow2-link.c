@@ -426,7 +426,6 @@ int qcow2_drop_table(BlockDriverState *bs, uint64_t l1_index, Qcow2DiscardType t
 int qcow2_relieve(BlockDriverState *bs)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    bool due = qcow2_cache_too_dirty(s->cache) || qcow2_quarantine_full(s) ||
-               qcow2_quarantine_idle(s);
+    bool due = qcow2_cache_too_dirty(s->cache) || qcow2_quarantine_full(s);
     return due ? qcow2_write_back(bs) : 0;
 }

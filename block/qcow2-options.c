@@ -238,6 +238,9 @@ void qcow2_options_apply(BDRVQcow2State *s, const Qcow2Options *o)
     s->cache_clean_interval = o->cache_clean_interval;
     if (s->cache) {
         qcow2_cache_set_limit(s->cache, qcow2_cache_limit(s));
+        if (s->cache_clean_interval) { /* a longer one counts from the next cleaning on */
+            qcow2_background_hasten(s, QCOW2_BG_CLEAN, s->cache_clean_interval * 1000);
+        }
     }
 }
 

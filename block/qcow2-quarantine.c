@@ -17,9 +17,9 @@
  *
  * The amount is bounded by those who allocate, write and discard: qcow2_quarantine_full() makes
  * them flush (qcow2_relieve()).  What users held back at the last flush does not count, another one
- * would not move it.  An image on which nothing was freed for a second is idle: its next change
- * makes it flush.
- * Deliberately not done: releasing by a timer; without any request the space comes back at close.
+ * would not move it.  When nothing was freed for a second the background flushes (release step);
+ * what that flush cannot release, because it fails or because somebody still uses it, waits for the
+ * next flush.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -29,7 +29,8 @@
 
 #define QUARANTINE_MAX (UINT64_C(64) << 20)
 #define QUARANTINE_MIN (UINT64_C(1) << 20)
-#define IDLE_NS UINT64_C(1000000000)
+#define NS_PER_MS UINT64_C(1000000)
+#define IDLE_MS 1000
 
 typedef struct FreedRun {
     uint64_t offset, bytes;
@@ -73,6 +74,22 @@ static bool merges(const BDRVQcow2State *s, const FreedRun *last, const FreedRun
            qb_is_aligned(last->offset | run->offset | run->bytes, s->cluster_size);
 }
 
+static void enter(BDRVQcow2State *s, const FreedRun *run)
+{
+    Qcow2Quarantine *q = s->quarantine;
+    QB_GUARD(&q->lock);
+    FreedRun *last = q->runs->len ? &g_array_index(q->runs, FreedRun, q->runs->len - 1) : NULL;
+
+    if (last && merges(s, last, run)) {
+        last->bytes += run->bytes;
+        last->seq = MAX(last->seq, run->seq); /* others may have been here since we asked */
+    } else {
+        g_array_append_vals(q->runs, run, 1);
+    }
+    atomic_fetch_add(&q->bytes, run->bytes);
+    atomic_store(&q->last_free, qb_now_ns());
+}
+
 void qcow2_free_run(BlockDriverState *bs, uint64_t offset, uint64_t bytes, Qcow2DiscardType type)
 {
     qcow2_alloc_leave(qcow2_state(bs), offset, bytes);
@@ -82,21 +99,12 @@ void qcow2_free_run(BlockDriverState *bs, uint64_t offset, uint64_t bytes, Qcow2
 void qcow2_free_tables(BlockDriverState *bs, uint64_t offset, uint64_t bytes, Qcow2DiscardType type)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    Qcow2Quarantine *q = s->quarantine;
     FreedRun run = {.offset = offset, .bytes = bytes, .type = type,
                     .generation = qcow2_flush_generation(s), .seq = qcow2_inflight_seq(s)};
 
     qcow2_cache_poison(s->cache, offset, bytes);
-    QB_GUARD(&q->lock);
-    FreedRun *last = q->runs->len ? &g_array_index(q->runs, FreedRun, q->runs->len - 1) : NULL;
-    if (last && merges(s, last, &run)) {
-        last->bytes += bytes;
-        last->seq = MAX(last->seq, run.seq); /* others may have been here since we asked */
-    } else {
-        g_array_append_val(q->runs, run);
-    }
-    atomic_fetch_add(&q->bytes, bytes);
-    atomic_store(&q->last_free, qb_now_ns());
+    enter(s, &run);
+    qcow2_background_arm(s, QCOW2_BG_RELEASE, IDLE_MS);
 }
 
 void qcow2_free_entry(BlockDriverState *bs, uint64_t l2_entry, Qcow2DiscardType type)
@@ -135,10 +143,19 @@ bool qcow2_quarantine_full(BDRVQcow2State *s)
     return qcow2_quarantine_releasable(s) > CLAMP(part, QUARANTINE_MIN, QUARANTINE_MAX);
 }
 
-bool qcow2_quarantine_idle(BDRVQcow2State *s)
+uint64_t qcow2_release_step(BlockDriverState *bs)
 {
-    return qcow2_quarantine_releasable(s) > 0 &&
-           qb_now_ns() - atomic_load(&s->quarantine->last_free) > IDLE_NS;
+    BDRVQcow2State *s = qcow2_state(bs);
+    uint64_t age = (qb_now_ns() - atomic_load(&s->quarantine->last_free)) / NS_PER_MS;
+
+    if (bdrv_is_read_only(bs) || qcow2_quarantine_releasable(s) == 0) {
+        return 0;
+    }
+    if (age < IDLE_MS) {
+        return IDLE_MS - age;
+    }
+    (void)qcow2_flush(bs); /* whoever flushes next meets the same error */
+    return 0;
 }
 
 /* ---- release ---- */

@@ -66,6 +66,10 @@ uint64_t qcow2_free_index_first(const Qcow2FreeIndex *ix, uint64_t index);
 uint64_t qcow2_free_index_find(const Qcow2FreeIndex *ix, uint64_t n);
 /* The next block not looked at; UINT64_MAX: none. */
 uint64_t qcow2_free_index_unseen(Qcow2FreeIndex *ix);
+/* The same, not before @from. */
+uint64_t qcow2_free_index_unseen_from(const Qcow2FreeIndex *ix, uint64_t from);
+/* Rises whenever a cluster of a block not looked at becomes free. */
+uint64_t qcow2_free_index_unseen_frees(const Qcow2FreeIndex *ix);
 bool qcow2_free_index_seen(const Qcow2FreeIndex *ix, uint64_t index);
 
 #endif

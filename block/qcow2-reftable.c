@@ -167,6 +167,7 @@ bool qcow2_refcount_init(BlockDriverState *bs, GError **errp)
     s->reftable.clusters = s->header.reftable_clusters;
     s->reftable.moved = false;
     s->compressed_next = 0;
+    s->look_from = s->blind_growth = 0;
     note_blocks(s);
     index_missing_blocks(s);
     return true;

@@ -80,28 +80,19 @@ static int cut_if_unchanged(BlockDriverState *bs, uint64_t end, uint64_t seq)
 {
     BDRVQcow2State *s = qcow2_state(bs);
     g_autoptr(GError) err = NULL;
-    /* The only I/O under this lock: a change of length, short, and for which nobody in the file
-     * layer can be waiting for us.  Without it an allocation could get clusters behind @end, and
-     * its data written there, before the cut. */
-    QB_GUARD(&s->alloc_lock);
-    if (s->alloc_seq != seq) {
+    if (!qcow2_cut_begin(s, end, seq)) {
         return 0;
     }
     bool ok = bdrv_truncate(bs->file, (int64_t)end, false, PREALLOC_MODE_OFF, false, &err);
+    qcow2_cut_end(s);
     return ok ? 1 : qb_error_to_errno(err);
-}
-
-static uint64_t alloc_seq(BDRVQcow2State *s)
-{
-    QB_GUARD(&s->alloc_lock);
-    return s->alloc_seq;
 }
 
 int qcow2_cut_file(BlockDriverState *bs)
 {
     int ret = 0;
     for (int turn = 0; turn < 3 && ret == 0; turn++) { /* a busy image may stay a little longer */
-        uint64_t seq = alloc_seq(qcow2_state(bs)), end;
+        uint64_t seq = qcow2_alloc_seq(qcow2_state(bs)), end;
         ret = qcow2_last_used_end(bs, &end);
         int64_t length = ret < 0 ? ret : bdrv_getlength(bs->file->bs);
         if (length < 0 || (uint64_t)length <= end) {

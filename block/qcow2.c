@@ -35,6 +35,7 @@
 
 static void teardown(BDRVQcow2State *s)
 {
+    qcow2_background_stop(s);
     g_clear_pointer(&s->compressor, qcow2_compressor_free);
     g_clear_pointer(&s->flusher, qcow2_flusher_free);
     g_clear_pointer(&s->quarantine, qcow2_quarantine_free);
@@ -46,6 +47,7 @@ static void teardown(BDRVQcow2State *s)
     g_clear_pointer(&s->snapshots, g_array_unref);
     g_clear_pointer(&s->extensions, g_array_unref);
     g_clear_pointer(&s->header_tail, g_free);
+    qb_cond_destroy(&s->cut_done);
     qb_mutex_destroy(&s->alloc_lock);
     qb_mutex_destroy(&s->lock);
     qb_mutex_destroy(&s->header_lock);
@@ -58,6 +60,8 @@ static void init_state(BlockDriverState *bs)
     qb_mutex_init(&s->header_lock);
     qb_mutex_init(&s->lock);
     qb_mutex_init(&s->alloc_lock);
+    qb_cond_init(&s->cut_done);
+    s->cut_at = UINT64_MAX;
 }
 
 /* ---------------------------------------------------------------- steps of open */
@@ -223,6 +227,7 @@ static bool open_rooms(BlockDriverState *bs, GError **errp)
     s->compressor = qcow2_compressor_new();
     s->cache = qcow2_cache_new(bs, qcow2_cache_limit(s));
     s->free_index = qcow2_free_index_new();
+    s->background = qcow2_background_new(bs);
     return qcow2_refcount_init(bs, errp) && open_l1(bs, errp);
 }
 
@@ -317,6 +322,9 @@ static bool qcow2_open(BlockDriverState *bs, json_t *options, int flags, GError 
         teardown(qcow2_state(bs));
         return false;
     }
+    if (!(flags & BDRV_O_CHECK)) {
+        qcow2_background_start(qcow2_state(bs));
+    }
     return true;
 }
 
@@ -333,6 +341,7 @@ static void write_back_for_close(BlockDriverState *bs)
 
 static void qcow2_close(BlockDriverState *bs)
 {
+    qcow2_background_stop(qcow2_state(bs));
     if (!bdrv_is_read_only(bs)) {
         write_back_for_close(bs);
     }

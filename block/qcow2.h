@@ -160,6 +160,11 @@ struct BDRVQcow2State {
     struct Qcow2Compressor *compressor;
     bool shows_snapshot; /* read-only node whose L1 is a snapshot's (qcow2_snapshot_load_tmp) */
     uint64_t alloc_seq;  /* counts allocations; guarded by alloc_lock */
+    uint64_t cut_at;     /* first cluster of a tail that is being cut off, UINT64_MAX: none; likewise */
+    QbCond cut_done;     /* with alloc_lock: cut_at has become UINT64_MAX */
+    uint64_t look_from;  /* the background has looked at all blocks below; UINT64_MAX: all; alloc_lock */
+    uint64_t blind_growth; /* bytes that the file grew past blocks not looked at; alloc_lock */
+    struct Qcow2Background *background; /* NULL before the image is open and after it is closing */
     _Atomic(uint64_t) file_end; /* end of the last host cluster ever allocated or found in use */
 };
 
@@ -380,6 +385,10 @@ int qcow2_cache_collect_dirty(Qcow2Cache *cache, Qcow2TableKind kind, GArray *pi
 void qcow2_cache_return_pieces(Qcow2Cache *cache, GArray *pieces, bool failed, bool relink);
 /* Drops clean unpinned tables down to the limit. */
 void qcow2_cache_trim(Qcow2Cache *cache);
+/* A step in the background: drops clean tables that were not used since the one before. */
+uint64_t qcow2_cache_clean_step(BlockDriverState *bs);
+/* Bytes of all tables in memory. */
+uint64_t qcow2_cache_bytes(Qcow2Cache *cache);
 /* Bytes of dirty tables, and whether they pass the limit: the driver then flushes by itself. */
 uint64_t qcow2_cache_dirty_bytes(Qcow2Cache *cache);
 bool qcow2_cache_too_dirty(Qcow2Cache *cache);
@@ -471,11 +480,31 @@ uint64_t qcow2_quarantine_bytes(BDRVQcow2State *s);
 bool qcow2_quarantine_full(BDRVQcow2State *s);
 /* Bytes that a flush could release: without what users held back at the last one. */
 uint64_t qcow2_quarantine_releasable(BDRVQcow2State *s);
-/* Something waits, and the last free was more than a second ago. */
-bool qcow2_quarantine_idle(BDRVQcow2State *s);
+/* A step in the background: when nothing was freed for a second, flushes to release what waits. */
+uint64_t qcow2_release_step(BlockDriverState *bs);
 /* Called by the flusher: everything freed before generation @gen ended is unlinked stably. Lowers
  * counts, then punches merged runs. 0 or first error (the rest leaks, never dangles). */
 int qcow2_quarantine_release(BlockDriverState *bs, uint64_t gen);
+
+/* ======================= qcow2-background.c: what is done without being asked ============= */
+
+typedef enum Qcow2BackgroundTask {
+    QCOW2_BG_RELEASE, /* quarantine, by age */
+    QCOW2_BG_LOOK,    /* refcount blocks into the free-space index */
+    QCOW2_BG_CLEAN,   /* tables unused for long */
+    QCOW2_BG_TASKS,
+} Qcow2BackgroundTask;
+struct Qcow2Background *qcow2_background_new(BlockDriverState *bs);
+/* The image is open: from now on tasks can be armed. */
+void qcow2_background_start(BDRVQcow2State *s);
+/* Waits for running steps and frees it; no step begins any more. Graph lock not held. */
+void qcow2_background_stop(BDRVQcow2State *s);
+/* Does the step of @task in @ms milliseconds, unless it is armed already. Any thread, any lock. */
+void qcow2_background_arm(BDRVQcow2State *s, Qcow2BackgroundTask task, uint64_t ms);
+/* The same, also when it is armed for later. */
+void qcow2_background_hasten(BDRVQcow2State *s, Qcow2BackgroundTask task, uint64_t ms);
+/* For steps: false when they should come to an end, and go on another time. */
+bool qcow2_background_wanted(const BDRVQcow2State *s);
 
 /* ======================= qcow2-flush.c: memory becomes disk ======================= */
 
@@ -524,6 +553,16 @@ int64_t qcow2_alloc_run(BlockDriverState *bs, uint64_t want, uint64_t *bytes);
 int64_t qcow2_alloc_bytes(BlockDriverState *bs, uint32_t size);
 /* The run is being freed: no further stream is packed into its clusters. Takes the alloc lock. */
 void qcow2_alloc_leave(BDRVQcow2State *s, uint64_t offset, uint64_t bytes);
+/* A step in the background: looks at refcount blocks that nobody has looked at. */
+uint64_t qcow2_look_step(BlockDriverState *bs);
+/*
+ * Between begin and end no cluster at or beyond host offset @end is handed out: who wants one and
+ * finds none below waits.  begin: false when something was allocated since qcow2_alloc_seq() said
+ * @seq.  One at a time (truncation has the end of the node to itself).
+ */
+uint64_t qcow2_alloc_seq(BDRVQcow2State *s);
+bool qcow2_cut_begin(BDRVQcow2State *s, uint64_t end, uint64_t seq);
+void qcow2_cut_end(BDRVQcow2State *s);
 /* Gives back what alloc_* returned and nothing ever referred to. */
 void qcow2_alloc_undo(BlockDriverState *bs, uint64_t offset, uint64_t bytes);
 

@@ -105,3 +105,23 @@ void bdrv_request_end_whole(BdrvRequest *req)
     assert(req->type == BDRV_TRACKED_WHOLE);
     bdrv_request_end(req);
 }
+
+/* Where no guest request is, but whole-node operations and truncations are. */
+#define BACKGROUND_OFFSET (INT64_MAX - 1)
+
+bool bdrv_background_begin(BlockDriverState *bs, BdrvRequest *req)
+{
+    bdrv_request_begin(req, bs, BDRV_TRACKED_WRITE, BACKGROUND_OFFSET, 1);
+    if (atomic_load(&bs->quiesce) > 0) { /* looked at after being counted: see bdrv_request_end() */
+        bdrv_request_end(req);
+        return false;
+    }
+    bdrv_request_enter(req);
+    return true;
+}
+
+void bdrv_background_end(BdrvRequest *req)
+{
+    assert(req->range.offset == BACKGROUND_OFFSET);
+    bdrv_request_end(req);
+}

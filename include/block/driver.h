@@ -73,6 +73,14 @@ typedef struct BdrvRequest {
  * for more than that rounding gives.
  */
 void bdrv_request_serialise(BdrvRequest *req, int64_t offset, int64_t bytes);
+/*
+ * Work of a driver that no request asks for.  begin() counts it like a request, which drains of the
+ * node and of those below it wait for, and lets whole-node operations and truncations that came
+ * earlier end first (later ones wait for it).  False: the node is quiesced, not now.  Graph lock held
+ * shared from before begin() to after end().
+ */
+bool bdrv_background_begin(BlockDriverState *bs, BdrvRequest *req);
+void bdrv_background_end(BdrvRequest *req);
 
 /* --- the fast lane --- */
 typedef struct BlkQueue BlkQueue; /* owned by one thread */

@@ -12,8 +12,8 @@
  *   4. qcow2: snapshot/truncate/empty/amend need the whole node in the range lock
  *   5. qcow2 metadata lock  BDRVQcow2State.lock: changes of L1 and L2.  Never across data I/O,
  *                           never across a cache miss
- *   6. qcow2 alloc lock     BDRVQcow2State.alloc_lock: refcounts and the free-space index.  Not across
- *                           I/O, but for the exception below
+ *   6. qcow2 alloc lock     BDRVQcow2State.alloc_lock: refcounts and the free-space index.  Never
+ *                           across I/O
  *   7. qcow2 cache lock     inside qcow2-cache.c
  *   8. file grow lock       shared by writes that end beyond the known end of a file, exclusive for
  *                           growth by ftruncate; held across that one operation (block/file-io.c)
@@ -25,8 +25,7 @@
  * the next round.  Nobody waits for it while holding 5..9 or announced in the in-flight table.
  *
  * Held across I/O, on purpose: the qcow2 header lock (BDRVQcow2State.header_lock, taken before 5, for
- * the one sector it writes), the file grow lock, the graph change lock (locks of files), and the alloc
- * lock in qcow2_cut_file() alone, for the one change of the file's length that no allocation may cross.
+ * the one sector it writes), the file grow lock, and the graph change lock (locks of files).
  *
  * SPDX-License-Identifier: MIT
  */

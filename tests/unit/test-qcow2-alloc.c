@@ -534,23 +534,6 @@ static void test_bounded(void)
     world_free(w);
 }
 
-/* What was freed comes back at the first change after a second without frees. */
-static void test_idle(void)
-{
-    World *w = world_new("size=1M,cluster_size=4k", CLUSTERS * 4096);
-    bdrv_graph_rdunlock(); /* requests come from outside */
-    image_write(w->blk, 0, 64 * KIB, 1);
-    g_assert_cmpint(blk_pdiscard(w->blk, 0, 64 * KIB), ==, 0);
-    g_assert_cmpuint(qcow2_quarantine_bytes(w->s), >, 0);
-    image_write(w->blk, 128 * KIB, 4096, 1);
-    g_assert_cmpuint(qcow2_quarantine_bytes(w->s), >, 0);
-    g_usleep(1050000);
-    image_write(w->blk, 256 * KIB, 4096, 1);
-    g_assert_cmpuint(qcow2_quarantine_bytes(w->s), ==, 0);
-    bdrv_graph_rdlock();
-    world_free(w);
-}
-
 /* --- no space --- */
 
 /* A device: nothing is handed out behind its end, and nothing is written there by a flush. */
@@ -734,7 +717,6 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-alloc/quarantine/users", test_quarantine_users);
     g_test_add_func("/qcow2-alloc/quarantine/overlaps", test_quarantine_overlaps);
     g_test_add_func("/qcow2-alloc/quarantine/bounded", test_bounded);
-    g_test_add_func("/qcow2-alloc/quarantine/idle", test_idle);
     g_test_add_func("/qcow2-alloc/no-space/device", test_device);
     g_test_add_func("/qcow2-alloc/no-space/full", test_full);
     g_test_add_func("/qcow2-alloc/threads", test_threads);
