@@ -89,6 +89,7 @@ static int fill_stable(const Resize *r)
         return ret;
     }
     if (r->node) {
+        file_note_change(r->node);
         return file_make_stable(r->node);
     }
     return fdatasync(r->fd) < 0 ? -errno : 0;
@@ -166,6 +167,7 @@ bool file_truncate(BlockDriverState *bs, int64_t offset, bool exact, PreallocMod
     length = file_length(s);
     atomic_store(&s->eof, length > 0 ? length : 0);
     file_data_cache_drop(&s->data);
+    file_note_change(s);
     return ok;
 }
 

@@ -33,9 +33,13 @@ typedef struct FileFlush {
     /* guarded by lock */
     bool running;
     uint64_t started, finished; /* rounds of fdatasync */
+    uint64_t covered;           /* changes that came before the last round that began */
+    uint64_t stable;            /* changes that came before the last round that went well */
     uint64_t failed_round;      /* the last that failed, 0: none */
     int failed_errno;           /* of that round */
     bool broken;                /* a cached file lost data: every later flush fails */
+    /* any thread */
+    _Atomic(uint64_t) changes;  /* counted when they are done: file_note_change() */
 } FileFlush;
 
 /* The data extent that a look-up found last: see file-status.c. */
@@ -123,6 +127,9 @@ int file_copy_range(BlockDriverState *src, int64_t src_offset, BlockDriverState 
 int file_map(BlockDriverState *bs, BlkQueue *queue, BdrvMapIntent intent, int64_t offset,
              int64_t bytes, BdrvMapping *mapping);
 int file_map_done(BlockDriverState *bs, BlkQueue *queue, BdrvMapping *mapping, int result);
+/* To be called after what a flush must make stable, and before who asked for it hears of it, also
+ * when it failed halfway. */
+void file_note_change(BDRVFileState *s);
 /* Makes the file at least @end bytes long, never shorter, whoever else writes. 0 or -errno. */
 int file_grow(BDRVFileState *s, int64_t end);
 

@@ -20,6 +20,11 @@
  *      B ---------^--------|  joins 2      |        finished >= wanted  =>  done
  *      C ----------^-------|               |
  *
+ * Changes are counted when they are done, and a round covers those counted when it begins.  A flush
+ * all of whose changes are covered by the round that runs waits for that one; if they are stable
+ * already it does nothing.  What others had written before the file was opened is theirs to flush.
+ * Discards are not counted: bytes given back may come again after a power failure.
+ *
  * Rounds have a second purpose.  The kernel reports lost pages of a cached file once per
  * descriptor. With one round at a time, nobody can be told "stable" by a later fdatasync() before
  * the failure of the earlier one is known to all.
@@ -120,6 +125,11 @@ static int sync_fd(int fd)
     return ret < 0 ? -errno : 0;
 }
 
+void file_note_change(BDRVFileState *s)
+{
+    atomic_fetch_add(&s->flush.changes, 1);
+}
+
 /* Runs the next round; the lock is let go for the time of the barrier. */
 static void run_round_locked(BDRVFileState *s) QB_NO_TSA
 {
@@ -128,6 +138,7 @@ static void run_round_locked(BDRVFileState *s) QB_NO_TSA
     assert(!f->running);
     f->running = true;
     uint64_t round = ++f->started;
+    uint64_t covered = f->covered = atomic_load(&f->changes);
     qb_mutex_unlock(&f->lock);
     int ret = sync_fd(s->fd);
     qb_mutex_lock(&f->lock);
@@ -137,8 +148,17 @@ static void run_round_locked(BDRVFileState *s) QB_NO_TSA
         f->failed_round = round;
         f->failed_errno = ret;
         f->broken = f->broken || !s->direct;
+    } else {
+        f->stable = covered;
     }
     qb_cond_broadcast(&f->done);
+}
+
+/* The round that will have covered all changes so far. */
+static uint64_t covering_round_locked(const FileFlush *f)
+{
+    bool covered = f->running && f->covered == atomic_load(&f->changes);
+    return covered ? f->started : f->started + 1;
 }
 
 int file_make_stable(BDRVFileState *s) QB_NO_TSA
@@ -148,7 +168,10 @@ int file_make_stable(BDRVFileState *s) QB_NO_TSA
     if (f->broken) {
         return -EIO;
     }
-    uint64_t wanted = f->started + 1; /* a round that is running may have begun too early */
+    if (f->stable == atomic_load(&f->changes)) {
+        return 0;
+    }
+    uint64_t wanted = covering_round_locked(f);
     while (f->finished < wanted) {
         if (f->running) {
             qb_cond_wait(&f->done, &f->lock);
@@ -243,6 +266,7 @@ int file_pwritev(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t
     bool stable = ret != -ENOTSUP;
     if (!stable) {
         ret = transfer(s, QB_IO_WRITE, offset, bytes, qiov, qiov_offset);
+        file_note_change(s);
     }
     write_leave(s, end, grows, ret);
     return ret == 0 && fua && !stable ? file_make_stable(s) : ret;
@@ -325,6 +349,9 @@ static void batch_run_transfers(BlockDriverState *bs, BdrvBatchOp *ops, size_t n
     }
     bool grows = write_enter(s, b.end);
     int ret = qb_io_run(b.io, b.n, s->aio);
+    if (b.end > 0) {
+        file_note_change(s);
+    }
     write_leave(s, b.end, grows, ret);
     for (size_t i = 0; i < b.n; i++) {
         ops[b.index[i]].ret = b.io[i].ret;
@@ -394,6 +421,7 @@ int file_copy_range(BlockDriverState *src, int64_t src_offset, BlockDriverState 
     }
     bool grows = write_enter(to, dst_offset + bytes);
     int ret = copy_all(file_state(src), src_offset, to, dst_offset, bytes);
+    file_note_change(to);
     write_leave(to, dst_offset + bytes, grows, ret);
     /* Copying on a file system that shares blocks may turn data of the target into a hole. */
     file_data_cache_drop(&to->data);
@@ -424,5 +452,8 @@ int file_map(BlockDriverState *bs, BlkQueue *queue, BdrvMapIntent intent, int64_
 
 int file_map_done(BlockDriverState *bs, BlkQueue *queue, BdrvMapping *mapping, int result)
 {
+    if (mapping->layer[mapping->depth].req.type == BDRV_TRACKED_WRITE) {
+        file_note_change(file_state(bs));
+    }
     return result;
 }

@@ -221,6 +221,7 @@ int file_pwrite_zeroes(BlockDriverState *bs, BdrvRequest *req, int64_t offset, i
     int ret = s->is_device ? host_device_zero(s, offset, bytes, flags)
                            : zero_regular(s, offset, bytes, flags);
     file_data_cache_drop(&s->data);
+    file_note_change(s);
     return ret;
 }
 

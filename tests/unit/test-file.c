@@ -210,6 +210,15 @@ static void test_direct_tail(TestDir *t, gconstpointer root)
     node_close(bs);
 }
 
+static void truncate_ok(BlockDriverState *bs, int64_t length, PreallocMode prealloc)
+{
+    GError *err = NULL;
+    g_assert_true(bs->drv->truncate(bs, length, true, prealloc, false, &err));
+    g_assert_no_error(err);
+    g_assert_cmpint(bs->drv->getlength(bs), ==, length);
+    g_assert_cmpint(atomic_load(&file_state(bs)->eof), ==, length);
+}
+
 /* --- flush --- */
 
 /* Puts something that cannot be synced in the place of the descriptor, or the saved one back. */
@@ -236,6 +245,7 @@ static void test_flush_failure_sticks(TestDir *t, gconstpointer root)
     int saved;
     make_file(t->file, 4096, 1);
     BlockDriverState *bs = node_open_ok(t->file, RDWR);
+    g_assert_cmpint(node_write(bs, 0, 512, 2, 0), ==, 0);
     break_fd(bs, &saved);
     g_assert_cmpint(bs->drv->flush(bs), ==, -EINVAL);
     mend_fd(bs, saved);
@@ -262,10 +272,64 @@ static void test_flush_failure_direct(TestDir *t, gconstpointer root)
         g_clear_error(&err);
         return;
     }
+    g_assert_cmpint(node_write(bs, 0, 4096, 2, 0), ==, 0);
     break_fd(bs, &saved);
     g_assert_cmpint(bs->drv->flush(bs), ==, -EINVAL);
     mend_fd(bs, saved);
     g_assert_cmpint(bs->drv->flush(bs), ==, 0);
+    node_close(bs);
+}
+
+/* Barriers so far. */
+static uint64_t barriers(BlockDriverState *bs)
+{
+    return file_state(bs)->flush.started;
+}
+
+static void expect_barrier(BlockDriverState *bs, bool expected)
+{
+    uint64_t before = barriers(bs);
+    g_assert_cmpint(bs->drv->flush(bs), ==, 0);
+    g_assert_cmpuint(barriers(bs) - before, ==, expected ? 1 : 0);
+}
+
+static void map_and_end(BlockDriverState *bs, BdrvMapIntent intent)
+{
+    BdrvMapping m = {0};
+    m.layer[0].req.type = intent == BDRV_MAP_WRITE ? BDRV_TRACKED_WRITE : BDRV_TRACKED_READ;
+    g_assert_cmpint(bs->drv->map(bs, NULL, intent, 0, 4096, &m), ==, 0);
+    g_assert_cmpint(bs->drv->map_done(bs, NULL, &m, 0), ==, 0);
+}
+
+/* Nothing is made stable twice. */
+static void test_flush_only_changes(TestDir *t, gconstpointer root)
+{
+    char buf[512] = {0};
+    BdrvBatchOp op = {.kind = BDRV_BATCH_READ, .bytes = sizeof(buf), .buf = buf};
+    make_file(t->file, 8192, 1);
+    BlockDriverState *bs = node_open_ok(t->file, RDWR);
+    expect_barrier(bs, false);
+    g_assert_cmpint(node_read_byte(bs, 0, 4096), ==, 1);
+    map_and_end(bs, BDRV_MAP_READ);
+    g_assert_cmpint(bs->drv->run_batch(bs, &op, 1), ==, 0);
+    expect_barrier(bs, false);
+
+    g_assert_cmpint(node_write(bs, 0, 512, 2, 0), ==, 0);
+    expect_barrier(bs, true);
+    expect_barrier(bs, false);
+    g_assert_cmpint(bs->drv->pwrite_zeroes(bs, NULL, 0, 512, 0), ==, 0);
+    expect_barrier(bs, true);
+    op.kind = BDRV_BATCH_WRITE;
+    g_assert_cmpint(bs->drv->run_batch(bs, &op, 1), ==, 0);
+    expect_barrier(bs, true);
+    map_and_end(bs, BDRV_MAP_WRITE);
+    expect_barrier(bs, true);
+    truncate_ok(bs, 4096, PREALLOC_MODE_OFF);
+    expect_barrier(bs, true);
+    (void)bs->drv->copy_range(bs, 0, bs, 2048, 1024);
+    expect_barrier(bs, true);
+    g_assert_cmpint(node_write(bs, 0, 512, 2, BDRV_REQ_FUA), ==, 0);
+    expect_barrier(bs, false);
     node_close(bs);
 }
 
@@ -275,6 +339,7 @@ static void *flush_often(void *opaque)
 {
     BlockDriverState *bs = opaque;
     for (int i = 0; i < FLUSHES; i++) {
+        g_assert_cmpint(node_write(bs, 0, 512, i, 0), ==, 0);
         g_assert_cmpint(bs->drv->flush(bs), ==, 0);
     }
     return NULL;
@@ -488,15 +553,6 @@ static void expect_truncate_error(BlockDriverState *bs, int64_t length, Prealloc
     g_assert_cmpstr(err->message, ==, text);
     g_clear_error(&err);
     g_assert_cmpint(bs->drv->getlength(bs), ==, before);
-}
-
-static void truncate_ok(BlockDriverState *bs, int64_t length, PreallocMode prealloc)
-{
-    GError *err = NULL;
-    g_assert_true(bs->drv->truncate(bs, length, true, prealloc, false, &err));
-    g_assert_no_error(err);
-    g_assert_cmpint(bs->drv->getlength(bs), ==, length);
-    g_assert_cmpint(atomic_load(&file_state(bs)->eof), ==, length);
 }
 
 static void test_truncate(TestDir *t, gconstpointer root)
@@ -816,6 +872,7 @@ int main(int argc, char **argv)
     add("direct-tail", test_direct_tail);
     add("flush-failure-sticks", test_flush_failure_sticks);
     add("flush-failure-direct", test_flush_failure_direct);
+    add("flush-only-changes", test_flush_only_changes);
     add("flush-shared", test_flush_shared);
     add("zero-inside", test_zero_inside);
     add("zero-beyond", test_zero_beyond);

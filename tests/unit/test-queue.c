@@ -446,7 +446,7 @@ static void test_device(gconstpointer opts)
         }
         BlkQueueStats stats = blk_queue_stats(q);
         g_assert_cmpuint(stats.workers, ==, 0);
-        g_assert_true(!strstr(opts, "direct") || stats.lane == 64);
+        g_assert_true(!strstr(opts, "direct=on") || stats.lane == 64);
         g_assert_cmpint(write_by_queue(q, 8 * BLOCK, 2 * BLOCK, 0xee, BDRV_REQ_FUA), ==, 0);
         expect_by_queue(q, 8 * BLOCK, 2 * BLOCK, 0xee);
         expect_by_queue(q, 10 * BLOCK, BLOCK, 10);
