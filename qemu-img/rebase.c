@@ -7,10 +7,13 @@
  *
  *      image unallocated?  no -> nothing to do
  *        old and new both zero  -> nothing to do
- *        else read both, compare by cluster, write what differs (zeroes as zeroes)
+ *        else read both, compare by unit, write what differs (zeroes as zeroes)
+ *
+ * A unit is what the image maps as one: a cluster, or with extended L2 entries a subcluster.
  *
  * Invariants
- * 1. Whole clusters are written, so that no write needs to copy the rest of one.
+ * 1. Whole units are written, so that no write needs to copy the rest of one; and only units that
+ *    the image itself does not have.
  * 2. The copied data is stable before the header names the new backing file; a rebase that stops
  *    earlier changed nothing the guest sees, and can be run again.
  * 3. Beyond the end of a backing file there are zeroes.
@@ -65,8 +68,8 @@ typedef struct Side {
 typedef struct Rebase {
     BlockBackend *image;
     Side side[2]; /* old, new */
-    int64_t size, cluster;
-    int write_flags;
+    int64_t size, unit, cluster;
+    bool compress;
     QbProgress *progress;
 } Rebase;
 
@@ -98,8 +101,15 @@ static int side_is_zero(const Side *s, int64_t offset, int64_t *bytes)
     return !!(st.flags & BDRV_BLOCK_ZERO);
 }
 
-/* 1: the stretch must be compared by content; 0: nothing to do for it; or -errno. */
-static int needs_compare(Rebase *r, int64_t offset, int64_t *bytes)
+/* What is to be done for a stretch. */
+typedef enum Need {
+    NEED_NOTHING, /* the image has it */
+    NEED_ZEROES,  /* neither backing file has anything but zeroes */
+    NEED_COMPARE, /* by content */
+} Need;
+
+/* A Need, and in *bytes how far it goes; or -errno. */
+static int find_need(Rebase *r, int64_t offset, int64_t *bytes)
 {
     BDRV_GRAPH_GUARD();
     int zero[2];
@@ -110,7 +120,7 @@ static int needs_compare(Rebase *r, int64_t offset, int64_t *bytes)
 
     if (ret != 0) {
         *bytes = n;
-        return MIN(ret, 0);
+        return ret < 0 ? ret : NEED_NOTHING;
     }
     for (int i = 0; i < 2; i++) {
         zero[i] = side_is_zero(&r->side[i], offset, &n);
@@ -119,7 +129,7 @@ static int needs_compare(Rebase *r, int64_t offset, int64_t *bytes)
         }
     }
     *bytes = n;
-    return !(zero[0] && zero[1]);
+    return zero[0] && zero[1] ? NEED_ZEROES : NEED_COMPARE;
 }
 
 static int read_side(const Side *s, int64_t offset, int64_t bytes)
@@ -132,10 +142,17 @@ static int read_side(const Side *s, int64_t offset, int64_t bytes)
 
 /* ---- copying ---- */
 
-static bool cluster_differs(const Rebase *r, int64_t pos, int64_t bytes)
+static bool unit_differs(const Rebase *r, int64_t pos, int64_t bytes)
 {
     return memcmp(r->side[0].buf + pos, r->side[1].buf + pos,
-                  (size_t)MIN(r->cluster, bytes - pos)) != 0;
+                  (size_t)MIN(r->unit, bytes - pos)) != 0;
+}
+
+/* Only whole clusters can be compressed; those that the image has a part of stay as they are. */
+static bool can_compress(const Rebase *r, int64_t offset, int64_t bytes)
+{
+    return r->compress && offset % r->cluster == 0 &&
+           (bytes % r->cluster == 0 || offset + bytes == r->size);
 }
 
 static int write_run(Rebase *r, int64_t offset, const uint8_t *buf, int64_t bytes)
@@ -143,19 +160,20 @@ static int write_run(Rebase *r, int64_t offset, const uint8_t *buf, int64_t byte
     if (qb_buffer_is_zero(buf, (size_t)bytes)) {
         return blk_pwrite_zeroes(r->image, offset, bytes, 0);
     }
-    return blk_pwrite(r->image, offset, bytes, buf, r->write_flags);
+    return blk_pwrite(r->image, offset, bytes, buf,
+                      can_compress(r, offset, bytes) ? BDRV_REQ_COMPRESSED : 0);
 }
 
 static bool copy_differences(Rebase *r, int64_t offset, int64_t bytes)
 {
     for (int64_t pos = 0; pos < bytes;) {
         int64_t start = pos;
-        if (!cluster_differs(r, pos, bytes)) {
-            pos += r->cluster;
+        if (!unit_differs(r, pos, bytes)) {
+            pos += r->unit;
             continue;
         }
-        while (pos < bytes && cluster_differs(r, pos, bytes)) {
-            pos += r->cluster;
+        while (pos < bytes && unit_differs(r, pos, bytes)) {
+            pos += r->unit;
         }
         pos = MIN(pos, bytes);
         int ret = write_run(r, offset + start, r->side[0].buf + start, pos - start);
@@ -181,23 +199,35 @@ static bool rebase_stretch(Rebase *r, int64_t offset, int64_t bytes)
     return copy_differences(r, offset, bytes);
 }
 
-/* The next stretch, in whole clusters: a difference inside one means all of it. */
+/* What is zero on both sides ends anywhere; the unit in which it ends is compared. */
+static int round_to_units(const Rebase *r, int need, int64_t offset, int64_t *bytes)
+{
+    uint64_t unit = (uint64_t)r->unit;
+    bool to_end = offset + *bytes == r->size;
+
+    if (need == NEED_ZEROES && !to_end) {
+        *bytes = (int64_t)qb_align_down((uint64_t)*bytes, unit);
+        need = *bytes ? need : NEED_COMPARE;
+    }
+    if (need == NEED_COMPARE) {
+        *bytes = (int64_t)qb_align_up((uint64_t)CLAMP(*bytes, 1, REBASE_CHUNK), unit);
+    }
+    *bytes = MIN(*bytes, r->size - offset);
+    return need;
+}
+
+/* The next stretch. What the image has itself ends with a unit, or with the image. */
 static bool rebase_step(Rebase *r, int64_t offset, int64_t *ret_bytes)
 {
     int64_t bytes = r->size - offset;
-    int ret = needs_compare(r, offset, &bytes);
+    int need = find_need(r, offset, &bytes);
 
-    if (!say_io_error(r, MIN(ret, 0), "error while reading the metadata of", offset)) {
+    if (!say_io_error(r, MIN(need, 0), "error while reading the metadata of", offset)) {
         return false;
     }
-    bytes = ret ? (int64_t)qb_align_up((uint64_t)MIN(bytes, REBASE_CHUNK), (uint64_t)r->cluster)
-                : (int64_t)qb_align_down((uint64_t)bytes, (uint64_t)r->cluster);
-    if (bytes == 0) {
-        bytes = r->cluster;
-        ret = 1;
-    }
-    *ret_bytes = MIN(bytes, r->size - offset);
-    return !ret || rebase_stretch(r, offset, *ret_bytes);
+    need = round_to_units(r, need, offset, &bytes);
+    *ret_bytes = bytes;
+    return need != NEED_COMPARE || rebase_stretch(r, offset, bytes);
 }
 
 static bool rebase_content(Rebase *r)
@@ -247,6 +277,7 @@ static bool prepare_image(Rebase *r)
     }
     bdrv_get_info(blk_bs(r->image), &info, NULL);
     r->cluster = MAX(info.cluster_size, 512);
+    r->unit = MAX(info.subcluster_size, 512);
     qb_progress_grow(r->progress, (uint64_t)r->size);
     return true;
 }
@@ -302,8 +333,7 @@ static bool rebase_safely(BlockBackend *image, const RebaseArgs *args)
     g_autoptr(BlockBackend) old = NULL;
     g_autoptr(BlockBackend) new = NULL;
     QbProgress progress;
-    Rebase r = {.image = image, .progress = &progress,
-                .write_flags = args->compress ? BDRV_REQ_COMPRESSED : 0};
+    Rebase r = {.image = image, .progress = &progress, .compress = args->compress};
     bool ok;
 
     qb_progress_init(&progress, 0);

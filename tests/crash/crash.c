@@ -1,0 +1,271 @@
+/*
+ * The crash suite: power is lost at any moment of any operation, on every kind of image.
+ *
+ *      for each operation and kind:
+ *          record it once, without a crash
+ *          for each state that its files could be in after one:
+ *              open them read-write, check them, compare with the oracle
+ *              run the operation again, to its end
+ *              check and compare again
+ *
+ * Everything lives in memory, in this process.  A state that fails says how to see it alone:
+ *
+ *      crash --only commit/backing-v2 --state r117 --keep DIR
+ *
+ * Options: --group G   operations of one group           --only OP/KIND   one pair
+ *          --states N  states for each pair              --seed N         of the random ones
+ *          --long      a hundred times as many           --state NAME     this one only
+ *          --shard I/N every N-th pair, from the I-th on --log HASH       record until the log is this
+ *          --keep DIR  write the files of a failing state there
+ *          --list      say which pairs there are
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include <inttypes.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "tests/crash/replay.h"
+#include "util/pool.h"
+
+#define RECORDINGS_MAX 1000 /* until a log is the wanted one */
+#define SECONDS_MAX 60      /* for one state */
+
+typedef struct Options {
+    char *group, *only, *state, *keep, *shard;
+    int states;
+    gint64 seed, log;
+    gboolean all, list;
+} Options;
+
+static Options opts = {.states = 100};
+static unsigned shard_index, shard_count = 1;
+static struct {
+    uint64_t states, pairs, failures;
+} total;
+
+/* What runs now, for those who find the process dead. */
+static char now_running[256];
+
+static void on_fatal_signal(int sig)
+{
+    static const char what[] = "not ok - died in ";
+    ssize_t n = write(STDOUT_FILENO, what, sizeof(what) - 1);
+    n += write(STDOUT_FILENO, now_running, strlen(now_running));
+    n += write(STDOUT_FILENO, "\n", 1);
+    signal(sig, SIG_DFL);
+    raise(sig);
+    (void)n;
+}
+
+/* ---------------------------------------------------------------- one state */
+
+/* A world that has only what the operation needs to be run again. */
+static World world_after_crash(const Recording *r, uint64_t time)
+{
+    World w = {.kind = r->world->kind, .value = r->first_value,
+               .view = world_views_dup(r->before)};
+    world_views_at(r->world, time, w.view);
+    return w;
+}
+
+/* A deletion that was done cannot be done again. */
+static bool may_be_done(const Operation *op)
+{
+    return !strcmp(op->name, "snapshot-delete");
+}
+
+static bool run_again(const Recording *r, World *w, char **ret_why)
+{
+    bool ok = r->op->run(w) && !w->failed;
+    if (!ok && !may_be_done(r->op)) {
+        *ret_why = g_strdup_printf("run again: %s", w->why ? w->why : "it fails");
+        return false;
+    }
+    g_autofree char *why = NULL;
+    if (!world_judge(r->world, false, &why)) {
+        *ret_why = g_strdup_printf("run again: %s", why);
+        return false;
+    }
+    return true;
+}
+
+static bool try_state(const Recording *r, const State *s, char **ret_why)
+{
+    World w = world_after_crash(r, state_build(r, s));
+    bool ok = world_judge(&w, false, ret_why) && run_again(r, &w, ret_why);
+    world_views_free(w.view);
+    g_free(w.why);
+    return ok;
+}
+
+static void keep_files(const Recording *r, const State *s)
+{
+    state_build(r, s);
+    for (unsigned i = 0; i < disk_count(); i++) {
+        g_autofree char *path = g_strdup_printf("%s/%s", opts.keep, disk_name(i));
+        if (!disk_length(i) || disk_export(i, path)) {
+            continue;
+        }
+        printf("# cannot write %s\n", path);
+    }
+}
+
+static void report(const Recording *r, const State *s, const char *why)
+{
+    g_autofree char *name = state_name(s);
+    total.failures++;
+    printf("not ok - %s/%s %s: %s\n"
+           "#   replay: crash --only %s/%s --state %s --log %u\n",
+           r->op->name, r->world->kind->name, name, why, r->op->name, r->world->kind->name, name,
+           r->hash);
+    if (opts.keep) {
+        keep_files(r, s);
+    }
+}
+
+static bool run_state(const Recording *r, const State *s)
+{
+    g_autofree char *why = NULL, *name = state_name(s);
+    snprintf(now_running, sizeof(now_running), "%s/%s --state %s --log %u", r->op->name,
+             r->world->kind->name, name, r->hash);
+    alarm(SECONDS_MAX);
+    bool ok = try_state(r, s, &why);
+    alarm(0);
+    total.states++;
+    if (!ok) {
+        report(r, s, why);
+    }
+    return ok;
+}
+
+/* ---------------------------------------------------------------- one pair */
+
+static GArray *choose_states(const Recording *r)
+{
+    State s;
+    if (!opts.state) {
+        return recording_states(r, (unsigned)opts.states, (uint64_t)opts.seed);
+    }
+    if (!state_parse(opts.state, &s)) {
+        g_error("'%s' is not the name of a state", opts.state);
+    }
+    GArray *states = g_array_new(false, false, sizeof(State));
+    g_array_append_val(states, s);
+    return states;
+}
+
+/* Some operations use several threads, and not every recording is like the other. */
+static Recording *record(const Operation *op, const Kind *kind, char **ret_why)
+{
+    Recording *r = recording_new(op, kind, ret_why);
+    for (unsigned i = 0; r && opts.log && r->hash != (guint)opts.log && i < RECORDINGS_MAX; i++) {
+        recording_free(r);
+        r = recording_new(op, kind, ret_why);
+    }
+    return r;
+}
+
+static void run_pair(const Operation *op, const Kind *kind)
+{
+    g_autofree char *why = NULL;
+    unsigned failures = 0;
+    snprintf(now_running, sizeof(now_running), "%s/%s, recording", op->name, kind->name);
+    Recording *r = record(op, kind, &why);
+    total.pairs++;
+    if (!r) {
+        total.failures++;
+        printf("not ok - %s/%s without a crash: %s\n", op->name, kind->name, why);
+        return;
+    }
+    g_autoptr(GArray) states = choose_states(r);
+    for (guint i = 0; i < states->len && failures < 5; i++) {
+        failures += !run_state(r, &g_array_index(states, State, i));
+    }
+    printf("# %-20s %-20s %4u events %3u flushes %6u states\n", op->name, kind->name, r->log->len,
+           recording_flushes(r), states->len);
+    fflush(stdout);
+    recording_free(r);
+}
+
+static bool is_wanted(const Operation *op, const Kind *kind, unsigned number)
+{
+    g_autofree char *name = g_strdup_printf("%s/%s", op->name, kind->name);
+    return operation_fits(op, kind) && number % shard_count == shard_index &&
+           (!opts.group || !strcmp(opts.group, op->group)) &&
+           (!opts.only || g_pattern_match_simple(opts.only, name));
+}
+
+static void run_all(void)
+{
+    unsigned number = 0;
+    for (unsigned i = 0; i < nb_operations; i++) {
+        for (unsigned k = 0; k < nb_kinds; k++) {
+            if (!is_wanted(&operations[i], &kinds[k], number++)) {
+                continue;
+            }
+            if (opts.list) {
+                printf("%s/%s\n", operations[i].name, kinds[k].name);
+            } else {
+                run_pair(&operations[i], &kinds[k]);
+            }
+        }
+    }
+}
+
+/* ---------------------------------------------------------------- main */
+
+static void parse_options(int argc, char **argv)
+{
+    const GOptionEntry entries[] = {
+        {"group", 0, 0, G_OPTION_ARG_STRING, &opts.group, "operations of this group", "NAME"},
+        {"only", 0, 0, G_OPTION_ARG_STRING, &opts.only, "these pairs (a pattern)", "OP/KIND"},
+        {"states", 0, 0, G_OPTION_ARG_INT, &opts.states, "for each pair", "N"},
+        {"seed", 0, 0, G_OPTION_ARG_INT64, &opts.seed, "of the random states", "N"},
+        {"long", 0, 0, G_OPTION_ARG_NONE, &opts.all, "a hundred times as many", NULL},
+        {"state", 0, 0, G_OPTION_ARG_STRING, &opts.state, "this one only", "NAME"},
+        {"log", 0, 0, G_OPTION_ARG_INT64, &opts.log, "record until the log is this", "HASH"},
+        {"shard", 0, 0, G_OPTION_ARG_STRING, &opts.shard, "every N-th pair from I on", "I/N"},
+        {"keep", 0, 0, G_OPTION_ARG_STRING, &opts.keep, "put a failing state's files here", "DIR"},
+        {"list", 0, 0, G_OPTION_ARG_NONE, &opts.list, "say which pairs there are", NULL},
+        {NULL},
+    };
+    g_autoptr(GOptionContext) context = g_option_context_new(NULL);
+    g_option_context_add_main_entries(context, entries, NULL);
+    GError *err = NULL;
+    if (!g_option_context_parse(context, &argc, &argv, &err)) {
+        fprintf(stderr, "%s\n", err->message);
+        exit(2);
+    }
+    opts.seed = opts.seed ? opts.seed : (gint64)g_random_int_range(1, 1 << 20) * 4096;
+    opts.states *= opts.all ? 100 : 1;
+    if (opts.shard &&
+        (sscanf(opts.shard, "%u/%u", &shard_index, &shard_count) != 2 || !shard_count)) {
+        exit(2);
+    }
+}
+
+int main(int argc, char **argv)
+{
+    parse_options(argc, argv);
+    signal(SIGABRT, on_fatal_signal);
+    signal(SIGSEGV, on_fatal_signal);
+    signal(SIGTRAP, on_fatal_signal);
+    signal(SIGALRM, on_fatal_signal);
+    disk_init();
+    printf("# seed %" PRId64 "\n", opts.seed);
+    run_all();
+    printf("# %" PRIu64 " states of %" PRIu64 " pairs, %" PRIu64 " failures\n", total.states,
+           total.pairs, total.failures);
+    qb_pools_shutdown();
+    disk_done();
+    g_free(opts.group);
+    g_free(opts.only);
+    g_free(opts.state);
+    g_free(opts.keep);
+    g_free(opts.shard);
+    return total.failures ? 1 : 0;
+}

@@ -1,0 +1,49 @@
+/*
+ * Files as they could be after power loss, made from the log of what was done to them.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#ifndef TESTS_CRASH_REPLAY_H
+#define TESTS_CRASH_REPLAY_H
+
+#include "tests/harness/operations.h"
+
+/* An operation as it went once, without a crash. */
+typedef struct Recording {
+    const Operation *op;
+    World *world;        /* as it is at the end; its marks */
+    View *before;        /* the views as they were */
+    unsigned first_value; /* w->value at the beginning */
+    DiskImage image[DISKS_MAX]; /* the disks as they were */
+    GArray *log;         /* DiskEvent */
+    uint64_t end;        /* the time after everything */
+    guint hash;          /* of the log, without the content: equal logs have equal states */
+} Recording;
+
+/* How the choice is made among the events that are not stable at a time. */
+typedef enum StateKind {
+    STATE_PREFIX = 'p',  /* what was complete is there, all of it */
+    STATE_EVENTS = 'e',  /* bit i of the mask: the i-th unstable event is there */
+    STATE_SECTORS = 's', /* bit i: the i-th sector of the unstable events is there */
+    STATE_RANDOM = 'r',  /* mask is the seed: of the choice, and of the time */
+} StateKind;
+
+/* One state, in words: "p120", "e120.5", "s120.3f", "r77". */
+typedef struct State {
+    StateKind kind;
+    uint64_t time, mask;
+} State;
+
+/* Runs the operation in a new world. NULL: it failed, *ret_why says how. */
+Recording *recording_new(const Operation *op, const Kind *kind, char **ret_why);
+void recording_free(Recording *r);
+unsigned recording_flushes(const Recording *r);
+
+char *state_name(const State *state);
+bool state_parse(const char *name, State *ret);
+/* Up to @max states, the exhaustive ones first, then prefixes, then random ones by @seed. */
+GArray *recording_states(const Recording *r, unsigned max, uint64_t seed);
+/* Makes the disks as the state has them. Returns the time of the crash. */
+uint64_t state_build(const Recording *r, const State *state);
+
+#endif

@@ -1,0 +1,42 @@
+/*
+ * The kinds of images that the suites go through: a table, nothing else.
+ *
+ * Clusters are small so that a table, a refcount block and a refcount table have few entries, and
+ * that what needs another one is near.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include "tests/harness/world.h"
+
+#define SECTORS(kib) ((kib) * 2)
+
+const Kind kinds[] = {
+    {"v3", "cluster_size=2k", 4, SECTORS(1024), 0},
+    {"odd", "cluster_size=16k", 32, SECTORS(1024) + 7, 0},
+    {"v2", "cluster_size=2k,compat=0.10", 4, SECTORS(1024), KIND_V2},
+    {"512", "cluster_size=512,refcount_bits=64", 1, SECTORS(128), 0},
+    {"64k", "cluster_size=64k", 128, SECTORS(2048), 0},
+    {"refcount1", "cluster_size=2k,refcount_bits=1", 4, SECTORS(512), KIND_NO_SHARING},
+    {"lazy", "cluster_size=2k,lazy_refcounts=on", 4, SECTORS(512), 0},
+    {"ext", "cluster_size=16k,extended_l2=on", 32, SECTORS(1024), 0},
+    {"data-file", "cluster_size=2k", 4, SECTORS(512), KIND_DATA_FILE},
+    {"data-file-raw", "cluster_size=2k,data_file_raw=on", 4, SECTORS(512), KIND_DATA_FILE},
+    {"compressed", "cluster_size=4k", 8, SECTORS(512), KIND_COMPRESSED},
+    {"snapshot", "cluster_size=2k", 4, SECTORS(512), KIND_SNAPSHOT},
+    {"snapshot-v2", "cluster_size=2k,compat=0.10", 4, SECTORS(512),
+     KIND_SNAPSHOT | KIND_V2 | KIND_FIXED},
+    {"snapshot-ext", "cluster_size=16k,extended_l2=on", 32, SECTORS(1024), KIND_SNAPSHOT},
+    {"snapshot-512", "cluster_size=512,refcount_bits=32", 1, SECTORS(64), KIND_SNAPSHOT},
+    {"snapshot-compressed", "cluster_size=4k", 8, SECTORS(256), KIND_SNAPSHOT | KIND_COMPRESSED},
+    {"backing", "cluster_size=2k", 4, SECTORS(512), KIND_BACKING},
+    {"backing-v2", "cluster_size=2k,compat=0.10", 4, SECTORS(512),
+     KIND_BACKING | KIND_V2 | KIND_NO_DISCARD},
+    {"backing-raw", "cluster_size=4k", 8, SECTORS(512), KIND_BACKING | KIND_RAW_BASE},
+    {"backing-odd", "cluster_size=2k", 4, SECTORS(512) + 5, KIND_BACKING},
+    {"backing-512", "cluster_size=512,refcount_bits=8", 1, SECTORS(64), KIND_BACKING},
+    {"backing-ext", "cluster_size=16k,extended_l2=on", 32, SECTORS(1024), KIND_BACKING},
+    {"backing-snapshot", "cluster_size=2k", 4, SECTORS(512), KIND_BACKING | KIND_SNAPSHOT},
+    {"backing-compressed", "cluster_size=4k", 8, SECTORS(512), KIND_BACKING | KIND_COMPRESSED},
+};
+
+const unsigned nb_kinds = G_N_ELEMENTS(kinds);

@@ -1,0 +1,495 @@
+/*
+ * The operations that the suites put through crashes and faults: a table.
+ *
+ *      group guest     requests to an open image
+ *      group image     calls that change a whole image
+ *      group verb      qemu-img's verbs, over several files
+ *
+ * Invariant: what an operation writes depends on the world's kind and on w->value at its beginning
+ * only, so that running it again ends with the same content.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include "tests/harness/operations.h"
+
+#include <string.h>
+
+#include "block/qcow2.h"
+
+/* ---------------------------------------------------------------- guest */
+
+/* The sector where the @n-th group of four clusters (world.c) begins. */
+static unsigned group(const World *w, unsigned n)
+{
+    return n * 4 * w->kind->cluster % (w->kind->sectors - 16 * w->kind->cluster);
+}
+
+static bool run_write(World *w)
+{
+    if (!world_open(w)) {
+        return false;
+    }
+    unsigned c = w->kind->cluster;
+    for (unsigned i = 0; i < 4; i++) {
+        world_write(w, group(w, i) + 3 * c, c); /* what is not there yet */
+        world_write(w, group(w, i + 4) + 3 * c, MAX(c / 4, 1));
+        if (i % 2) {
+            world_flush(w);
+        }
+    }
+    return world_close(w);
+}
+
+static bool run_overwrite(World *w)
+{
+    if (!world_open(w)) {
+        return false;
+    }
+    unsigned c = w->kind->cluster;
+    for (unsigned i = 0; i < 4; i++) {
+        world_write(w, group(w, i), 2 * c);
+        world_write(w, group(w, i + 5) + c / 2, c);
+        if (i == 1) {
+            world_flush(w);
+        }
+    }
+    return world_close(w);
+}
+
+/* Small writes into clusters that are shared, zero, in the base, or not there. */
+static bool run_cow(World *w)
+{
+    if (!world_open(w)) {
+        return false;
+    }
+    unsigned c = w->kind->cluster;
+    for (unsigned i = 0; i < 16; i++) {
+        world_write(w, group(w, i / 2) + i % 4 * c + c / 2, 1);
+        if (i % 5 == 4) {
+            world_flush(w);
+        }
+    }
+    return world_close(w);
+}
+
+static bool run_zero(World *w)
+{
+    if (!world_open(w)) {
+        return false;
+    }
+    unsigned c = w->kind->cluster;
+    world_zero(w, group(w, 0), 3 * c, 0);
+    world_zero(w, group(w, 2), 4 * c, BDRV_REQ_MAY_UNMAP);
+    world_zero(w, group(w, 4) + c / 2, 5 * c, BDRV_REQ_MAY_UNMAP);
+    world_flush(w);
+    world_write(w, group(w, 0), c);
+    world_zero(w, group(w, 6), 8 * c, BDRV_REQ_MAY_UNMAP);
+    world_write(w, group(w, 6) + c, c);
+    return world_close(w);
+}
+
+/* What was freed is wanted again at once. */
+static bool run_discard(World *w)
+{
+    if (!world_open(w)) {
+        return false;
+    }
+    unsigned c = w->kind->cluster;
+    world_discard(w, group(w, 0), 4 * c);
+    world_write(w, group(w, 4) + 3 * c, c);
+    world_write(w, group(w, 0), c);
+    world_flush(w);
+    world_discard(w, group(w, 2), 8 * c);
+    world_write(w, group(w, 5) + 3 * c, c);
+    world_flush(w);
+    world_write(w, group(w, 6) + 3 * c, c);
+    world_write(w, group(w, 2) + c, c);
+    return world_close(w);
+}
+
+static bool run_discard_all(World *w)
+{
+    if (!world_open(w)) {
+        return false;
+    }
+    world_discard(w, 0, w->kind->sectors);
+    world_write(w, group(w, 1), w->kind->cluster);
+    return world_close(w);
+}
+
+/* Compressed clusters come, are overwritten in part and whole, and their space is used again. */
+static bool run_compressed(World *w)
+{
+    if (!world_open(w)) {
+        return false;
+    }
+    unsigned c = w->kind->cluster;
+    world_discard(w, group(w, 1), 4 * c);
+    world_write_flags(w, group(w, 1), 4 * c, BDRV_REQ_COMPRESSED);
+    world_flush(w);
+    world_write(w, group(w, 1), c);
+    world_write(w, group(w, 1) + c + c / 2, 1);
+    world_write(w, group(w, 3) + 3 * c, c);
+    world_discard(w, group(w, 2), 4 * c);
+    world_flush(w);
+    world_write_flags(w, group(w, 2), 4 * c, BDRV_REQ_COMPRESSED);
+    world_write(w, group(w, 2) + 2 * c, c);
+    return world_close(w);
+}
+
+static void random_request(World *w, GRand *rand)
+{
+    unsigned c = w->kind->cluster;
+    unsigned n = (unsigned)g_rand_int_range(rand, 1, (gint32)(4 * c));
+    unsigned at = (unsigned)g_rand_int_range(rand, 0, (gint32)(w->kind->sectors - 4 * c));
+    switch (g_rand_int_range(rand, 0, 8)) {
+    case 0:
+        world_flush(w);
+        break;
+    case 1:
+        world_discard(w, at / c * c, 2 * c);
+        break;
+    case 2:
+        world_zero(w, at, n, n % 2 ? BDRV_REQ_MAY_UNMAP : 0);
+        break;
+    case 3:
+        world_discard(w, at / c * c, c);
+        world_write_flags(w, at / c * c, c, BDRV_REQ_COMPRESSED);
+        break;
+    default:
+        world_write(w, at, n);
+    }
+}
+
+static bool random_requests(World *w, guint32 seed, unsigned n)
+{
+    if (!world_open(w)) {
+        return false;
+    }
+    g_autoptr(GRand) rand = g_rand_new_with_seed(seed);
+    for (unsigned i = 0; i < n; i++) {
+        random_request(w, rand);
+    }
+    return world_close(w);
+}
+
+static bool run_random1(World *w)
+{
+    return random_requests(w, 1, 40);
+}
+
+static bool run_random2(World *w)
+{
+    return random_requests(w, 2, 40);
+}
+
+static bool run_open_close(World *w)
+{
+    return world_open(w) && world_close(w);
+}
+
+/* ---------------------------------------------------------------- growing tables */
+
+/* Until the next cluster needs another refcount block. */
+static void fill_block(World *w)
+{
+    g_assert_true(world_open(w));
+    const BDRVQcow2State *s = qcow2_state(blk_bs(w->blk));
+    uint64_t blocks = s->reftable.nb_blocks;
+    for (unsigned at = 0; s->reftable.nb_blocks == blocks && at < w->kind->sectors; at++) {
+        world_write(w, at, 1);
+    }
+    g_assert_true(world_close(w));
+}
+
+static bool run_new_block(World *w)
+{
+    if (!world_open(w)) {
+        return false;
+    }
+    unsigned first = w->kind->sectors / 8 * 7;
+    for (unsigned at = first; at < first + 24; at += 8) {
+        world_write(w, at, 8);
+        world_discard(w, at - 128, 4);
+        world_flush(w);
+    }
+    return world_close(w);
+}
+
+/* 512-byte clusters, counts of 64 bits: a table of one cluster ends at 64 * 64 clusters. */
+static bool run_grow_table(World *w)
+{
+    if (!world_open(w)) {
+        return false;
+    }
+    world_mark_resize(w, VIEW_TOP, 6144);
+    GError *err = NULL;
+    bool ok = blk_truncate(w->blk, 6144 * ORACLE_SECTOR, true, PREALLOC_MODE_OFF, false, &err);
+    world_note(w, ok, "truncate", err);
+    if (!ok) {
+        world_close(w);
+        return false;
+    }
+    world_mark_settle(w, VIEW_TOP);
+    for (unsigned at = 1024; at < 5120; at += 1024) {
+        world_write(w, at, 1024);
+    }
+    world_flush(w);
+    world_write(w, 5120, 512);
+    return world_close(w);
+}
+
+/* ---------------------------------------------------------------- whole images */
+
+static bool resize(World *w, unsigned sectors)
+{
+    GError *err = NULL;
+    if (!world_open(w)) {
+        return false;
+    }
+    world_mark_resize(w, VIEW_TOP, sectors);
+    bool ok = blk_truncate(w->blk, (int64_t)sectors * ORACLE_SECTOR, true, PREALLOC_MODE_OFF,
+                           true, &err);
+    if (world_note(w, ok, "truncate", err)) {
+        world_mark_settle(w, VIEW_TOP);
+    }
+    return world_close(w) && ok;
+}
+
+static bool run_grow(World *w)
+{
+    return resize(w, w->kind->sectors * 3);
+}
+
+static bool run_shrink(World *w)
+{
+    return resize(w, w->kind->sectors / 4 + 1);
+}
+
+static bool run_shrink_grow(World *w)
+{
+    return resize(w, w->kind->sectors / 2 + 1) && resize(w, w->kind->sectors);
+}
+
+/* The image is dirty when it begins; a snapshot makes stable what it shows. */
+static bool run_snapshot_create(World *w)
+{
+    GError *err = NULL;
+    if (!world_open(w)) {
+        return false;
+    }
+    world_write(w, group(w, 3), w->kind->cluster + 1);
+    world_mark_appear(w, VIEW_SNAP1, VIEW_TOP);
+    bool ok = bdrv_snapshot_create(blk_bs(w->blk), "s1", &err);
+    if (world_note(w, ok, "create", err)) {
+        world_mark_settle(w, VIEW_TOP);
+        world_mark_settle(w, VIEW_SNAP1);
+    }
+    return world_close(w) && ok;
+}
+
+static bool run_snapshot_delete(World *w)
+{
+    GError *err = NULL;
+    if (!world_open(w)) {
+        return false;
+    }
+    world_mark_vanish(w, VIEW_SNAP0);
+    bool ok = bdrv_snapshot_delete(blk_bs(w->blk), NULL, "s0", &err);
+    if (world_note(w, ok, "delete", err)) {
+        world_mark_settle(w, VIEW_SNAP0);
+    }
+    return world_close(w) && ok;
+}
+
+static bool run_snapshot_apply(World *w)
+{
+    GError *err = NULL;
+    if (!world_open(w)) {
+        return false;
+    }
+    world_mark_merge(w, VIEW_TOP, VIEW_SNAP0);
+    bool ok = bdrv_snapshot_apply(blk_bs(w->blk), "s0", &err);
+    if (world_note(w, ok, "apply", err)) {
+        world_mark_settle(w, VIEW_TOP);
+    }
+    return world_close(w) && ok;
+}
+
+static bool run_make_empty(World *w)
+{
+    GError *err = NULL;
+    if (!world_open(w)) {
+        return false;
+    }
+    world_mark_merge(w, VIEW_TOP, VIEW_BASE);
+    bool ok = blk_make_empty(w->blk, &err);
+    if (world_note(w, ok, "make_empty", err)) {
+        world_mark_settle(w, VIEW_TOP);
+    }
+    return world_close(w) && ok;
+}
+
+/* ---------------------------------------------------------------- verbs */
+
+static bool run_commit(World *w)
+{
+    world_mark_merge(w, VIEW_BASE, VIEW_TOP);
+    bool ok = world_verb(w, "commit -q --image-opts %TOP");
+    world_mark_settle(w, VIEW_BASE);
+    return ok;
+}
+
+/* Another base, which differs from the old one and from the image. */
+static void make_other(World *w)
+{
+    g_autofree char *create = g_strdup_printf("create -q -f qcow2 -o cluster_size=8k test-disk:other"
+                                              " %u", w->kind->sectors * ORACLE_SECTOR);
+    g_autofree char *why = NULL;
+    g_assert_true(world_verb(w, create));
+    g_autoptr(BlockBackend) blk = world_open_view(w, VIEW_OTHER, BDRV_O_RDWR, &why);
+    g_assert_nonnull(blk);
+    View *v = &w->view[VIEW_OTHER];
+    unsigned first = w->kind->sectors / 3, n = w->kind->sectors / 2;
+    g_autofree uint8_t *buf = g_malloc((size_t)n * ORACLE_SECTOR);
+    oracle_fill(buf, first, n, 60);
+    g_assert_cmpint(blk_pwrite(blk, (int64_t)first * ORACLE_SECTOR, (int64_t)n * ORACLE_SECTOR, buf,
+                               0), ==, 0);
+    v->presence = VIEW_PRESENT;
+    oracle_init(&v->oracle, w->kind->sectors);
+    oracle_write(&v->oracle, first, n, 60);
+    oracle_settle(&v->oracle);
+}
+
+/* Keeps what the image shows. Its snapshots show the new base where they have nothing, hence none
+ * here. */
+static bool run_rebase(World *w)
+{
+    return world_verb(w, "rebase -q --image-opts -b test-disk:other -F qcow2 %TOP");
+}
+
+static bool run_rebase_none(World *w)
+{
+    return world_verb(w, "rebase -q --image-opts -b '' %TOP");
+}
+
+/* Into an image that exists, with a cache mode that flushes. */
+static bool run_convert_into(World *w)
+{
+    world_mark_merge(w, VIEW_OTHER, VIEW_TOP);
+    bool ok = world_verb(w, "convert -q -m 1 -n -t writeback --image-opts --target-image-opts "
+                            "%TOP %OTHER");
+    world_mark_settle(w, VIEW_OTHER);
+    return ok;
+}
+
+/* A target made anew is nothing before it is done, and settles only with a flush. */
+static bool convert_new(World *w, const char *command)
+{
+    world_mark_appear(w, VIEW_OTHER, VIEW_TOP);
+    bool ok = world_verb(w, command);
+    world_mark_settle(w, VIEW_OTHER);
+    return ok;
+}
+
+static bool run_convert(World *w)
+{
+    return convert_new(w, "convert -q -m 1 -t writeback -O qcow2 -o cluster_size=4k --image-opts "
+                          "%TOP test-disk:other");
+}
+
+static bool run_convert_compressed(World *w)
+{
+    return convert_new(w, "convert -q -m 1 -c -t writeback -O qcow2 -o cluster_size=4k "
+                          "--image-opts %TOP test-disk:other");
+}
+
+static bool run_create(World *w)
+{
+    g_autofree char *command =
+        g_strdup_printf("create -q -f qcow2 -o %s,preallocation=metadata test-disk:other %u",
+                        w->kind->create, w->kind->sectors * ORACLE_SECTOR);
+    world_mark_appear_empty(w, VIEW_OTHER);
+    bool ok = world_verb(w, command);
+    world_mark_settle(w, VIEW_OTHER);
+    return ok;
+}
+
+/* Clusters that are counted and that nobody uses. */
+static void damage(World *w)
+{
+    g_assert_true(world_open(w));
+    BlockDriverState *bs = blk_bs(w->blk);
+    int64_t leaked = qcow2_alloc_clusters(bs, 5 * (uint64_t)qcow2_state(bs)->cluster_size);
+    g_assert_cmpint(leaked, >, 0);
+    g_assert_true(world_close(w));
+}
+
+static bool run_repair(World *w)
+{
+    return world_verb(w, "check -q -r all --image-opts %TOP");
+}
+
+/* ---------------------------------------------------------------- the table */
+
+#define OVER KIND_BACKING
+
+const Operation operations[] = {
+    {"open-close", "guest", NULL, run_open_close, 0, 0, NULL},
+    {"write", "guest", NULL, run_write, 0, 0, NULL},
+    {"overwrite", "guest", NULL, run_overwrite, 0, 0, NULL},
+    {"cow", "guest", NULL, run_cow, 0, 0, NULL},
+    {"zero", "guest", NULL, run_zero, 0, 0, NULL},
+    {"discard", "guest", NULL, run_discard, 0, 0, NULL},
+    {"discard-all", "guest", NULL, run_discard_all, 0, 0, NULL},
+    {"compressed-write", "guest", NULL, run_compressed, 0, KIND_DATA_FILE | KIND_NO_DISCARD, NULL},
+    {"random-1", "guest", NULL, run_random1, 0, KIND_DATA_FILE | KIND_NO_DISCARD, NULL},
+    {"random-2", "guest", NULL, run_random2, 0, KIND_DATA_FILE | KIND_NO_DISCARD, NULL},
+    {"new-refcount-block", "guest", fill_block, run_new_block, 0, 0, "512"},
+    {"grow-refcount-table", "guest", NULL, run_grow_table, 0, 0, "512"},
+    {"grow", "image", NULL, run_grow, 0, KIND_FIXED, NULL},
+    {"shrink", "image", NULL, run_shrink, 0, KIND_FIXED, NULL},
+    {"shrink-grow", "image", NULL, run_shrink_grow, 0, KIND_FIXED, NULL},
+    {"snapshot-create", "image", NULL, run_snapshot_create, 0, KIND_NO_SHARING | KIND_DATA_FILE, NULL},
+    {"snapshot-delete", "image", NULL, run_snapshot_delete, KIND_SNAPSHOT, 0, NULL},
+    {"snapshot-apply", "image", NULL, run_snapshot_apply, KIND_SNAPSHOT, 0, NULL},
+    {"make-empty", "image", NULL, run_make_empty, OVER, 0, NULL},
+    {"repair-leaks", "image", damage, run_repair, 0, 0, NULL},
+    {"commit", "verb", NULL, run_commit, OVER, 0, NULL},
+    {"rebase", "verb", make_other, run_rebase, OVER, KIND_SNAPSHOT, NULL},
+    {"rebase-none", "verb", NULL, run_rebase_none, OVER, KIND_SNAPSHOT, NULL},
+    {"convert-into", "verb", make_other, run_convert_into, 0, 0, NULL},
+    {"convert", "verb", NULL, run_convert, 0, 0, NULL},
+    {"convert-compressed", "verb", NULL, run_convert_compressed, 0, 0, NULL},
+    {"create", "verb", NULL, run_create, 0, KIND_DATA_FILE, NULL},
+};
+
+const unsigned nb_operations = G_N_ELEMENTS(operations);
+
+bool operation_fits(const Operation *op, const Kind *kind)
+{
+    if (op->only) {
+        return !strcmp(op->only, kind->name);
+    }
+    return (kind->flags & op->need) == op->need && !(kind->flags & op->bar);
+}
+
+const Operation *operation_find(const char *name)
+{
+    for (unsigned i = 0; i < nb_operations; i++) {
+        if (!strcmp(operations[i].name, name)) {
+            return &operations[i];
+        }
+    }
+    return NULL;
+}
+
+const Kind *kind_find(const char *name)
+{
+    for (unsigned i = 0; i < nb_kinds; i++) {
+        if (!strcmp(kinds[i].name, name)) {
+            return &kinds[i];
+        }
+    }
+    return NULL;
+}

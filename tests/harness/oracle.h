@@ -1,0 +1,48 @@
+/*
+ * What a guest may find on its disk: for every sector the values that are legal now.
+ *
+ * The disk is written in sectors of 512 bytes, each filled with its own number and a value of 1 to
+ * 63; value 0 is a sector of zeroes.  So a sector that shows the content of another one is seen at
+ * once, and so is one that is torn.
+ *
+ *      write v        the sector may have v, besides what it may have already
+ *      settle         (a flush is complete) each sector has the value it was given last, no other
+ *
+ * Not for several threads.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#ifndef TESTS_HARNESS_ORACLE_H
+#define TESTS_HARNESS_ORACLE_H
+
+#include "block/block-backend.h"
+
+#define ORACLE_SECTOR 512
+#define ORACLE_VALUES 64
+#define ORACLE_MAX 16384 /* sectors */
+
+typedef struct Oracle {
+    unsigned sectors, other_sectors; /* the two legal sizes; the first is what it has if all went well */
+    uint64_t allowed[ORACLE_MAX];    /* bit v: the sector may have value v */
+    uint8_t now[ORACLE_MAX];         /* what it has if all went well */
+} Oracle;
+
+/* All zeroes. */
+void oracle_init(Oracle *o, unsigned sectors);
+void oracle_write(Oracle *o, unsigned first, unsigned n, unsigned value);
+/* The disk becomes what @from is now: each sector may have the old or the new value. */
+void oracle_merge(Oracle *o, const Oracle *from);
+/* The size may be either; a grown part reads zero. */
+void oracle_resize(Oracle *o, unsigned sectors);
+void oracle_settle(Oracle *o);
+/* After a failure nobody knows: what @blk shows, which must be legal, is what it has. */
+bool oracle_learn(Oracle *o, BlockBackend *blk, char **ret_why);
+/* Is everything that @blk shows legal? *ret_why (newly allocated) says what is not. */
+bool oracle_check(const Oracle *o, BlockBackend *blk, char **ret_why);
+
+/* @n sectors of @value to @buf. */
+void oracle_fill(uint8_t *buf, unsigned first, unsigned n, unsigned value);
+/* The value that @sector has by its content in @buf; -1 when it is none of its own. */
+int oracle_value(const uint8_t *buf, unsigned sector);
+
+#endif

@@ -1,0 +1,556 @@
+/*
+ * A world: the images of a test, what is on them, and what may be on them.
+ *
+ *      world_new():  base  1111111111110000    (values)
+ *                    top   22..  2.0.  ....    a cluster of data, a part of one, one of zeroes, none
+ *
+ *      mark {time, change, view, ...}  -->  applied to w->view at once, and kept; the replayer
+ *                                           applies the kept ones to a copy, up to a time
+ *
+ * Invariants
+ * 1. A mark is made before the operation whose effect it allows begins, and a settling one after the
+ *    call that promises it has returned.
+ * 2. Nothing settles while w->failed counts a failure: what failed may have happened or not.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include "tests/harness/world.h"
+
+#include <glib/gstdio.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "tests/harness/verbs.h"
+#include "util/error.h"
+
+typedef enum Change {
+    MARK_WRITE,
+    MARK_MERGE,
+    MARK_RESIZE,
+    MARK_APPEAR,
+    MARK_VANISH,
+    MARK_SETTLE,
+} Change;
+
+typedef struct Mark {
+    uint64_t time;
+    Change change;
+    ViewId view, from;          /* appear: from VIEWS: all zeroes */
+    unsigned first, n, value; /* resize: n */
+} Mark;
+
+/* ---------------------------------------------------------------- marks */
+
+static void settle(View *v)
+{
+    oracle_settle(&v->oracle);
+    if (v->presence == VIEW_MAYBE) {
+        v->presence = v->vanishes ? VIEW_ABSENT : VIEW_PRESENT;
+    }
+}
+
+static void apply_mark(View *views, const Mark *m)
+{
+    View *v = &views[m->view];
+    switch (m->change) {
+    case MARK_WRITE:
+        oracle_write(&v->oracle, m->first, m->n, m->value);
+        break;
+    case MARK_MERGE:
+        oracle_merge(&v->oracle, &views[m->from].oracle);
+        break;
+    case MARK_RESIZE:
+        oracle_resize(&v->oracle, m->n);
+        break;
+    case MARK_APPEAR:
+        if (m->from == VIEWS) {
+            oracle_init(&v->oracle, views[VIEW_TOP].oracle.sectors);
+        } else {
+            v->oracle = views[m->from].oracle;
+        }
+        oracle_settle(&v->oracle);
+        v->vanishes = false;
+        v->presence = MAX(v->presence, VIEW_MAYBE);
+        break;
+    case MARK_VANISH:
+        v->vanishes = true;
+        v->presence = MIN(v->presence, VIEW_MAYBE);
+        break;
+    case MARK_SETTLE:
+        settle(v);
+        break;
+    }
+}
+
+static void mark(World *w, Mark m)
+{
+    if (m.change == MARK_SETTLE && w->failed) {
+        return;
+    }
+    apply_mark(w->view, &m);
+    if (w->marks) {
+        m.time = disk_tick();
+        g_array_append_val(w->marks, m);
+    }
+}
+
+void world_mark_write(World *w, ViewId view, unsigned first, unsigned n, unsigned value)
+{
+    mark(w, (Mark){.change = MARK_WRITE, .view = view, .first = first, .n = n, .value = value});
+}
+
+void world_mark_merge(World *w, ViewId view, ViewId from)
+{
+    mark(w, (Mark){.change = MARK_MERGE, .view = view, .from = from});
+}
+
+void world_mark_resize(World *w, ViewId view, unsigned sectors)
+{
+    mark(w, (Mark){.change = MARK_RESIZE, .view = view, .n = sectors});
+}
+
+void world_mark_appear(World *w, ViewId view, ViewId from)
+{
+    mark(w, (Mark){.change = MARK_APPEAR, .view = view, .from = from});
+}
+
+void world_mark_appear_empty(World *w, ViewId view)
+{
+    world_mark_appear(w, view, VIEWS);
+}
+
+void world_mark_vanish(World *w, ViewId view)
+{
+    mark(w, (Mark){.change = MARK_VANISH, .view = view});
+}
+
+void world_mark_settle(World *w, ViewId view)
+{
+    mark(w, (Mark){.change = MARK_SETTLE, .view = view});
+}
+
+View *world_views_dup(const View *views)
+{
+    return g_memdup2(views, VIEWS * sizeof(View));
+}
+
+void world_views_free(View *views)
+{
+    g_free(views);
+}
+
+void world_record(World *w, View **ret_before)
+{
+    *ret_before = world_views_dup(w->view);
+    w->marks = g_array_new(false, false, sizeof(Mark));
+}
+
+void world_views_at(const World *w, uint64_t time, View *views)
+{
+    for (guint i = 0; i < w->marks->len; i++) {
+        const Mark *m = &g_array_index(w->marks, Mark, i);
+        if (m->time <= time) {
+            apply_mark(views, m);
+        }
+    }
+}
+
+/* ---------------------------------------------------------------- opening */
+
+static const char *const disk_of_view[VIEWS] = {"top", "base", "other", "top", "top"};
+static const char *const snapshot_of_view[VIEWS] = {[VIEW_SNAP0] = "s0", [VIEW_SNAP1] = "s1"};
+
+static bool is_raw(const World *w, ViewId view)
+{
+    return view == VIEW_BASE && w->kind->flags & KIND_RAW_BASE;
+}
+
+char *world_options(const World *w, ViewId view)
+{
+    const char *disk = disk_of_view[view];
+    bool data = w->kind->flags & KIND_DATA_FILE && !strcmp(disk, "top");
+    return g_strdup_printf("driver=%s,discard=unmap,file.driver=test-disk,file.disk=%s"
+                           "%s",
+                           is_raw(w, view) ? "raw" : "qcow2", disk,
+                           data ? ",data-file.driver=test-disk,data-file.disk=data" : "");
+}
+
+/* Takes the message out of @err, which is freed. */
+static char *say(const char *what, GError *err)
+{
+    char *text = g_strdup_printf("%s: %s", what, err ? err->message : "failed");
+    g_clear_error(&err);
+    return text;
+}
+
+BlockBackend *world_open_view(const World *w, ViewId view, int flags, char **ret_why)
+{
+    GError *err = NULL;
+    g_autofree char *text = world_options(w, view);
+    json_t *options = qb_opts_parse(text, NULL, &err);
+    g_assert_no_error(err);
+    g_autoptr(BlockBackend) blk = blk_new_open(NULL, options, flags, &err);
+    const char *snapshot = snapshot_of_view[view];
+    if (!blk || (snapshot && !bdrv_snapshot_load_tmp(blk_bs(blk), snapshot, &err))) {
+        *ret_why = say(blk ? "snapshot" : "open", err);
+        return NULL;
+    }
+    return g_steal_pointer(&blk);
+}
+
+bool world_note(World *w, bool ok, const char *what, GError *err)
+{
+    w->failed += !ok;
+    if (!ok && !w->why) {
+        w->why = say(what, err);
+    } else {
+        g_clear_error(&err);
+    }
+    return ok;
+}
+
+bool world_open(World *w)
+{
+    g_autofree char *why = NULL;
+    w->blk = world_open_view(w, VIEW_TOP, BDRV_O_RDWR | BDRV_O_RESIZE, &why);
+    return world_note(w, w->blk != NULL, why, NULL);
+}
+
+bool world_close(World *w)
+{
+    int ret = world_flush(w);
+    g_clear_pointer(&w->blk, blk_unref);
+    return ret == 0;
+}
+
+/* ---------------------------------------------------------------- requests */
+
+static int note_ret(World *w, int ret, const char *what)
+{
+    GError *err = NULL;
+    if (ret < 0) {
+        qb_error_set(&err, -ret, "%s", g_strerror(-ret));
+    }
+    world_note(w, ret == 0, what, err);
+    return ret;
+}
+
+static unsigned next_value(World *w)
+{
+    w->value = w->value % (ORACLE_VALUES - 1) + 1;
+    return w->value;
+}
+
+int world_write_flags(World *w, unsigned first, unsigned n, int flags)
+{
+    g_autofree uint8_t *buf = g_malloc((size_t)n * ORACLE_SECTOR);
+    unsigned value = next_value(w);
+    oracle_fill(buf, first, n, value);
+    world_mark_write(w, VIEW_TOP, first, n, value);
+    return note_ret(w, blk_pwrite(w->blk, (int64_t)first * ORACLE_SECTOR,
+                                  (int64_t)n * ORACLE_SECTOR, buf, flags), "write");
+}
+
+int world_write(World *w, unsigned first, unsigned n)
+{
+    return world_write_flags(w, first, n, 0);
+}
+
+int world_zero(World *w, unsigned first, unsigned n, int flags)
+{
+    world_mark_write(w, VIEW_TOP, first, n, 0);
+    return note_ret(w, blk_pwrite_zeroes(w->blk, (int64_t)first * ORACLE_SECTOR,
+                                         (int64_t)n * ORACLE_SECTOR, flags), "zero");
+}
+
+/* Whole clusters (and the end of the disk) read as zero after it; some kinds ignore it. */
+int world_discard(World *w, unsigned first, unsigned n)
+{
+    unsigned c = w->kind->cluster;
+    g_assert_true(first % c == 0 && (n % c == 0 || first + n == w->kind->sectors));
+    if (!(w->kind->flags & KIND_NO_DISCARD)) {
+        world_mark_write(w, VIEW_TOP, first, n, 0);
+    }
+    return note_ret(w, blk_pdiscard(w->blk, (int64_t)first * ORACLE_SECTOR,
+                                    (int64_t)n * ORACLE_SECTOR), "discard");
+}
+
+int world_flush(World *w)
+{
+    int ret = note_ret(w, blk_flush(w->blk), "flush");
+    world_mark_settle(w, VIEW_TOP);
+    return ret;
+}
+
+static char *expand(const World *w, const char *command)
+{
+    static const char *const names[VIEWS] = {"%TOP", "%BASE", "%OTHER"};
+    g_autoptr(GString) text = g_string_new(command);
+    for (ViewId view = VIEW_TOP; view <= VIEW_OTHER; view++) {
+        g_autofree char *options = world_options(w, view);
+        g_string_replace(text, names[view], options, 0);
+    }
+    return g_strdup(text->str);
+}
+
+bool world_verb(World *w, const char *command)
+{
+    g_autofree char *text = expand(w, command), *said = NULL;
+    int status = verb_run(text, &said);
+    GError *err = NULL;
+    if (status) {
+        qb_error_set(&err, EIO, "status %d, %s", status, g_strchomp(said));
+    }
+    return world_note(w, status == 0, command, err);
+}
+
+/* ---------------------------------------------------------------- making */
+
+static void must(World *w, bool ok)
+{
+    if (!ok || w->failed) {
+        g_error("the world of kind '%s' cannot be made: %s", w->kind->name, w->why);
+    }
+}
+
+/* The data file's name in the header stays plain, hence files in a directory that goes away. */
+static void create_with_data_file(World *w)
+{
+    g_autofree char *dir = g_dir_make_tmp("qb-world-XXXXXX", NULL);
+    g_assert_nonnull(dir);
+    g_autofree char *top = g_build_filename(dir, "top", NULL);
+    g_autofree char *data = g_build_filename(dir, "data", NULL);
+    g_autofree char *command =
+        g_strdup_printf("create -q -f qcow2 -o %s,data_file=%s %s %u", w->kind->create, data, top,
+                        w->kind->sectors * ORACLE_SECTOR);
+    must(w, world_verb(w, command));
+    must(w, disk_import(disk_number("top"), top) && disk_import(disk_number("data"), data));
+    g_unlink(top);
+    g_unlink(data);
+    g_rmdir(dir);
+}
+
+static void create_base(World *w)
+{
+    bool raw = w->kind->flags & KIND_RAW_BASE;
+    g_autofree char *command =
+        g_strdup_printf("create -q -f %s %s test-disk:base %u", raw ? "raw" : "qcow2",
+                        raw ? "" : "-o cluster_size=4k", w->kind->sectors * ORACLE_SECTOR);
+    must(w, world_verb(w, command));
+    g_autofree char *why = NULL;
+    g_autofree uint8_t *buf = g_malloc((size_t)w->kind->sectors * ORACLE_SECTOR);
+    unsigned n = w->kind->sectors / 4 * 3;
+    g_autoptr(BlockBackend) blk = world_open_view(w, VIEW_BASE, BDRV_O_RDWR, &why);
+    must(w, blk != NULL);
+    w->value = 1;
+    oracle_fill(buf, 0, n, w->value);
+    must(w, blk_pwrite(blk, 0, (int64_t)n * ORACLE_SECTOR, buf, 0) == 0);
+    w->view[VIEW_BASE].presence = VIEW_PRESENT;
+    oracle_write(&w->view[VIEW_BASE].oracle, 0, n, w->value);
+    oracle_settle(&w->view[VIEW_BASE].oracle);
+}
+
+static void create_top(World *w)
+{
+    bool raw = w->kind->flags & KIND_RAW_BASE, over = w->kind->flags & KIND_BACKING;
+    g_autofree char *command =
+        g_strdup_printf("create -q -f qcow2 %s%s -o %s test-disk:top %u",
+                        over ? "-b test-disk:base -F " : "", over ? (raw ? "raw" : "qcow2") : "",
+                        w->kind->create, w->kind->sectors * ORACLE_SECTOR);
+    must(w, world_verb(w, command));
+}
+
+/* One cluster of each four is data, a part of one is, one is zero, one is not there. */
+static void fill_plain(World *w)
+{
+    unsigned c = w->kind->cluster, part = MAX(c / 2, 1);
+    for (unsigned at = 0; at + 4 * c <= w->kind->sectors; at += 4 * c) {
+        world_write(w, at, c);
+        world_write(w, at + c, part);
+        world_zero(w, at + 2 * c, c, 0);
+    }
+    world_write(w, w->kind->sectors - 1, 1);
+}
+
+static void fill_compressed(World *w)
+{
+    unsigned c = w->kind->cluster;
+    for (unsigned at = 0; at + 4 * c <= w->kind->sectors; at += 4 * c) {
+        world_write_flags(w, at, 2 * c, BDRV_REQ_COMPRESSED);
+        world_write(w, at + 2 * c, c);
+    }
+}
+
+/* What is in the snapshot is changed here and there, so that counts of 1 and 2 are mixed. */
+static void take_snapshot(World *w)
+{
+    GError *err = NULL;
+    world_mark_appear(w, VIEW_SNAP0, VIEW_TOP);
+    bool ok = bdrv_snapshot_create(blk_bs(w->blk), "s0", &err);
+    must(w, world_note(w, ok, "snapshot", err));
+    world_mark_settle(w, VIEW_SNAP0);
+    unsigned c = w->kind->cluster;
+    for (unsigned at = 0; at + 8 * c <= w->kind->sectors; at += 8 * c) {
+        world_write(w, at, c);
+        world_discard(w, at + 4 * c, c);
+    }
+}
+
+static void fill(World *w)
+{
+    must(w, world_open(w));
+    if (w->kind->flags & KIND_COMPRESSED) {
+        fill_compressed(w);
+    } else {
+        fill_plain(w);
+    }
+    if (w->kind->flags & KIND_SNAPSHOT) {
+        take_snapshot(w);
+    }
+    must(w, world_close(w));
+}
+
+static void init_views(World *w)
+{
+    w->view = g_new0(View, VIEWS);
+    for (ViewId view = VIEW_TOP; view < VIEWS; view++) {
+        oracle_init(&w->view[view].oracle, w->kind->sectors);
+    }
+    w->view[VIEW_TOP].presence = VIEW_PRESENT;
+}
+
+World *world_new(const Kind *kind)
+{
+    World *w = g_new0(World, 1);
+    w->kind = kind;
+    init_views(w);
+    if (kind->flags & KIND_BACKING) {
+        create_base(w);
+        world_mark_merge(w, VIEW_TOP, VIEW_BASE);
+        world_mark_settle(w, VIEW_TOP);
+    }
+    if (kind->flags & KIND_DATA_FILE) {
+        create_with_data_file(w);
+    } else {
+        create_top(w);
+    }
+    fill(w);
+    return w;
+}
+
+void world_free(World *w)
+{
+    if (w->marks) {
+        g_array_free(w->marks, true);
+    }
+    world_views_free(w->view);
+    g_free(w->why);
+    g_free(w);
+}
+
+/* ---------------------------------------------------------------- judging */
+
+typedef struct Findings {
+    bool v2;
+    uint64_t harmless;
+    GString *text; /* of the others */
+} Findings;
+
+/* Invariant 4: COPIED clear where the count is 1 is what a crash may leave on version 2. */
+static bool is_harmless(const Findings *f, const BdrvCheckFinding *finding)
+{
+    return f->v2 && g_str_has_prefix(finding->code, "copied-flag") &&
+           g_str_has_suffix(finding->text, "refcount=1");
+}
+
+static void note_finding(const BdrvCheckFinding *finding, void *opaque)
+{
+    Findings *f = opaque;
+    if (is_harmless(f, finding)) {
+        f->harmless++;
+    } else if (finding->kind != BDRV_FINDING_LEAK && f->text->len < 400) {
+        g_string_append_printf(f->text, "; %s", finding->text);
+    }
+}
+
+static bool check_image(const World *w, BlockBackend *blk, bool exact, char **ret_why)
+{
+    GError *err = NULL;
+    g_autoptr(GString) text = g_string_new(NULL);
+    Findings findings = {.v2 = !exact && w->kind->flags & KIND_V2, .text = text};
+    BdrvCheckOptions opts = {.finding = note_finding, .opaque = &findings};
+    BdrvCheckResult result = {0};
+    if (!bdrv_check(blk_bs(blk), &opts, &result, &err)) {
+        *ret_why = say("check", err);
+        return false;
+    }
+    result.corruptions -= findings.harmless;
+    if (result.corruptions || result.check_errors || (exact && result.leaks)) {
+        *ret_why = g_strdup_printf("check: %u corruptions, %u errors, %u leaks%s",
+                                   (unsigned)result.corruptions, (unsigned)result.check_errors,
+                                   (unsigned)result.leaks, text->str);
+        return false;
+    }
+    return true;
+}
+
+static bool has_snapshot(BlockBackend *blk, const char *name)
+{
+    g_autoptr(GArray) list = bdrv_snapshot_list(blk_bs(blk), NULL);
+    for (guint i = 0; list && i < list->len; i++) {
+        if (!strcmp(g_array_index(list, BdrvSnapshotInfo, i).name, name)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* An image that may be opened for writing: this repairs it where it is dirty. */
+static bool judge_image(const World *w, ViewId view, bool exact, bool *ret_snapshots,
+                        char **ret_why)
+{
+    g_autoptr(BlockBackend) blk =
+        world_open_view(w, view, BDRV_O_RDWR | BDRV_O_RESIZE, ret_why);
+    if (!blk || (!is_raw(w, view) && !check_image(w, blk, exact, ret_why)) ||
+        !oracle_check(&w->view[view].oracle, blk, ret_why)) {
+        return false;
+    }
+    for (ViewId sn = VIEW_SNAP0; view == VIEW_TOP && sn <= VIEW_SNAP1; sn++) {
+        ret_snapshots[sn] = has_snapshot(blk, snapshot_of_view[sn]);
+    }
+    return true;
+}
+
+static bool judge_snapshot(const World *w, ViewId view, bool there, char **ret_why)
+{
+    Presence presence = w->view[view].presence;
+    if (presence != VIEW_MAYBE && (presence == VIEW_PRESENT) != there) {
+        *ret_why = g_strdup(there ? "it is there" : "it is not there");
+        return false;
+    }
+    g_autoptr(BlockBackend) blk = there ? world_open_view(w, view, 0, ret_why) : NULL;
+    return !there || (blk && oracle_check(&w->view[view].oracle, blk, ret_why));
+}
+
+static bool judge_view(const World *w, ViewId view, bool exact, bool *snapshots, char **ret_why)
+{
+    if (view >= VIEW_SNAP0) {
+        return judge_snapshot(w, view, snapshots[view], ret_why);
+    }
+    return w->view[view].presence != VIEW_PRESENT ||
+           judge_image(w, view, exact, snapshots, ret_why);
+}
+
+bool world_judge(const World *w, bool exact, char **ret_why)
+{
+    static const char *const names[VIEWS] = {"top", "base", "other", "snapshot s0", "snapshot s1"};
+    bool snapshots[VIEWS] = {0};
+    for (ViewId view = VIEW_TOP; view < VIEWS; view++) {
+        g_autofree char *why = NULL;
+        if (!judge_view(w, view, exact, snapshots, &why)) {
+            *ret_why = g_strdup_printf("%s: %s", names[view], why);
+            return false;
+        }
+    }
+    return true;
+}

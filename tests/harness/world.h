@@ -1,0 +1,119 @@
+/*
+ * A world: the images of a test, what is on them, and what may be on them.
+ *
+ *      kind    how the image under test is made     (a row of a table)
+ *      views   guests' disks, each with its oracle: the image, its base, another image, the
+ *              content of two internal snapshots
+ *      marks   what was done to the views, with times on the disks' clock, so that the oracles can be
+ *              had as they were at any time
+ *
+ * Everything that changes an oracle goes through a mark.  Not for several threads.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#ifndef TESTS_HARNESS_WORLD_H
+#define TESTS_HARNESS_WORLD_H
+
+#include "tests/harness/disk.h"
+#include "tests/harness/oracle.h"
+
+typedef enum KindFlags {
+    KIND_V2 = 1 << 0,
+    KIND_BACKING = 1 << 1,    /* over a base */
+    KIND_RAW_BASE = 1 << 2,   /* which is raw */
+    KIND_DATA_FILE = 1 << 3,
+    KIND_SNAPSHOT = 1 << 4,   /* has a snapshot from the beginning */
+    KIND_COMPRESSED = 1 << 5, /* filled with compressed clusters */
+    KIND_NO_SHARING = 1 << 6, /* counts of one bit: no snapshots, and compressed data take whole
+                                 clusters */
+    KIND_NO_DISCARD = 1 << 7, /* discards do nothing: version 2 over a base */
+    KIND_FIXED = 1 << 8,      /* cannot be resized: version 2 with snapshots */
+} KindFlags;
+
+typedef struct Kind {
+    const char *name;
+    const char *create; /* options of qemu-img create */
+    unsigned cluster;   /* sectors */
+    unsigned sectors;   /* of the guest's disk */
+    unsigned flags;     /* KindFlags */
+} Kind;
+
+extern const Kind kinds[];
+extern const unsigned nb_kinds;
+
+typedef enum ViewId {
+    VIEW_TOP,   /* the image under test, disks "top" and "data" */
+    VIEW_BASE,  /* its base, disk "base" */
+    VIEW_OTHER, /* another image, disk "other" */
+    VIEW_SNAP0, /* snapshot "s0" of the top */
+    VIEW_SNAP1, /* snapshot "s1" */
+    VIEWS,
+} ViewId;
+
+typedef enum Presence { VIEW_ABSENT, VIEW_MAYBE, VIEW_PRESENT } Presence;
+
+typedef struct View {
+    Presence presence;
+    bool vanishes; /* VIEW_MAYBE, and absent when it settles */
+    Oracle oracle;
+} View;
+
+typedef struct World {
+    const Kind *kind;
+    View *view;       /* [VIEWS] */
+    BlockBackend *blk; /* the top, when an operation has it open */
+    unsigned value;   /* the last one written */
+    GArray *marks;    /* NULL: not kept */
+    unsigned failed;  /* requests that gave an error */
+    char *why;        /* of the first operation that failed; owned */
+} World;
+
+/* The image as the kind has it, filled: about half of the disk has data. */
+World *world_new(const Kind *kind);
+void world_free(World *w);
+
+/* The image of a view, as options of a node. */
+char *world_options(const World *w, ViewId view);
+/* NULL: *ret_why says why not. */
+BlockBackend *world_open_view(const World *w, ViewId view, int flags, char **ret_why);
+/* Opens the top as w->blk, with discards going down; false: counted in w->failed. */
+bool world_open(World *w);
+/* Flushes and closes it. All is settled if nothing failed. */
+bool world_close(World *w);
+
+/* --- requests to the top, in sectors; 0 or -errno --- */
+int world_write(World *w, unsigned first, unsigned n);
+int world_write_flags(World *w, unsigned first, unsigned n, int flags);
+int world_zero(World *w, unsigned first, unsigned n, int flags);
+int world_discard(World *w, unsigned first, unsigned n);
+int world_flush(World *w);
+/* Counts a failure, and remembers the first. Returns @ok. */
+bool world_note(World *w, bool ok, const char *what, GError *err);
+/* Runs a verb of qemu-img; in @command %TOP, %BASE, %OTHER are the images. */
+bool world_verb(World *w, const char *command);
+
+/* --- marks --- */
+void world_mark_write(World *w, ViewId view, unsigned first, unsigned n, unsigned value);
+/* @view becomes as @from is. */
+void world_mark_merge(World *w, ViewId view, ViewId from);
+void world_mark_resize(World *w, ViewId view, unsigned sectors);
+/* It comes into being, as a copy of @from; it goes away. */
+void world_mark_appear(World *w, ViewId view, ViewId from);
+void world_mark_appear_empty(World *w, ViewId view);
+void world_mark_vanish(World *w, ViewId view);
+/* What was done to the view is stable. */
+void world_mark_settle(World *w, ViewId view);
+
+/* Begins to keep marks; *ret_before becomes a copy of the views: world_views_free(). */
+void world_record(World *w, View **ret_before);
+View *world_views_dup(const View *views);
+void world_views_free(View *views);
+/* Does to @views what the marks up to @time say. */
+void world_views_at(const World *w, uint64_t time, View *views);
+
+/* --- judging --- */
+/* Opens every image read-write, checks it, and compares every view with what it may be. @exact: leaks
+ * are not allowed either. *ret_why says what is wrong. */
+bool world_judge(const World *w, bool exact, char **ret_why);
+
+#endif
