@@ -15,9 +15,8 @@
  * Options: --group G   operations of one group           --only OP/KIND   one pair
  *          --states N  states for each pair              --seed N         of the random ones
  *          --long      a hundred times as many           --state NAME     this one only
- *          --shard I/N every N-th pair, from the I-th on --log HASH       record until the log is this
- *          --keep DIR  write the files of a failing state there
- *          --list      say which pairs there are
+ *          --shard I/N every N-th pair from I on         --list           say which pairs there are
+ *          --log HASH  record until the log is this      --keep DIR       put failing files there
  *
  * SPDX-License-Identifier: MIT
  */

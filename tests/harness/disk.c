@@ -8,9 +8,9 @@
  *               effect on the bytes
  *                 '-----end--> log: {..., t1, t2}
  *
- * A flush covers what was complete when it began: an event E is stable at time T if a flush F of its
- * disk has E.end < F.begin and F.end <= T.  That is decided by the replayer (tests/crash), here it is
- * only written down.
+ * A flush covers what was complete when it began: an event E is stable at time T if a flush F of
+ * its disk has E.end < F.begin and F.end <= T.  That is decided by the replayer (tests/crash), here
+ * it is only written down.
  *
  * Invariants
  * 1. Begin and end of one event are two moments of the clock, and no two moments are the same.

@@ -343,8 +343,9 @@ static bool run_commit(World *w)
 /* Another base, which differs from the old one and from the image. */
 static void make_other(World *w)
 {
-    g_autofree char *create = g_strdup_printf("create -q -f qcow2 -o cluster_size=8k test-disk:other"
-                                              " %u", w->kind->sectors * ORACLE_SECTOR);
+    g_autofree char *create =
+        g_strdup_printf("create -q -f qcow2 -o cluster_size=8k test-disk:other %u",
+                        w->kind->sectors * ORACLE_SECTOR);
     g_autofree char *why = NULL;
     g_assert_true(world_verb(w, create));
     g_autoptr(BlockBackend) blk = world_open_view(w, VIEW_OTHER, BDRV_O_RDWR, &why);
@@ -425,6 +426,22 @@ static void damage(World *w)
     g_assert_true(world_close(w));
 }
 
+/* What a crash with lazy refcounts leaves: the dirty bit, and counts that are not there. */
+static void damage_dirty(World *w)
+{
+    g_assert_true(world_open(w));
+    BlockDriverState *bs = blk_bs(w->blk);
+    uint64_t block = qcow2_state(bs)->reftable.entries[0];
+    uint64_t size = qcow2_state(bs)->cluster_size;
+    uint8_t features[8];
+    qb_stbe64(features, qcow2_state(bs)->header.incompatible | QCOW2_INCOMPAT_DIRTY);
+    g_assert_true(world_close(w));
+    unsigned top = disk_number("top");
+    disk_apply(&(DiskEvent){.kind = DISK_WRITE, .disk = top, .offset = 72, .data = features}, 0, 8);
+    disk_apply(&(DiskEvent){.kind = DISK_ZERO, .disk = top, .offset = block + size / 4}, 0,
+               size / 2);
+}
+
 static bool run_repair(World *w)
 {
     return world_verb(w, "check -q -r all --image-opts %TOP");
@@ -450,11 +467,14 @@ const Operation operations[] = {
     {"grow", "image", NULL, run_grow, 0, KIND_FIXED, NULL},
     {"shrink", "image", NULL, run_shrink, 0, KIND_FIXED, NULL},
     {"shrink-grow", "image", NULL, run_shrink_grow, 0, KIND_FIXED, NULL},
-    {"snapshot-create", "image", NULL, run_snapshot_create, 0, KIND_NO_SHARING | KIND_DATA_FILE, NULL},
+    {"snapshot-create", "image", NULL, run_snapshot_create, 0, KIND_NO_SHARING | KIND_DATA_FILE,
+     NULL},
     {"snapshot-delete", "image", NULL, run_snapshot_delete, KIND_SNAPSHOT, 0, NULL},
     {"snapshot-apply", "image", NULL, run_snapshot_apply, KIND_SNAPSHOT, 0, NULL},
     {"make-empty", "image", NULL, run_make_empty, OVER, 0, NULL},
     {"repair-leaks", "image", damage, run_repair, 0, 0, NULL},
+    {"repair-dirty", "image", damage_dirty, run_repair, 0, KIND_V2, NULL},
+    {"repair-at-open", "image", damage_dirty, run_write, 0, KIND_V2, NULL},
     {"commit", "verb", NULL, run_commit, OVER, 0, NULL},
     {"rebase", "verb", make_other, run_rebase, OVER, KIND_SNAPSHOT, NULL},
     {"rebase-none", "verb", NULL, run_rebase_none, OVER, KIND_SNAPSHOT, NULL},

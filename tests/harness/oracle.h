@@ -22,7 +22,7 @@
 #define ORACLE_MAX 16384 /* sectors */
 
 typedef struct Oracle {
-    unsigned sectors, other_sectors; /* the two legal sizes; the first is what it has if all went well */
+    unsigned sectors, other_sectors; /* the legal sizes; the first is that if all went well */
     uint64_t allowed[ORACLE_MAX];    /* bit v: the sector may have value v */
     uint8_t now[ORACLE_MAX];         /* what it has if all went well */
 } Oracle;

@@ -10,8 +10,8 @@
 
 #include <glib.h>
 
-/* Runs "VERB ARG..." (split as a shell does). The exit status; what it printed goes to *ret_said (newly
- * allocated; NULL: dropped). */
+/* Runs "VERB ARG..." (split as a shell does). The exit status; what it printed goes to *ret_said
+ * (newly allocated; NULL: dropped). */
 int verb_run(const char *command, char **ret_said);
 
 #endif

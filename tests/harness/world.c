@@ -1,15 +1,15 @@
 /*
  * A world: the images of a test, what is on them, and what may be on them.
  *
- *      world_new():  base  1111111111110000    (values)
- *                    top   22..  2.0.  ....    a cluster of data, a part of one, one of zeroes, none
+ *      world_new():  base  1111 1111 1111 0000   (values)
+ *                    top   2222 3... 0000 ....   per four clusters: data, a part, zeroes, none
  *
  *      mark {time, change, view, ...}  -->  applied to w->view at once, and kept; the replayer
  *                                           applies the kept ones to a copy, up to a time
  *
  * Invariants
- * 1. A mark is made before the operation whose effect it allows begins, and a settling one after the
- *    call that promises it has returned.
+ * 1. A mark is made before the operation whose effect it allows begins, and a settling one after
+ *    the call that promises it has returned.
  * 2. Nothing settles while w->failed counts a failure: what failed may have happened or not.
  *
  * SPDX-License-Identifier: MIT

@@ -4,8 +4,8 @@
  *      kind    how the image under test is made     (a row of a table)
  *      views   guests' disks, each with its oracle: the image, its base, another image, the
  *              content of two internal snapshots
- *      marks   what was done to the views, with times on the disks' clock, so that the oracles can be
- *              had as they were at any time
+ *      marks   what was done to the views, with times on the disks' clock, so that the oracles
+ *              can be had as they were at any time
  *
  * Everything that changes an oracle goes through a mark.  Not for several threads.
  *
@@ -112,8 +112,8 @@ void world_views_free(View *views);
 void world_views_at(const World *w, uint64_t time, View *views);
 
 /* --- judging --- */
-/* Opens every image read-write, checks it, and compares every view with what it may be. @exact: leaks
- * are not allowed either. *ret_why says what is wrong. */
+/* Opens every image read-write, checks it, and compares every view with what it may be. @exact:
+ * leaks are not allowed either. *ret_why says what is wrong. */
 bool world_judge(const World *w, bool exact, char **ret_why);
 
 #endif
