@@ -69,10 +69,17 @@ static unsigned perms_of_flags(int flags)
 
 BlockBackend *blk_new_open(const char *filename, json_t *options, int flags, GError **errp)
 {
+    return blk_new_open_guarded(filename, options, flags, NULL, errp);
+}
+
+BlockBackend *blk_new_open_guarded(const char *filename, json_t *options, int flags,
+                                   const BdrvOpenGuard *guard, GError **errp)
+{
     g_autofree char *name = bdrv_spell_name(filename, options);
     unsigned shared = flags & BDRV_O_NO_SHARE ? BLK_PERM_CONSISTENT_READ | BLK_PERM_WRITE_UNCHANGED
                                               : BLK_PERM_ALL;
-    BlockDriverState *bs = bdrv_open(filename, options, flags & ~BDRV_O_NO_SHARE, errp);
+    BlockDriverState *bs = bdrv_open_guarded(filename, options, flags & ~BDRV_O_NO_SHARE,
+                                             guard, errp);
     if (!bs) {
         return NULL;
     }

@@ -207,6 +207,11 @@ static BlockDriverState *open_by_name(BlockDriverState *bs, const BdrvBackingSpe
 {
     g_autofree char *filename = NULL;
     if (bs->backing_name[0] && !says_file(spec->options)) {
+        if (bs->open_flags & BDRV_O_NO_NAMES) {
+            qb_error_set(errp, EACCES, "The image names '%s'; files that images name are not to be "
+                         "opened", bs->backing_name);
+            return NULL;
+        }
         filename = bdrv_resolve_backing_name(bs, bs->backing_name, errp);
         if (!filename) {
             return NULL;

@@ -39,6 +39,7 @@ typedef struct BdrvOpenArgs {
     const json_t *parent_options; /* inherited from as child of @role; NULL: nothing is */
     int role;
     const struct BdrvOpenContext *context; /* images above; NULL at the top */
+    const BdrvOpenGuard *guard; /* of the top node */
 } BdrvOpenArgs;
 
 /*

@@ -6,6 +6,7 @@
  *         bdrv_open_node
  *           bdrv_merge_filename      name -> options, or name of the "file" child
  *           open_file_first          format wanted: the file below is opened before ...
+ *           run_guard                ... its opener can shut the process in, and ...
  *           bdrv_probe_format        ... so that its content can name the driver
  *           instantiate              common options, new node, driver's open, leftovers
  *             driver -> bdrv_open_child -> bdrv_open_tree       (other children, same way)
@@ -157,6 +158,12 @@ static bool open_file_first(Opening *o, GError **errp)
     return true;
 }
 
+static bool run_guard(Opening *o, GError **errp)
+{
+    const BdrvOpenGuard *guard = o->args->guard;
+    return !guard || guard->opened(guard->opaque, errp);
+}
+
 static bool choose_driver(Opening *o, GError **errp)
 {
     if (o->drv) {
@@ -184,7 +191,7 @@ static bool prepare(Opening *o, BdrvBackingSpec *ret_spec, GError **errp)
     take_backing_spec(o->args->options, ret_spec);
     o->explicit_options = json_copy(o->args->options);
     add_defaults(o->args);
-    return open_file_first(o, errp) && choose_driver(o, errp);
+    return open_file_first(o, errp) && run_guard(o, errp) && choose_driver(o, errp);
 }
 
 /* --- one node: making it --- */
@@ -407,11 +414,18 @@ void bdrv_prefix_open_error(GError **errp, const char *name)
 
 BlockDriverState *bdrv_open(const char *filename, json_t *options, int flags, GError **errp)
 {
+    return bdrv_open_guarded(filename, options, flags, NULL, errp);
+}
+
+BlockDriverState *bdrv_open_guarded(const char *filename, json_t *options, int flags,
+                                    const BdrvOpenGuard *guard, GError **errp)
+{
     assert(!bdrv_graph_held());
     BdrvOpenArgs args = {
         .filename = filename,
         .options = options ? json_copy(options) : json_object(),
         .flags = flags,
+        .guard = guard,
     };
     json_decref(options);
     g_autofree char *name = bdrv_spell_name(filename, args.options);

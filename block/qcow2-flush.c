@@ -179,7 +179,8 @@ static int barrier(BlockDriverState *bs)
 static int data_barrier(BlockDriverState *bs)
 {
     const BDRVQcow2State *s = qcow2_state(bs);
-    int ret = s->data_file != bs->file ? bdrv_flush(s->data_file->bs) : 0;
+    bool external = s->data_file && s->data_file != bs->file; /* none: opened for its metadata */
+    int ret = external ? bdrv_flush(s->data_file->bs) : 0;
 
     return ret < 0 ? ret : barrier(bs);
 }

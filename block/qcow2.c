@@ -141,6 +141,11 @@ static bool name_data_file(BlockDriverState *bs, json_t *options, GError **errp)
         qb_error_set(errp, EINVAL, "'data-file' is required for this image");
         return false;
     }
+    if (bs->open_flags & BDRV_O_NO_NAMES) {
+        qb_error_set(errp, EACCES, "Could not open the data file: The image names '%s'; files that "
+                     "images name are not to be opened", (const char *)ext->data);
+        return false;
+    }
     json_object_set_new(options, "data-file.filename",
                         json_string_nocheck((const char *)ext->data));
     return true;
@@ -149,7 +154,7 @@ static bool name_data_file(BlockDriverState *bs, json_t *options, GError **errp)
 static bool open_external_data(BlockDriverState *bs, json_t *options, int flags, GError **errp)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    if ((flags & BDRV_O_NO_IO) && bdrv_is_read_only(bs)) {
+    if (flags & BDRV_O_NO_IO) { /* check repairs what the image itself holds */
         json_object_del(options, "data-file");
         json_decref(qb_opts_take_prefix(options, "data-file"));
         return true;

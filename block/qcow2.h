@@ -95,7 +95,7 @@ struct BDRVQcow2State {
     /* --- set at open, constant until close (amend changes the version, the width of refcounts and
      * data_file_raw, the node held and drained) --- */
     BlockDriverState *bs;
-    BdrvChild *data_file; /* bs->file without an external data file */
+    BdrvChild *data_file; /* bs->file without an external data file; NULL with one and BDRV_O_NO_IO */
     int version;
     unsigned cluster_bits, cluster_size;
     unsigned l2_entry_size;  /* 8, or 16 with extended L2 */

@@ -19,7 +19,7 @@
 #include "qemu-img/img.h"
 
 typedef struct CheckArgs {
-    const char *format, *cache, *repair, *output;
+    const char *format, *cache, *repair, *output, *sandbox;
     bool image_opts, force_share, quiet;
     GPtrArray *objects;
 } CheckArgs;
@@ -33,6 +33,7 @@ static const ImgOption check_options[] = {
      "open the image while another process writes it"},
     {IMG_STRING, 0, "output", offsetof(CheckArgs, output), "FORMAT", "human or json"},
     {IMG_FLAG, 'q', "quiet", offsetof(CheckArgs, quiet), NULL, "print errors only"},
+    IMG_SANDBOX_OPTION(CheckArgs),
     {IMG_LIST, 0, "object", offsetof(CheckArgs, objects), "OBJDEF", "object definition"},
     {IMG_END},
 };
@@ -277,12 +278,13 @@ static int open_and_check(const char *file, const CheckArgs *args, unsigned fix,
 {
     ImgOpen how = {.format = args->format, .image_opts = args->image_opts, .cache = args->cache,
                    .force_share = args->force_share,
+                   .sandbox = img_sandbox_mode(args->sandbox),
                    .flags = BDRV_O_CHECK | BDRV_O_NO_BACKING | BDRV_O_NO_IO};
     BlockBackend *blk;
     int status;
 
     if (fix) {
-        how.flags = BDRV_O_CHECK | BDRV_O_NO_BACKING | BDRV_O_RDWR | BDRV_O_RESIZE;
+        how.flags |= BDRV_O_RDWR | BDRV_O_RESIZE;
     }
     blk = img_open(file, &how);
     if (!blk) {
@@ -311,7 +313,8 @@ int img_check(int argc, char **argv)
     if (operands->len != 1) {
         return img_usage_error("check", "Expecting one image file name");
     }
-    if (!img_check_open_args(args.format, args.image_opts) ||
+    if (!img_check_sandbox("check", args.sandbox) ||
+        !img_check_open_args(args.format, args.image_opts) ||
         !img_check_objects(objects)) {
         return CHECK_FAILED;
     }

@@ -143,7 +143,7 @@ BlockBackend *img_open(const char *name, const ImgOpen *how)
         img_report_prefixed(err, 1, "Could not open '%s': ", name);
         return NULL;
     }
-    blk = blk_new_open(how->image_opts ? NULL : name, options, how->flags, &err);
+    blk = img_open_guarded(name, how, options, &err);
     if (!blk && how->what) {
         g_prefix_error(&err, "Could not open %s: ", how->what);
     }

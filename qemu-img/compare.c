@@ -23,7 +23,7 @@
 
 typedef struct CompareArgs {
     const char *format_a, *format_b, *cache;
-    bool image_opts, strict, force_share, progress, quiet;
+    bool image_opts, strict, force_share, progress, quiet, untrusted;
     GPtrArray *objects;
 } CompareArgs;
 
@@ -39,6 +39,7 @@ static const ImgOption compare_options[] = {
      "open images while another process writes them"},
     {IMG_FLAG, 'p', "progress", offsetof(CompareArgs, progress), NULL, "show progress"},
     {IMG_FLAG, 'q', "quiet", offsetof(CompareArgs, quiet), NULL, "print errors only"},
+    IMG_UNTRUSTED_OPTION(CompareArgs),
     {IMG_LIST, 0, "object", offsetof(CompareArgs, objects), "OBJDEF", "object definition"},
     {IMG_END},
 };
@@ -282,7 +283,7 @@ static int open_and_compare(Comparison *c, const CompareArgs *args)
 
     for (int i = 0; i < 2; i++) {
         ImgOpen how = {.format = formats[i], .image_opts = args->image_opts, .cache = args->cache,
-                       .force_share = args->force_share};
+                       .force_share = args->force_share, .untrusted = args->untrusted};
         c->blk[i] = img_open(c->name[i], &how);
         if (!c->blk[i]) {
             return COMPARE_OPEN_FAILED;

@@ -24,7 +24,7 @@ typedef struct ConvertArgs {
     const char *sparse_text, *parallel_text;
     char *options;
     bool image_opts, target_image_opts, bitmaps, skip_broken_bitmaps, salvage, no_create;
-    bool target_is_zero, out_of_order, copy_offload, compress, force_share, progress, quiet;
+    bool target_is_zero, out_of_order, copy_offload, compress, force_share, progress, quiet, untrusted;
     uint64_t rate_limit;
     GPtrArray *objects;
 } ConvertArgs;
@@ -61,6 +61,7 @@ static const ImgOption convert_options[] = {
      "open sources while another process writes them"},
     {IMG_FLAG, 'p', "progress", FIELD(progress), NULL, "show progress"},
     {IMG_FLAG, 'q', "quiet", FIELD(quiet), NULL, "print errors only"},
+    IMG_UNTRUSTED_OPTION(ConvertArgs),
     {IMG_LIST, 0, "object", FIELD(objects), "OBJDEF", "object definition"},
     {IMG_END},
 };
@@ -134,7 +135,7 @@ static bool check_combinations(const ConvertArgs *a)
 static bool open_source(ConvertPlan *plan, const char *name, const ConvertArgs *a)
 {
     ImgOpen how = {.format = a->source_format, .image_opts = a->image_opts,
-                   .cache = a->source_cache, .force_share = a->force_share,
+                   .cache = a->source_cache, .force_share = a->force_share, .untrusted = a->untrusted,
                    .flags = a->force_share ? 0 : BDRV_O_NO_SHARE};
     ConvertSource *src = &plan->sources[plan->nb_sources];
 

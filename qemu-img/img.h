@@ -3,6 +3,7 @@
  *
  *   main.c      finds the verb                    args.c      the one option parser
  *   common.c    opening, messages, exit codes     progress.c  -p, SIGUSR1, SIGINT
+ *   sandbox.c   --sandbox
  *   VERB.c      one file per verb                 create-options.c  -o of create and convert
  *
  * SPDX-License-Identifier: MIT
@@ -67,6 +68,12 @@ typedef struct ImgOption {
     const char *help;
 } ImgOption;
 
+#define IMG_SANDBOX_OPTION(args) \
+    {IMG_STRING, 0, "sandbox", offsetof(args, sandbox), "MODE", \
+     "give up what is not needed once the image is open: auto, on, off"}
+#define IMG_UNTRUSTED_OPTION(args) \
+    {IMG_FLAG, 0, "untrusted", offsetof(args, untrusted), NULL, "open nothing that an image names"}
+
 typedef struct ImgUsage {
     const char *verb;
     const char *operands; /* "FILE [SIZE]" */
@@ -104,9 +111,21 @@ typedef struct ImgOpen {
     bool force_share;
     bool unmap;        /* zeroes and discards may give space back */
     int flags;         /* BdrvOpenFlags */
+    bool untrusted;    /* --untrusted: open nothing that the image names */
+    const char *sandbox; /* --sandbox of a verb that only looks: "auto", "on", "off"; NULL: none */
 } ImgOpen;
 /* NULL: said. */
 BlockBackend *img_open(const char *name, const ImgOpen *how);
+/* What a verb without --sandbox does; "off" unless the process is one verb's alone. */
+void img_set_default_sandbox(const char *mode);
+/* The mode of a verb that has the option: @said or the default. */
+const char *img_sandbox_mode(const char *said);
+/* --sandbox: NULL and "auto", "on", "off" are fine; false: said. */
+bool img_check_sandbox(const char *verb, const char *mode);
+/* What img_open() does with the options it made of @how (reference stolen): opens, and enters the sandbox
+ * when that is wanted. */
+BlockBackend *img_open_guarded(const char *name, const ImgOpen *how, json_t *options,
+                               GError **errp);
 /* --image-opts and -f exclude each other; false: said. */
 bool img_check_open_args(const char *format, bool image_opts);
 /* Is @mode (or NULL) a cache mode? @which: "source " or "". False: said. */

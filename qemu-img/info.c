@@ -19,7 +19,7 @@
 #include "qemu-img/snapshot-list.h"
 
 typedef struct InfoArgs {
-    const char *format, *cache, *output;
+    const char *format, *cache, *output, *sandbox;
     bool image_opts, backing_chain, force_share, limits;
     GPtrArray *objects;
 } InfoArgs;
@@ -34,6 +34,7 @@ static const ImgOption info_options[] = {
      "open the image while another process writes it"},
     {IMG_FLAG, 0, "limits", offsetof(InfoArgs, limits), NULL, "show the limits of requests"},
     {IMG_STRING, 0, "output", offsetof(InfoArgs, output), "FORMAT", "human or json"},
+    IMG_SANDBOX_OPTION(InfoArgs),
     {IMG_LIST, 0, "object", offsetof(InfoArgs, objects), "OBJDEF", "object definition"},
     {IMG_END},
 };
@@ -199,7 +200,8 @@ static json_t *collect_chain(const char *name, const InfoArgs *args)
     g_autofree char *file = g_strdup(name), *format = g_strdup(args->format);
     ImgOpen how = {.image_opts = args->image_opts, .cache = args->cache,
                    .force_share = args->force_share,
-                   .flags = BDRV_O_NO_BACKING | BDRV_O_NO_IO};
+                   .flags = BDRV_O_NO_BACKING | BDRV_O_NO_IO,
+                   .sandbox = args->backing_chain ? NULL : img_sandbox_mode(args->sandbox)};
 
     while (file) {
         char *next = NULL, *next_format = NULL;
@@ -236,7 +238,7 @@ int img_info(int argc, char **argv)
     if (operands->len != 1) {
         return img_usage_error("info", "Expecting one image file name");
     }
-    if (!img_parse_output("info", args.output, &json) ||
+    if (!img_parse_output("info", args.output, &json) || !img_check_sandbox("info", args.sandbox) ||
         !img_check_open_args(args.format, args.image_opts) || !img_check_objects(objects)) {
         return 1;
     }

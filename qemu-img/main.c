@@ -120,6 +120,7 @@ int main(int argc, char **argv)
     }
     img_progress_init();
     bdrv_init();
+    img_set_default_sandbox("auto");
     bdrv_set_warning_handler(print_warning, NULL);
     status = run_verb(argc - verb, argv + verb);
     qb_pools_shutdown();

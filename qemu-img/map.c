@@ -17,8 +17,8 @@
 #include "qemu-img/img.h"
 
 typedef struct MapArgs {
-    const char *format, *output;
-    bool image_opts, force_share;
+    const char *format, *output, *sandbox;
+    bool image_opts, force_share, untrusted;
     uint64_t start, length;
     GPtrArray *objects;
 } MapArgs;
@@ -31,6 +31,8 @@ static const ImgOption map_options[] = {
     {IMG_STRING, 0, "output", offsetof(MapArgs, output), "FORMAT", "human or json"},
     {IMG_FLAG, 'U', "force-share", offsetof(MapArgs, force_share), NULL,
      "open the image while another process writes it"},
+    IMG_SANDBOX_OPTION(MapArgs),
+    IMG_UNTRUSTED_OPTION(MapArgs),
     {IMG_LIST, 0, "object", offsetof(MapArgs, objects), "OBJDEF", "object definition"},
     {IMG_END},
 };
@@ -221,12 +223,13 @@ int img_map(int argc, char **argv)
     if (operands->len != 1) {
         return img_usage_error("map", "Expecting one image file name");
     }
-    if (!img_parse_output("map", args.output, &json) ||
+    if (!img_parse_output("map", args.output, &json) || !img_check_sandbox("map", args.sandbox) ||
         !img_check_open_args(args.format, args.image_opts) || !img_check_objects(objects)) {
         return 1;
     }
     ImgOpen how = {.format = args.format, .image_opts = args.image_opts,
-                   .force_share = args.force_share};
+                   .force_share = args.force_share, .untrusted = args.untrusted,
+                   .sandbox = img_sandbox_mode(args.sandbox)};
     g_autoptr(BlockBackend) blk = img_open(operands->pdata[0], &how);
     return blk ? map_blk(blk, &args, json) : 1;
 }

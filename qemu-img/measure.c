@@ -15,9 +15,9 @@
 #include "qemu-img/img.h"
 
 typedef struct MeasureArgs {
-    const char *size_text, *target_format, *snapshot, *output, *format;
+    const char *size_text, *target_format, *snapshot, *output, *format, *sandbox;
     char *options;
-    bool image_opts, force_share;
+    bool image_opts, force_share, untrusted;
     GPtrArray *objects;
 } MeasureArgs;
 
@@ -32,6 +32,8 @@ static const ImgOption measure_options[] = {
     {IMG_FLAG, 0, "image-opts", FIELD(image_opts), NULL, "FILE is an option string"},
     {IMG_FLAG, 'U', "force-share", FIELD(force_share), NULL,
      "open FILE while another process writes it"},
+    IMG_SANDBOX_OPTION(MeasureArgs),
+    IMG_UNTRUSTED_OPTION(MeasureArgs),
     {IMG_LIST, 0, "object", FIELD(objects), "OBJDEF", "object definition"},
     {IMG_END},
 };
@@ -76,7 +78,8 @@ static int measure_file(const ImgCreateTables *tables, json_t *options, const ch
                         const MeasureArgs *args, bool json)
 {
     ImgOpen how = {.format = args->format, .image_opts = args->image_opts,
-                   .force_share = args->force_share};
+                   .force_share = args->force_share, .untrusted = args->untrusted,
+                   .sandbox = img_sandbox_mode(args->sandbox)};
     g_autoptr(BlockBackend) source = img_open(file, &how);
 
     if (!source || (args->snapshot && !img_load_snapshot(blk_bs(source), args->snapshot))) {
@@ -138,7 +141,8 @@ int img_measure(int argc, char **argv)
     if (img_asks_for_option_help(text)) {
         return img_print_option_help(args.target_format, NULL);
     }
-    if (!img_parse_output("measure", args.output, &json) || !check_usage(&args, operands) ||
+    if (!img_parse_output("measure", args.output, &json) ||
+        !img_check_sandbox("measure", args.sandbox) || !check_usage(&args, operands) ||
         !img_check_objects(objects)) {
         return 1;
     }

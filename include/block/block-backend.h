@@ -17,6 +17,9 @@
 /* Permissions follow BDRV_O_RDWR / BDRV_O_RESIZE / BDRV_O_NO_IO; everything is shared with others,
  * but with BDRV_O_NO_SHARE only reading. */
 BlockBackend *blk_new_open(const char *filename, json_t *options, int flags, GError **errp);
+/* See bdrv_open_guarded(). */
+BlockBackend *blk_new_open_guarded(const char *filename, json_t *options, int flags,
+                                   const BdrvOpenGuard *guard, GError **errp);
 /* A user of an existing node; @perm/@shared: BLK_PERM_* of driver.h. */
 BlockBackend *blk_new_with_bs(BlockDriverState *bs, unsigned perm, unsigned shared, GError **errp);
 void blk_ref(BlockBackend *blk);

@@ -48,6 +48,7 @@ typedef enum BdrvOpenFlags {
     BDRV_O_NO_BACKING_ZERO = 1 << 8, /* creator vouches that the node never gets a backing file */
     BDRV_O_AIO_NATIVE = 1 << 9,   /* files run batches by the kernel's aio where no option "aio" ... */
     BDRV_O_AIO_THREADS = 1 << 10, /* ... says otherwise; or by threads */
+    BDRV_O_NO_NAMES = 1 << 12,    /* open nothing that an image names: no backing, no data file */
     BDRV_O_NO_SHARE = 1 << 11,    /* for blk_new_open(): nobody else may write meanwhile */
 } BdrvOpenFlags;
 
@@ -65,6 +66,17 @@ typedef enum BdrvOpenFlags {
  * given; callers add nothing.  Not under the graph lock.
  */
 BlockDriverState *bdrv_open(const char *filename, json_t *options, int flags, GError **errp);
+/*
+ * The same for images nobody vouches for: @guard->opened runs once, when the file that the name means is
+ * open and before a byte of it is looked at, so that the process can give up what it does not need any
+ * more.  Its failure ends the opening.  NULL @guard: nothing runs.
+ */
+typedef struct BdrvOpenGuard {
+    bool (*opened)(void *opaque, GError **errp);
+    void *opaque;
+} BdrvOpenGuard;
+BlockDriverState *bdrv_open_guarded(const char *filename, json_t *options, int flags,
+                                    const BdrvOpenGuard *guard, GError **errp);
 void bdrv_ref(BlockDriverState *bs);
 /* The last one closes the node: flush, driver close, children. Not under the graph lock. */
 void bdrv_unref(BlockDriverState *bs);
