@@ -10,7 +10,7 @@
 
 static const BlockDriver *const builtin[] = {
     &bdrv_file, &bdrv_host_device, &bdrv_blkdebug, &bdrv_null_co, &bdrv_null_aio, &bdrv_qcow2,
-    &bdrv_raw,
+    &bdrv_qed, &bdrv_raw,
 };
 
 static void register_all(void)
