@@ -227,10 +227,12 @@ void qed_space_forget(BDRVQedState *s)
 
 /* ---------------------------------------------------------------- allocation */
 
+/* Holes are filled before the file grows, even where that tears a sequential write apart. */
 static uint64_t choose_locked(const BDRVQedState *s, uint64_t want, uint64_t min, uint64_t *n)
 {
     uint64_t first = want >> s->cluster_bits;
-    uint64_t gap = first ? qed_space_gap(s->space.used, first, *n) : 0;
+    bool inside = first && first < qed_space_end(s->space.used);
+    uint64_t gap = inside ? qed_space_gap(s->space.used, first, *n) : 0;
     if (gap >= min) {
         *n = gap;
         return first;

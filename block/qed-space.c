@@ -10,6 +10,7 @@
  * Invariants
  *  1. Every chunk has at least one bit set, and counts them rightly.
  *  2. No cluster below the hint is outside of the set.
+ *  3. The end is looked for only after the highest cluster was removed.
  *
  * A search looks at one chunk after the other from the hint on.  A full terabyte of 64 KiB clusters has
  * 8192 of them.
@@ -32,6 +33,8 @@ struct QedSpace {
     GHashTable *chunks; /* uint64_t* -> Chunk, owned */
     uint64_t hint;
     uint64_t count;
+    uint64_t end; /* one more than the highest in the set, when end_known */
+    bool end_known;
 };
 
 QedSpace *qed_space_new(void)
@@ -91,6 +94,7 @@ uint64_t qed_space_add(QedSpace *sp, uint64_t first, uint64_t n)
         }
     }
     sp->count += n - already;
+    sp->end = MAX(sp->end, first + n);
     if (first <= sp->hint && sp->hint < first + n) {
         sp->hint = first + n;
     }
@@ -111,6 +115,7 @@ void qed_space_remove(QedSpace *sp, uint64_t first, uint64_t n)
         }
     }
     sp->hint = n ? MIN(sp->hint, first) : sp->hint;
+    sp->end_known = sp->end_known && first + n < sp->end;
 }
 
 bool qed_space_has(const QedSpace *sp, uint64_t index)
@@ -124,23 +129,29 @@ uint64_t qed_space_count(const QedSpace *sp)
     return sp->count;
 }
 
-uint64_t qed_space_end(const QedSpace *sp)
+static uint64_t chunk_end(const Chunk *c)
+{
+    unsigned word = WORDS - 1;
+    while (!c->bits[word]) { /* invariant 1 */
+        word--;
+    }
+    unsigned top = 64 - (unsigned)__builtin_clzll(c->bits[word]);
+    return (c->number << CHUNK_BITS) + word * 64 + top;
+}
+
+uint64_t qed_space_end(QedSpace *sp)
 {
     GHashTableIter it;
     const Chunk *last = NULL, *c;
-    g_hash_table_iter_init(&it, sp->chunks);
-    while (g_hash_table_iter_next(&it, NULL, (void **)&c)) {
-        last = !last || c->number > last->number ? c : last;
+    if (!sp->end_known) {
+        g_hash_table_iter_init(&it, sp->chunks);
+        while (g_hash_table_iter_next(&it, NULL, (void **)&c)) {
+            last = !last || c->number > last->number ? c : last;
+        }
+        sp->end = last ? chunk_end(last) : 0;
+        sp->end_known = true;
     }
-    if (!last) {
-        return 0;
-    }
-    unsigned word = WORDS - 1;
-    while (!last->bits[word]) { /* invariant 1 */
-        word--;
-    }
-    unsigned top = 64 - (unsigned)__builtin_clzll(last->bits[word]);
-    return (last->number << CHUNK_BITS) + word * 64 + top;
+    return sp->end;
 }
 
 /* The first cluster from @index on that is not in the set. */

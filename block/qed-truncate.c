@@ -112,7 +112,7 @@ static int backing_end(const Resize *r, uint64_t *ret)
 
 static int hide_backing(const Resize *r)
 {
-    uint64_t shown_end, start = qed_round_up(r->s, r->old_size);
+    uint64_t shown_end = 0, start = qed_round_up(r->s, r->old_size);
     int ret = backing_end(r, &shown_end);
     ret = ret < 0 ? ret : hide_backing_in_tail(r, shown_end);
     uint64_t end = qed_round_up(r->s, shown_end);

@@ -254,7 +254,7 @@ void qed_space_remove(QedSpace *sp, uint64_t first, uint64_t n);
 bool qed_space_has(const QedSpace *sp, uint64_t index);
 uint64_t qed_space_count(const QedSpace *sp);
 /* One more than the highest cluster in it, 0 when it is empty. */
-uint64_t qed_space_end(const QedSpace *sp);
+uint64_t qed_space_end(QedSpace *sp);
 /* The lowest run of at least @min clusters that are not in it; *ret_n: its length, at most @max. */
 uint64_t qed_space_find(const QedSpace *sp, uint64_t min, uint64_t max, uint64_t *ret_n);
 /* Clusters from @first on, at most @max, that are not in it. */
@@ -274,8 +274,8 @@ void qed_wait_for_users(BDRVQedState *s);
 /* Finds out what is in use, unless that is known. 0, -EIO when the tables contradict each other (then
  * nothing may be changed: QED 5), or -errno of reading. Blocks: not a user, no lock held. */
 int qed_know_space(BlockDriverState *bs);
-/* Takes between @min and *n clusters in one run, at @want if that is free (0: anywhere), else at the
- * lowest place; *n becomes their number. Host offset or -errno. Nothing refers to them yet. Blocks:
+/* Takes between @min and *n clusters in one run: at @want (0: anywhere) if that is free and does not
+ * make the file longer, else at the lowest place; *n becomes their number. Host offset or -errno. Nothing refers to them yet. Blocks:
  * not a user, no lock held. */
 int64_t qed_alloc(BlockDriverState *bs, uint64_t want, uint64_t min, uint64_t *n);
 /* Gives back what qed_alloc() returned and nothing ever referred to. */
