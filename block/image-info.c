@@ -137,6 +137,9 @@ static bool add_driver_facts(BlockDriverState *bs, json_t *obj, bool *ret_dirty,
         g_clear_error(&local);
     }
     set_nonzero(obj, "cluster-size", info.cluster_size);
+    if (info.is_encrypted) {
+        json_object_set_new(obj, "encrypted", json_true());
+    }
     *ret_dirty = info.is_dirty;
     return true;
 }

@@ -25,6 +25,7 @@ bool qcow2_get_info(BlockDriverState *bs, BlockDriverInfo *info, GError **errp)
         .subcluster_size = s->subcluster_size,
         .vm_state_offset = (int64_t)qcow2_vm_state_offset(s, h.size),
         .is_dirty = h.incompatible & QCOW2_INCOMPAT_DIRTY,
+        .is_encrypted = s->crypt_method != QCOW2_CRYPT_NONE,
     };
     return true;
 }
@@ -72,6 +73,10 @@ json_t *qcow2_get_specific_info(BlockDriverState *bs, GError **errp)
                             json_boolean(h.compatible & QCOW2_COMPAT_LAZY_REFCOUNTS));
     }
     json_object_set_new(data, "refcount-bits", json_integer(1 << h.refcount_order));
+    json_t *encrypt = qcow2_crypto_facts(bs);
+    if (encrypt) {
+        json_object_set_new(data, "encrypt", encrypt);
+    }
     add_data_file(s, &h, data);
     if (v3) {
         json_object_set_new(data, "corrupt",

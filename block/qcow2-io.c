@@ -2,7 +2,7 @@
  * Guest requests: the driver's entries for reads and writes, and VM state.
  *
  *   gate           in qcow2.c: before the first change of a session the header is made fit for it
- *   entry          refuse on a node marked corrupt
+ *   entry          refuse on a node marked corrupt, or encrypted
  *   body           qcow2-read.c, qcow2-cow.c
  *   FUA            a shared flush: its barrier covers the data, its second one the entries
  *
@@ -23,9 +23,14 @@ static Qcow2Io guest_io(BlockDriverState *bs, BdrvRequest *req, uint64_t offset,
     };
 }
 
-static int refuse_if_corrupt(BlockDriverState *bs)
+/* A node marked corrupt takes no requests, an encrypted one none that needs the key. */
+static int refuse_data(BlockDriverState *bs)
 {
-    return atomic_load(&qcow2_state(bs)->corrupt) ? -ENOMEDIUM : 0;
+    const BDRVQcow2State *s = qcow2_state(bs);
+    if (atomic_load(&s->corrupt)) {
+        return -ENOMEDIUM;
+    }
+    return s->crypt_method ? -EACCES : 0;
 }
 
 /* What is found out under a lock is marked in the header here, where I/O is allowed. */
@@ -41,7 +46,7 @@ int qcow2_preadv(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t
                  IoVector *qiov, size_t qiov_offset, int flags)
 {
     Qcow2Io io = guest_io(bs, NULL, (uint64_t)offset, qiov, qiov_offset);
-    int ret = refuse_if_corrupt(bs);
+    int ret = refuse_data(bs);
     if (ret == 0) {
         ret = qcow2_read_guest(&io, (uint64_t)offset, (uint64_t)bytes);
     }
@@ -52,7 +57,7 @@ int qcow2_pwritev(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_
                   IoVector *qiov, size_t qiov_offset, int flags)
 {
     Qcow2Io io = guest_io(bs, req, (uint64_t)offset, qiov, qiov_offset);
-    int ret = refuse_if_corrupt(bs);
+    int ret = refuse_data(bs);
     if (ret == 0) {
         ret = qcow2_write_guest(&io, (uint64_t)offset, (uint64_t)bytes);
     }
@@ -85,7 +90,7 @@ int qcow2_save_vmstate(BlockDriverState *bs, IoVector *qiov, int64_t pos)
 {
     BDRVQcow2State *s = qcow2_state(bs);
     uint64_t start = 0, end = 0;
-    int ret = refuse_if_corrupt(bs);
+    int ret = refuse_data(bs);
     if (ret == 0) {
         ret = vmstate_range(bs, pos, qiov->size, &start, &end);
     }
@@ -103,7 +108,7 @@ int qcow2_save_vmstate(BlockDriverState *bs, IoVector *qiov, int64_t pos)
 int qcow2_load_vmstate(BlockDriverState *bs, IoVector *qiov, int64_t pos)
 {
     uint64_t start = 0, end = 0;
-    int ret = refuse_if_corrupt(bs);
+    int ret = refuse_data(bs);
     if (ret == 0) {
         ret = vmstate_range(bs, pos, qiov->size, &start, &end);
     }

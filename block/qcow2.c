@@ -20,7 +20,8 @@
  *  4. Lazy refcounts are allowed by the format, not required: counts are always written in order,
  *     so the dirty bit is only set by operations that need it (snapshots, shrink).
  *
- * Not done: encryption.  Such images open for metadata work only.
+ * Not done: encryption.  Such images open for metadata work only, which needs no key: info, check,
+ * snapshots, amend, resize.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -115,11 +116,15 @@ static void set_geometry(BDRVQcow2State *s)
     s->csize_mask = (UINT64_C(1) << (s->cluster_bits - 8)) - 1;
     s->has_data_file = h->incompatible & QCOW2_INCOMPAT_DATA_FILE;
     s->data_file_raw = h->autoclear & QCOW2_AUTOCLEAR_DATA_FILE_RAW;
+    s->crypt_method = h->crypt_method;
 }
 
 static bool take_options(BlockDriverState *bs, json_t *options, GError **errp)
 {
     Qcow2Options o;
+    if (qcow2_state(bs)->crypt_method) {
+        json_decref(qb_opts_take_prefix(options, "encrypt")); /* a key that nobody needs here */
+    }
     if (!qcow2_options_take(bs, options, &o, errp)) {
         return false;
     }
@@ -377,7 +382,7 @@ static int gated_pwritev(BlockDriverState *bs, BdrvRequest *req, int64_t offset,
 static int gated_pwritev_compressed(BlockDriverState *bs, BdrvRequest *req, int64_t offset,
                                     int64_t bytes, IoVector *qiov, size_t qiov_offset)
 {
-    int ret = qcow2_begin_change(bs, true);
+    int ret = qcow2_state(bs)->crypt_method ? -EACCES : qcow2_begin_change(bs, true);
     return ret < 0 ? ret : qcow2_pwritev_compressed(bs, req, offset, bytes, qiov, qiov_offset);
 }
 
@@ -405,7 +410,7 @@ static int gated_map(BlockDriverState *bs, BlkQueue *queue, BdrvMapIntent intent
                      int64_t bytes, BdrvMapping *mapping)
 {
     const BDRVQcow2State *s = qcow2_state(bs);
-    if (intent == BDRV_MAP_WRITE && atomic_load(&s->autoclear_pending)) {
+    if (s->crypt_method || (intent == BDRV_MAP_WRITE && atomic_load(&s->autoclear_pending))) {
         return -EAGAIN;
     }
     return qcow2_map(bs, queue, intent, offset, bytes, mapping);

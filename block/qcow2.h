@@ -101,6 +101,7 @@ struct BDRVQcow2State {
     unsigned l2_entry_size;  /* 8, or 16 with extended L2 */
     unsigned l2_bits, l2_entries; /* entries of an L2 table */
     bool has_subclusters, has_data_file, data_file_raw;
+    uint8_t crypt_method;    /* QCOW2_CRYPT_*; not 0: guest data can be neither read nor written */
     unsigned subclusters_per_cluster, subcluster_bits, subcluster_size; /* 1 = the cluster itself */
     unsigned refcount_order;
     unsigned refblock_bits;  /* log2 of counts per refcount block */
@@ -319,6 +320,11 @@ bool qcow2_options_take(BlockDriverState *bs, json_t *options, Qcow2Options *ret
 void qcow2_options_apply(BDRVQcow2State *s, const Qcow2Options *o);
 /* Bytes of tables to keep in memory, from the options or the size of the image. */
 uint64_t qcow2_cache_limit(const BDRVQcow2State *s);
+/* qcow2-crypto.c: what is known of an encrypted image without its key, in print order; NULL: it is
+ * not encrypted. New reference. */
+json_t *qcow2_crypto_facts(BlockDriverState *bs);
+/* Pure: the same from the 592 bytes of a LUKS header of version 1. */
+json_t *qcow2_luks_facts(const uint8_t *header);
 bool qcow2_reopen_prepare(BDRVReopenState *state, GError **errp);
 void qcow2_reopen_commit(BDRVReopenState *state);
 void qcow2_reopen_abort(BDRVReopenState *state);

@@ -127,6 +127,9 @@ static void print_info(const json_t *info, unsigned indent, const char *path)
     print_size(indent, top ? "virtual size" : "file length", json_object_get(info, "virtual-size"),
                true);
     print_size(indent, "disk size", json_object_get(info, "actual-size"), false);
+    if (json_is_true(json_object_get(info, "encrypted"))) {
+        printf("%*sencrypted: yes\n", (int)indent, "");
+    }
     if (cluster_size) {
         printf("%*scluster_size: %" JSON_INTEGER_FORMAT "\n", (int)indent, "",
                json_integer_value(cluster_size));

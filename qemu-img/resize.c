@@ -114,7 +114,7 @@ static int resize_blk(BlockBackend *blk, const char *size_text, const ResizeArgs
 static int open_and_resize(const char *file, const char *size_text, const ResizeArgs *args)
 {
     ImgOpen how = {.format = args->format, .image_opts = args->image_opts,
-                   .flags = BDRV_O_RDWR | BDRV_O_RESIZE};
+                   .flags = BDRV_O_RDWR | BDRV_O_RESIZE | BDRV_O_NO_IO};
     PreallocMode prealloc;
     BlockBackend *blk;
     int status;

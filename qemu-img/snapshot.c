@@ -105,7 +105,7 @@ static int open_and_run(const char *file, const SnapshotArgs *args)
     bool writable = args->create || args->apply || args->delete;
     ImgOpen how = {.format = args->format, .image_opts = args->image_opts,
                    .force_share = args->force_share,
-                   .flags = BDRV_O_NO_BACKING | (writable ? BDRV_O_RDWR | BDRV_O_RESIZE : 0)};
+                   .flags = BDRV_O_NO_BACKING | BDRV_O_NO_IO | (writable ? BDRV_O_RDWR | BDRV_O_RESIZE : 0)};
     BlockBackend *blk = img_open(file, &how);
     int status;
 

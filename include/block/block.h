@@ -138,6 +138,7 @@ typedef struct BlockDriverInfo {
     uint32_t subcluster_size;  /* == cluster_size without subclusters */
     int64_t vm_state_offset;   /* -1: none */
     bool is_dirty;             /* not cleanly shut down */
+    bool is_encrypted;
 } BlockDriverInfo;
 bool bdrv_get_info(BlockDriverState *bs, BlockDriverInfo *ret_info, GError **errp);
 /* Format specific information as JSON {"type":..., "data":{...}} in print order; NULL if none. New ref. */
