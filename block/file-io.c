@@ -430,17 +430,27 @@ int file_copy_range(BlockDriverState *src, int64_t src_offset, BlockDriverState 
 
 /* --- the bottom of the fast lane --- */
 
+/* Growing writes hold the grow lock, as those of file_pwritev() do; the queue's thread may, since it has
+ * both ends. */
+static bool map_grows(BDRVFileState *s, BdrvMapIntent intent, int64_t end) QB_NO_TSA
+{
+    return intent == BDRV_MAP_WRITE && !s->is_device && end > atomic_load(&s->eof);
+}
+
 int file_map(BlockDriverState *bs, BlkQueue *queue, BdrvMapIntent intent, int64_t offset,
-             int64_t bytes, BdrvMapping *mapping)
+             int64_t bytes, BdrvMapping *mapping) QB_NO_TSA
 {
     BDRVFileState *s = file_state(bs);
+    int64_t end = offset + bytes;
     bool aligned = qb_is_aligned((uint64_t)(offset | bytes), s->request_alignment);
     bool writable = intent == BDRV_MAP_READ || !s->read_only;
-    /* Inside eof a read is never short and a write never grows the file. */
-    if (!aligned || !writable || offset + bytes > atomic_load(&s->eof) ||
-        mapping->n == BDRV_MAP_MAX_EXTENTS) {
+    bool grows = map_grows(s, intent, end);
+    /* Inside eof a read is never short. */
+    if (!aligned || !writable || (!grows && end > atomic_load(&s->eof)) ||
+        mapping->n == BDRV_MAP_MAX_EXTENTS || (grows && !qb_rwlock_try_rdlock(&s->grow))) {
         return -EAGAIN;
     }
+    mapping->layer[mapping->depth].token = grows ? s : NULL;
     mapping->ext[mapping->n++] = (BdrvMapExtent){
         .fd = s->fd, .host_offset = offset, .bytes = bytes,
         .direct = s->direct, .kernel_aio = s->aio != QB_AIO_THREADS,
@@ -452,8 +462,11 @@ int file_map(BlockDriverState *bs, BlkQueue *queue, BdrvMapIntent intent, int64_
 
 int file_map_done(BlockDriverState *bs, BlkQueue *queue, BdrvMapping *mapping, int result)
 {
-    if (mapping->layer[mapping->depth].req.type == BDRV_TRACKED_WRITE) {
-        file_note_change(file_state(bs));
+    BDRVFileState *s = file_state(bs);
+    const BdrvMapLayer *layer = &mapping->layer[mapping->depth];
+    if (layer->req.type == BDRV_TRACKED_WRITE) {
+        file_note_change(s);
     }
+    write_leave(s, layer->end, layer->token != NULL, result);
     return result;
 }

@@ -28,11 +28,15 @@ static bool lane_is_open(BlockDriverState *bs, BdrvMapIntent intent)
     return !(bs->open_flags & BDRV_O_COPY_ON_READ);
 }
 
-static bool range_fits(BlockDriverState *bs, int64_t offset, int64_t bytes)
+static bool range_fits(BlockDriverState *bs, BdrvMapIntent intent, int64_t offset, int64_t bytes)
 {
     bool aligned = qb_is_aligned((uint64_t)(offset | bytes), bs->bl.request_alignment);
-    return bytes > 0 && qb_range_valid(offset, bytes) && aligned
-           && bdrv_known_to_reach(bs, offset + bytes); /* asking a file is a system call */
+    if (bytes <= 0 || !qb_range_valid(offset, bytes) || !aligned) {
+        return false;
+    }
+    /* asking a file is a system call */
+    return bdrv_known_to_reach(bs, offset + bytes)
+           || (intent == BDRV_MAP_WRITE && bdrv_can_grow(bs));
 }
 
 /* Counts the request in the node; false when it would have to wait. */
@@ -57,6 +61,9 @@ static int finish_layer(BlkQueue *queue, BdrvMapping *mapping, int result)
     if (layer->bs->drv->map_done) {
         result = layer->bs->drv->map_done(layer->bs, queue, mapping, result);
     }
+    if (result == 0 && layer->req.type == BDRV_TRACKED_WRITE) {
+        bdrv_raise_length(layer->bs, layer->end);
+    }
     bdrv_request_end(&layer->req);
     return result;
 }
@@ -80,7 +87,7 @@ int bdrv_map(BdrvChild *child, BlkQueue *queue, BdrvMapIntent intent, int64_t of
     int64_t bytes_before = mapping->bytes;
     assert(bdrv_graph_held());
     if (depth == BDRV_MAP_MAX_LAYERS || !lane_is_open(bs, intent)
-        || !range_fits(bs, offset, bytes)) {
+        || !range_fits(bs, intent, offset, bytes)) {
         return -EAGAIN;
     }
     mapping->layer[depth] = (BdrvMapLayer){.bs = bs};
@@ -90,6 +97,7 @@ int bdrv_map(BdrvChild *child, BlkQueue *queue, BdrvMapIntent intent, int64_t of
     mapping->layers++;
     mapping->depth = depth;
     int ret = bs->drv->map(bs, queue, intent, offset, bytes, mapping);
+    mapping->layer[depth].end = offset + mapping->bytes - bytes_before;
     if (ret < 0) {
         undo_layer(queue, mapping, depth);
         mapping->n = n_before;

@@ -503,6 +503,16 @@ static void note_end(BDRVQcow2State *s, const Request *r)
     }
 }
 
+/* The clusters are ours: tables that once lay there are forgotten. */
+static void note_allocated(BlockDriverState *bs, const Request *r)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+
+    note_end(s, r);
+    qcow2_cache_poison(s->cache, r->cluster << s->cluster_bits, r->n << s->cluster_bits);
+    bdrv_debug_event(bs->file, "cluster_alloc");
+}
+
 static int allocate(BlockDriverState *bs, Request *r)
 {
     BDRVQcow2State *s = qcow2_state(bs);
@@ -521,9 +531,7 @@ static int allocate(BlockDriverState *bs, Request *r)
         ret = attempt(s, r);
     }
     if (ret == 0) {
-        note_end(s, r);
-        qcow2_cache_poison(s->cache, r->cluster << s->cluster_bits, r->n << s->cluster_bits);
-        bdrv_debug_event(bs->file, "cluster_alloc");
+        note_allocated(bs, r);
     }
     return ret;
 }
@@ -550,6 +558,78 @@ int64_t qcow2_alloc_run(BlockDriverState *bs, uint64_t want, uint64_t *bytes)
     if (ret < 0) {
         return ret;
     }
+    *bytes = r.n << s->cluster_bits;
+    return (int64_t)(r.cluster << s->cluster_bits);
+}
+
+/* ---- without waiting ---- */
+
+static Qcow2Table *peek_block_locked(BDRVQcow2State *s, uint64_t index)
+    QB_REQUIRES(s->alloc_lock)
+{
+    uint64_t offset = qcow2_block_offset_locked(s, index);
+
+    return offset ? qcow2_cache_peek(s->cache, QCOW2_TABLE_REFBLOCK, offset) : NULL;
+}
+
+static void try_want_nowait_locked(BDRVQcow2State *s, Request *r)
+    QB_REQUIRES(s->alloc_lock)
+{
+    uint64_t limit = limit_locked(s, r);
+    g_autoptr(Qcow2Table) t = NULL;
+
+    if (r->want && r->want < limit) {
+        t = peek_block_locked(s, qcow2_block_of(s, r->want));
+    }
+    if (t) {
+        r->cluster = r->want;
+        r->n = take_at_locked(s, t, r->want, MIN(r->max, limit - r->want));
+    }
+}
+
+/* Only where the lowest block that may have the run is known and in memory. */
+static void try_index_nowait_locked(BDRVQcow2State *s, Request *r)
+    QB_REQUIRES(s->alloc_lock)
+{
+    uint64_t index = qcow2_free_index_find(s->free_index, r->min);
+    g_autoptr(Qcow2Table) t = NULL;
+
+    if (index != UINT64_MAX && qcow2_free_index_unseen(s->free_index) > index) {
+        t = peek_block_locked(s, index);
+    }
+    if (t && take_from_block_locked(s, t, index, r) < 0) {
+        r->n = 0;
+    }
+}
+
+static bool attempt_nowait(BDRVQcow2State *s, Request *r)
+{
+    QB_GUARD(&s->alloc_lock);
+
+    try_want_nowait_locked(s, r);
+    if (!r->n) {
+        try_index_nowait_locked(s, r);
+    }
+    if (r->n) {
+        note_blind_growth_locked(s, r);
+    }
+    return r->n > 0;
+}
+
+int64_t qcow2_alloc_run_nowait(BlockDriverState *bs, uint64_t want, uint64_t *bytes)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    Request r = {.want = want >> s->cluster_bits, .min = 1,
+                 .max = MAX(*bytes >> s->cluster_bits, 1)};
+
+    if (file_limit(bs, &r.limit) < 0 || !attempt_nowait(s, &r)) {
+        return -EAGAIN;
+    }
+    if (should_reclaim(s, &r)) {
+        qcow2_alloc_undo(bs, r.cluster << s->cluster_bits, r.n << s->cluster_bits);
+        return -EAGAIN;
+    }
+    note_allocated(bs, &r);
     *bytes = r.n << s->cluster_bits;
     return (int64_t)(r.cluster << s->cluster_bits);
 }

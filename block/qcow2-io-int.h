@@ -8,6 +8,7 @@
  *     qcow2-discard.c   discard and zero
  *     qcow2-prealloc.c  mapping in advance
  *     qcow2-map.c       the fast lane
+ *     qcow2-map-fresh.c   its writes that allocate
  *       qcow2-link.c      changes L2 entries
  *       qcow2-cluster.c   reads L2 entries
  *
@@ -164,5 +165,15 @@ int qcow2_streams_read(BlockDriverState *bs, Qcow2Stream *streams, size_t n);
 /* Not announced: waits for workers. Fills @io's vector. */
 int qcow2_streams_unpack(const Qcow2Io *io, Qcow2Stream *streams, size_t n);
 void qcow2_streams_clear(Qcow2Stream *streams, size_t n);
+
+/* --- qcow2-map-fresh.c --- */
+
+typedef struct Qcow2FreshWrite Qcow2FreshWrite;
+/* For qcow2_map(): maps a write of all of [guest, +bytes) to clusters that nothing refers to yet.
+ * -EAGAIN, with nothing changed but the range lock, where that would wait or copy. Not announced. */
+int qcow2_map_fresh(BlockDriverState *bs, BlkQueue *queue, uint64_t guest, uint64_t bytes,
+                    BdrvMapping *mapping, Qcow2FreshWrite **ret_write);
+/* Links what was written, or gives it back, and frees @w; map_done's result. */
+int qcow2_map_fresh_done(BlockDriverState *bs, Qcow2FreshWrite *w, int result);
 
 #endif

@@ -1,5 +1,6 @@
 /*
- * The fast lane through a qcow2 image: reads of mapped and zero runs, writes in place.
+ * The fast lane through a qcow2 image: reads of mapped and zero runs, writes in place; and writes of
+ * whole clusters that are not allocated (qcow2-map-fresh.c).
  *
  *   map        announce -> look up without waiting -> pin -> the file's map        -> token
  *   map_done   leave
@@ -77,44 +78,68 @@ static int map_runs(BlockDriverState *bs, BlkQueue *queue, BdrvMapIntent intent,
     return mapping->n > n_before ? 0 : -EAGAIN;
 }
 
+/* What a mapping is to this driver from map to map_done. */
+typedef struct LaneToken {
+    Qcow2User user;
+    Qcow2FreshWrite *fresh; /* NULL: announced as @user */
+} LaneToken;
+
 static bool lane_is_open(BDRVQcow2State *s, BdrvMapIntent intent)
 {
     bool clean = intent == BDRV_MAP_READ || atomic_load(&s->autoclear_pending) == 0;
     return clean && !atomic_load(&s->corrupt);
 }
 
+/* What is mapped, announced unless that fails. */
+static int map_present(BlockDriverState *bs, BlkQueue *queue, BdrvMapIntent intent, uint64_t offset,
+                       uint64_t bytes, LaneToken *token, BdrvMapping *mapping)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    if (intent == BDRV_MAP_WRITE) {
+        qcow2_user_announce_writing(s, &token->user);
+    } else {
+        qcow2_user_announce(s, &token->user);
+    }
+    int ret = map_runs(bs, queue, intent, offset, offset + bytes, &token->user, mapping);
+    if (ret < 0) {
+        qcow2_user_leave(s, &token->user);
+    }
+    return ret;
+}
+
 int qcow2_map(BlockDriverState *bs, BlkQueue *queue, BdrvMapIntent intent, int64_t offset,
               int64_t bytes, BdrvMapping *mapping)
 {
-    BDRVQcow2State *s = qcow2_state(bs);
+    uint64_t guest = (uint64_t)offset, length = (uint64_t)bytes;
     unsigned depth = mapping->depth;
-    if (!lane_is_open(s, intent)) {
+    if (!lane_is_open(qcow2_state(bs), intent)) {
         return -EAGAIN;
     }
-    Qcow2User *user = g_try_new(Qcow2User, 1);
-    if (!user) {
+    LaneToken *token = g_try_new(LaneToken, 1);
+    if (!token) {
         return -EAGAIN;
     }
-    if (intent == BDRV_MAP_WRITE) {
-        qcow2_user_announce_writing(s, user);
-    } else {
-        qcow2_user_announce(s, user);
+    token->fresh = NULL;
+    int ret = map_present(bs, queue, intent, guest, length, token, mapping);
+    if (ret == -EAGAIN && intent == BDRV_MAP_WRITE) {
+        ret = qcow2_map_fresh(bs, queue, guest, length, mapping, &token->fresh);
     }
-    int ret = map_runs(bs, queue, intent, (uint64_t)offset, (uint64_t)(offset + bytes), user,
-                       mapping);
     if (ret < 0) {
-        qcow2_user_leave(s, user);
-        g_free(user);
+        g_free(token);
         return ret;
     }
-    mapping->layer[depth].token = user;
+    mapping->layer[depth].token = token;
     return 0;
 }
 
 int qcow2_map_done(BlockDriverState *bs, BlkQueue *queue, BdrvMapping *mapping, int result)
 {
-    Qcow2User *user = mapping->layer[mapping->depth].token;
-    qcow2_user_leave(qcow2_state(bs), user);
-    g_free(user);
+    LaneToken *token = mapping->layer[mapping->depth].token;
+    if (token->fresh) {
+        result = qcow2_map_fresh_done(bs, token->fresh, result);
+    } else {
+        qcow2_user_leave(qcow2_state(bs), &token->user);
+    }
+    g_free(token);
     return result;
 }

@@ -555,6 +555,8 @@ int64_t qcow2_alloc_clusters(BlockDriverState *bs, uint64_t bytes);
 /* Up to *bytes (cluster multiple) in one run, at @want if that is free (0: anywhere); *bytes becomes
  * what was given, at least one cluster. */
 int64_t qcow2_alloc_run(BlockDriverState *bs, uint64_t want, uint64_t *bytes);
+/* The same from what is in memory, without waiting or flushing: -EAGAIN otherwise. */
+int64_t qcow2_alloc_run_nowait(BlockDriverState *bs, uint64_t want, uint64_t *bytes);
 /* @size bytes (< cluster_size) for a compressed cluster; packs them behind the previous ones. */
 int64_t qcow2_alloc_bytes(BlockDriverState *bs, uint32_t size);
 /* The run is being freed: no further stream is packed into its clusters. Takes the alloc lock. */

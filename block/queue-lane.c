@@ -164,6 +164,17 @@ static void all_transferred(QueueSlot *slot)
     queue_finish(slot, 0);
 }
 
+/* -EAGAIN is what a driver says of a write that it could not link: nothing has happened. */
+static void fail(QueueSlot *slot, int ret)
+{
+    if (ret == -EAGAIN) {
+        slot->transferred = 0;
+        queue_to_worker(slot);
+    } else {
+        queue_finish(slot, ret);
+    }
+}
+
 /* From the next mapping on, as far as it goes without waiting. */
 void queue_lane_run(QueueSlot *slot)
 {
@@ -178,7 +189,7 @@ void queue_lane_run(QueueSlot *slot)
             return;
         }
         if (ret < 0) {
-            queue_finish(slot, ret);
+            fail(slot, ret);
             return;
         }
     }
@@ -200,7 +211,7 @@ static void transfer_done(QbRingOp *op)
     if (ret == 0) {
         queue_lane_run(slot);
     } else if (ret < 0) {
-        queue_finish(slot, ret);
+        fail(slot, ret);
     }
     bdrv_graph_return();
 }

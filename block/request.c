@@ -80,6 +80,14 @@ void bdrv_request_serialise(BdrvRequest *req, int64_t offset, int64_t bytes)
     qb_range_serialise(&req->bs->ranges, &req->range, (uint64_t)offset, (uint64_t)bytes, false);
 }
 
+bool bdrv_request_try_serialise(BdrvRequest *req, int64_t offset, int64_t bytes)
+{
+    assert(req->type != BDRV_TRACKED_READ);
+    assert(offset >= 0 && bytes >= 0);
+    return qb_range_try_serialise(&req->bs->ranges, &req->range, (uint64_t)offset,
+                                  (uint64_t)bytes);
+}
+
 void bdrv_request_end(BdrvRequest *req)
 {
     BlockDriverState *bs = req->bs;

@@ -204,6 +204,24 @@ void qb_range_serialise(QbRangeLock *l, QbRangeRequest *r, uint64_t offset, uint
     r->state = QB_RANGE_GRANTED;
 }
 
+bool qb_range_try_serialise(QbRangeLock *l, QbRangeRequest *r, uint64_t offset, uint64_t bytes)
+{
+    QB_GUARD(&l->lock);
+    QbRangeRequest as_is = *r;
+    assert(r->state == QB_RANGE_PLAIN || r->state == QB_RANGE_ENTERED);
+    assert(offset <= r->offset && end_of(offset, bytes) >= r->end);
+    r->offset = offset;
+    r->end = end_of(offset, bytes);
+    r->wait_plain = false;
+    r->state = QB_RANGE_WAITING; /* as others would see it who are in the way or not */
+    if (is_blocked_locked(l, r)) {
+        *r = as_is;
+        return false;
+    }
+    r->state = QB_RANGE_GRANTED;
+    return true;
+}
+
 void qb_range_leave(QbRangeLock *l, QbRangeRequest *r)
 {
     QB_GUARD(&l->lock);

@@ -153,6 +153,15 @@ void qb_rwlock_rdlock(QbRwLock *l) QB_NO_TSA
     must(pthread_rwlock_rdlock(&l->rw));
 }
 
+bool qb_rwlock_try_rdlock(QbRwLock *l) QB_NO_TSA
+{
+    int err = pthread_rwlock_tryrdlock(&l->rw);
+    if (err != EBUSY && err != EAGAIN) {
+        must(err);
+    }
+    return err == 0;
+}
+
 void qb_rwlock_wrlock(QbRwLock *l) QB_NO_TSA
 {
     must(pthread_rwlock_wrlock(&l->rw));

@@ -82,6 +82,10 @@ void bdrv_request_serialise(BdrvRequest *req, int64_t offset, int64_t bytes);
 bool bdrv_background_begin(BlockDriverState *bs, BdrvRequest *req);
 void bdrv_background_end(BdrvRequest *req);
 
+/* The same in a driver's map(), for a range that has the units of the driver already: false, with nothing
+ * changed, where it would wait. */
+bool bdrv_request_try_serialise(BdrvRequest *req, int64_t offset, int64_t bytes);
+
 /* --- the fast lane --- */
 typedef struct BlkQueue BlkQueue; /* owned by one thread */
 typedef enum BdrvMapIntent { BDRV_MAP_READ, BDRV_MAP_WRITE } BdrvMapIntent;
@@ -100,6 +104,7 @@ typedef struct BdrvMapExtent {
 typedef struct BdrvMapLayer {
     BlockDriverState *bs;
     BdrvRequest req;
+    int64_t end; /* in the node, of what was mapped */
     void *token; /* the driver's, from its map to its map_done */
 } BdrvMapLayer;
 /* Rules in block/queue.h. Must stay where it is from bdrv_map() to bdrv_map_done(). */

@@ -22,6 +22,7 @@
  *     the offset of its own; it keeps what it must remember in layer[depth].token (depth read
  *     before it goes down).  Its map_done() is called exactly once for each map() that returned 0,
  *     lower nodes first, with the result so far; what it returns is the result for those above.
+ *     A write's map_done() may return -EAGAIN: it is as if nothing was written, a worker must do it.
  *  6. Data are not stable when bdrv_map_done() returns: FUA is a flush afterwards, shared with
  *     others.
  *

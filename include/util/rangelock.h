@@ -65,6 +65,9 @@ bool qb_range_try_enter(QbRangeLock *l, QbRangeRequest *r);
  * granted request cannot be widened, nor made to wait for plain ones afterwards. */
 void qb_range_serialise(QbRangeLock *l, QbRangeRequest *r, uint64_t offset, uint64_t bytes,
                         bool wait_plain);
+/* The same for [offset, offset + bytes), without waiting for plain ones that have entered; returns false
+ * at once, with nothing changed, instead of waiting. */
+bool qb_range_try_serialise(QbRangeLock *l, QbRangeRequest *r, uint64_t offset, uint64_t bytes);
 /* Done, or given up before it entered. */
 void qb_range_leave(QbRangeLock *l, QbRangeRequest *r);
 

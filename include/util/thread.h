@@ -79,6 +79,7 @@ void qb_cond_broadcast(QbCond *c);
 void qb_rwlock_init(QbRwLock *l);
 void qb_rwlock_destroy(QbRwLock *l);
 void qb_rwlock_rdlock(QbRwLock *l) QB_ACQUIRE_SHARED(*l);
+bool qb_rwlock_try_rdlock(QbRwLock *l) QB_TSA(try_acquire_shared_capability(true, *l));
 void qb_rwlock_wrlock(QbRwLock *l) QB_ACQUIRE(*l);
 void qb_rwlock_rdunlock(QbRwLock *l) QB_RELEASE_SHARED(*l);
 void qb_rwlock_wrunlock(QbRwLock *l) QB_RELEASE(*l);

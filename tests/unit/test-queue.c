@@ -98,6 +98,50 @@ static void test_at_once(void)
     image_expect(blk, 68 * KIB, 60 * KIB, 1);
 }
 
+/* Whole clusters that nothing refers to yet: linked when they are written, given back when not. */
+static void test_fresh(gconstpointer create_opts)
+{
+    image_create("n", create_opts);
+    g_autoptr(BlockBackend) blk = image_open_rw("n");
+    image_write(blk, 0, 64 * KIB, 1); /* makes the table */
+    BlkQueue *q = blk_queue_new(blk);
+    g_assert_cmpint(write_by_queue(q, 64 * KIB, 64 * KIB, 2, 0), ==, 0);
+    g_assert_cmpint(write_by_queue(q, 256 * KIB, 128 * KIB, 3, BDRV_REQ_FUA), ==, 0);
+    g_assert_cmpuint(blk_queue_stats(q).workers, ==, 0);
+    g_assert_cmpint(run_one(q, BLK_OP_ZERO, 512 * KIB, 64 * KIB, NULL, 0), ==, 0);
+    g_assert_cmpint(write_by_queue(q, 512 * KIB, 64 * KIB, 4, 0), ==, 0);
+    g_assert_cmpuint(blk_queue_stats(q).workers, ==, 1);
+    expect_by_queue(q, 64 * KIB, 64 * KIB, 2);
+    expect_by_queue(q, 128 * KIB, 128 * KIB, 0);
+    expect_by_queue(q, 256 * KIB, 128 * KIB, 3);
+    expect_by_queue(q, 512 * KIB, 64 * KIB, 4);
+    blk_queue_free(q);
+    g_clear_pointer(&blk, blk_unref);
+    image_check("n");
+    blk = image_open("n", NULL, 0);
+    image_expect(blk, 64 * KIB, 64 * KIB, 2);
+    image_expect(blk, 512 * KIB, 64 * KIB, 4);
+}
+
+/* The mapping of a write that did not happen leaves nothing behind. */
+static void test_fresh_undone(void)
+{
+    image_create("u", "size=1M");
+    g_autoptr(BlockBackend) blk = image_open_rw("u");
+    image_write(blk, 0, 64 * KIB, 1);
+    for (int i = 0; i < 3; i++) {
+        BdrvMapping map = {0};
+        BDRV_GRAPH_GUARD();
+        g_assert_cmpint(bdrv_map(blk_root(blk), NULL, BDRV_MAP_WRITE, 64 * KIB, 64 * KIB, &map), ==,
+                        0);
+        g_assert_cmpint(map.bytes, ==, 64 * KIB);
+        g_assert_cmpint(bdrv_map_done(NULL, &map, -EIO), ==, -EIO);
+    }
+    image_expect(blk, 64 * KIB, 64 * KIB, 0);
+    g_clear_pointer(&blk, blk_unref);
+    image_check("u");
+}
+
 /* A vector of odd pieces over runs that lie apart in the file. */
 static void test_scattered(void)
 {
@@ -487,6 +531,10 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     image_setup();
     g_test_add_func("/queue/at-once", test_at_once);
+    g_test_add_data_func("/queue/fresh/plain", "size=1M", test_fresh);
+    g_test_add_data_func("/queue/fresh/small", "size=1M,cluster_size=8k", test_fresh);
+    g_test_add_data_func("/queue/fresh/subclusters", "size=1M,extended_l2=on", test_fresh);
+    g_test_add_func("/queue/fresh/undone", test_fresh_undone);
     g_test_add_func("/queue/scattered", test_scattered);
     g_test_add_func("/queue/workers", test_workers);
     g_test_add_func("/queue/errors", test_errors);

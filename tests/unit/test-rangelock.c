@@ -125,6 +125,36 @@ static void test_granted_blocks_plain(void)
     qb_range_lock_destroy(&l);
 }
 
+/* Without waiting: granted if nobody is in the way, else as if it had not been asked. */
+static void test_try_serialise(void)
+{
+    QbRangeLock l;
+    Actor earlier, entered, r, beside;
+    qb_range_lock_init(&l);
+    submit(&l, &earlier, 0, K);
+    submit(&l, &entered, 3 * K, K);
+    submit(&l, &r, K, K);
+    submit(&l, &beside, 4 * K, K);
+    g_assert_true(qb_range_try_enter(&l, &entered.req));
+    g_assert_true(qb_range_try_enter(&l, &r.req));
+    g_assert_false(qb_range_try_serialise(&l, &r.req, 0, 4 * K)); /* the earlier one may, too */
+    g_assert_cmpint(state_of(&r), ==, QB_RANGE_ENTERED);
+    g_assert_cmpuint(r.req.offset, ==, K);
+    g_assert_cmpuint(r.req.end, ==, 2 * K);
+    g_assert_true(qb_range_try_serialise(&l, &r.req, K, 3 * K)); /* not for those that entered */
+    g_assert_cmpint(state_of(&r), ==, QB_RANGE_GRANTED);
+    g_assert_true(qb_range_try_serialise(&l, &beside.req, 4 * K, K));
+    leave(&beside);
+    submit(&l, &beside, 2 * K, K);
+    g_assert_false(qb_range_try_serialise(&l, &beside.req, 2 * K, K));
+    leave(&r);
+    g_assert_true(qb_range_try_serialise(&l, &beside.req, 2 * K, K));
+    leave(&beside);
+    leave(&entered);
+    leave(&earlier);
+    qb_range_lock_destroy(&l);
+}
+
 /* A waiting request blocks later plain ones only. */
 static void test_waiting_blocks_later_plain(void)
 {
@@ -444,6 +474,7 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     g_test_add_func("/rangelock/tickets-rise", test_tickets_rise);
     g_test_add_func("/rangelock/plain-in-order", test_plain_requests_in_order);
+    g_test_add_func("/rangelock/try-serialise", test_try_serialise);
     g_test_add_func("/rangelock/granted-blocks-plain", test_granted_blocks_plain);
     g_test_add_func("/rangelock/waiting-blocks-later-plain", test_waiting_blocks_later_plain);
     g_test_add_func("/rangelock/serialising-in-ticket-order", test_serialising_in_ticket_order);
