@@ -53,6 +53,7 @@ static struct {
     uint64_t clock;
     DiskFault fault; /* countdown 0: none to come */
     unsigned fired;
+    bool suspended;
     _Atomic(bool) jitter;
     _Atomic(unsigned) toss; /* state of the jitter's dice */
 } control = {.lock = QB_MUTEX_INIT};
@@ -246,6 +247,28 @@ void disk_fault_set(const DiskFault *fault)
     control.fired = 0;
 }
 
+void disk_fault_suspend(bool on)
+{
+    QB_GUARD(&control.lock);
+    control.suspended = on;
+}
+
+unsigned disk_fault_left(void)
+{
+    QB_GUARD(&control.lock);
+    return control.fault.countdown;
+}
+
+bool disk_flush_is_broken(void)
+{
+    QB_GUARD(&control.lock);
+    bool broken = false;
+    for (unsigned i = 0; i < nb_disks; i++) {
+        broken |= disks[i].flush_broken;
+    }
+    return broken;
+}
+
 unsigned disk_fault_clear(void)
 {
     QB_GUARD(&control.lock);
@@ -258,7 +281,7 @@ unsigned disk_fault_clear(void)
 static int fault_locked(DiskKind kind)
 {
     DiskFault *f = &control.fault;
-    if (f->kind != kind) {
+    if (f->kind != kind || control.suspended) {
         return 0;
     }
     bool now = f->countdown > 0 && --f->countdown == 0;

@@ -89,8 +89,14 @@ uint64_t disk_tick(void);
 /* --- faults --- */
 /* One at a time; replaces the one before. */
 void disk_fault_set(const DiskFault *fault);
+/* Lets nothing fail for a while, and nothing count. */
+void disk_fault_suspend(bool on);
+/* What is left of the countdown. */
+unsigned disk_fault_left(void);
 /* Ends it. How often it has fired. */
 unsigned disk_fault_clear(void);
+/* Has a flush of a disk failed since it was opened? */
+bool disk_flush_is_broken(void);
 
 /* --- doing one operation to the bytes, as the driver and the replayer do --- */
 /* Applies @bytes of @e, from @from on; of a truncation all. */

@@ -226,11 +226,11 @@ static bool run_grow_table(World *w)
     GError *err = NULL;
     bool ok = blk_truncate(w->blk, 6144 * ORACLE_SECTOR, true, PREALLOC_MODE_OFF, false, &err);
     world_note(w, ok, "truncate", err);
+    world_mark_done(w, VIEW_TOP, ok);
     if (!ok) {
         world_close(w);
         return false;
     }
-    world_mark_settle(w, VIEW_TOP);
     for (unsigned at = 1024; at < 5120; at += 1024) {
         world_write(w, at, 1024);
     }
@@ -250,9 +250,8 @@ static bool resize(World *w, unsigned sectors)
     world_mark_resize(w, VIEW_TOP, sectors);
     bool ok = blk_truncate(w->blk, (int64_t)sectors * ORACLE_SECTOR, true, PREALLOC_MODE_OFF,
                            true, &err);
-    if (world_note(w, ok, "truncate", err)) {
-        world_mark_settle(w, VIEW_TOP);
-    }
+    world_note(w, ok, "truncate", err);
+    world_mark_done(w, VIEW_TOP, ok);
     return world_close(w) && ok;
 }
 
@@ -278,13 +277,16 @@ static bool run_snapshot_create(World *w)
     if (!world_open(w)) {
         return false;
     }
-    world_write(w, group(w, 3), w->kind->cluster + 1);
+    if (world_write(w, group(w, 3), w->kind->cluster + 1) < 0) {
+        world_close(w);
+        return false;
+    }
     world_mark_appear(w, VIEW_SNAP1, VIEW_TOP);
     bool ok = bdrv_snapshot_create(blk_bs(w->blk), "s1", &err);
     if (world_note(w, ok, "create", err)) {
-        world_mark_settle(w, VIEW_TOP);
-        world_mark_settle(w, VIEW_SNAP1);
+        world_mark_done(w, VIEW_TOP, true);
     }
+    world_mark_done(w, VIEW_SNAP1, ok);
     return world_close(w) && ok;
 }
 
@@ -296,9 +298,8 @@ static bool run_snapshot_delete(World *w)
     }
     world_mark_vanish(w, VIEW_SNAP0);
     bool ok = bdrv_snapshot_delete(blk_bs(w->blk), NULL, "s0", &err);
-    if (world_note(w, ok, "delete", err)) {
-        world_mark_settle(w, VIEW_SNAP0);
-    }
+    world_note(w, ok, "delete", err);
+    world_mark_done(w, VIEW_SNAP0, ok);
     return world_close(w) && ok;
 }
 
@@ -310,9 +311,8 @@ static bool run_snapshot_apply(World *w)
     }
     world_mark_merge(w, VIEW_TOP, VIEW_SNAP0);
     bool ok = bdrv_snapshot_apply(blk_bs(w->blk), "s0", &err);
-    if (world_note(w, ok, "apply", err)) {
-        world_mark_settle(w, VIEW_TOP);
-    }
+    world_note(w, ok, "apply", err);
+    world_mark_done(w, VIEW_TOP, ok);
     return world_close(w) && ok;
 }
 
@@ -324,9 +324,8 @@ static bool run_make_empty(World *w)
     }
     world_mark_merge(w, VIEW_TOP, VIEW_BASE);
     bool ok = blk_make_empty(w->blk, &err);
-    if (world_note(w, ok, "make_empty", err)) {
-        world_mark_settle(w, VIEW_TOP);
-    }
+    world_note(w, ok, "make_empty", err);
+    world_mark_done(w, VIEW_TOP, ok);
     return world_close(w) && ok;
 }
 
@@ -336,7 +335,7 @@ static bool run_commit(World *w)
 {
     world_mark_merge(w, VIEW_BASE, VIEW_TOP);
     bool ok = world_verb(w, "commit -q --image-opts %TOP");
-    world_mark_settle(w, VIEW_BASE);
+    world_mark_done(w, VIEW_BASE, ok);
     return ok;
 }
 
@@ -380,7 +379,7 @@ static bool run_convert_into(World *w)
     world_mark_merge(w, VIEW_OTHER, VIEW_TOP);
     bool ok = world_verb(w, "convert -q -m 1 -n -t writeback --image-opts --target-image-opts "
                             "%TOP %OTHER");
-    world_mark_settle(w, VIEW_OTHER);
+    world_mark_done(w, VIEW_OTHER, ok);
     return ok;
 }
 
@@ -389,7 +388,7 @@ static bool convert_new(World *w, const char *command)
 {
     world_mark_appear(w, VIEW_OTHER, VIEW_TOP);
     bool ok = world_verb(w, command);
-    world_mark_settle(w, VIEW_OTHER);
+    world_mark_done(w, VIEW_OTHER, ok);
     return ok;
 }
 
@@ -412,7 +411,7 @@ static bool run_create(World *w)
                         w->kind->create, w->kind->sectors * ORACLE_SECTOR);
     world_mark_appear_empty(w, VIEW_OTHER);
     bool ok = world_verb(w, command);
-    world_mark_settle(w, VIEW_OTHER);
+    world_mark_done(w, VIEW_OTHER, ok);
     return ok;
 }
 

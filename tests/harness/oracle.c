@@ -4,7 +4,7 @@
  *      sector 5, value 3:   64 big-endian words  0x0000000000000503
  *                           (5 << 8 | 3)
  *
- *      allowed   bit mask of values, narrowed to one by oracle_settle()
+ *      allowed   bit mask of values, narrowed to one by oracle_settle() unless it is in doubt
  *      now       the last value given
  *
  * Invariants
@@ -24,7 +24,9 @@ void oracle_init(Oracle *o, unsigned sectors)
 {
     g_assert_cmpuint(sectors, <=, ORACLE_MAX);
     o->sectors = o->other_sectors = sectors;
+    o->doubt_size = false;
     for (unsigned i = 0; i < ORACLE_MAX; i++) {
+        o->doubt[i] = false;
         o->now[i] = 0;
         o->allowed[i] = 1;
     }
@@ -34,6 +36,7 @@ static void set(Oracle *o, unsigned i, unsigned value)
 {
     o->allowed[i] |= UINT64_C(1) << value;
     o->now[i] = (uint8_t)value;
+    o->doubt[i] = false;
 }
 
 void oracle_write(Oracle *o, unsigned first, unsigned n, unsigned value)
@@ -50,6 +53,7 @@ void oracle_resize(Oracle *o, unsigned sectors)
     for (unsigned i = o->sectors; i < sectors; i++) {
         o->now[i] = 0;
         o->allowed[i] = 1;
+        o->doubt[i] = false;
     }
     o->other_sectors = o->sectors;
     o->sectors = sectors;
@@ -65,11 +69,26 @@ void oracle_merge(Oracle *o, const Oracle *from)
     }
 }
 
+void oracle_doubt(Oracle *o, unsigned first, unsigned n)
+{
+    for (unsigned i = first; i < first + n && i < ORACLE_MAX; i++) {
+        o->doubt[i] = true;
+    }
+}
+
+void oracle_doubt_all(Oracle *o)
+{
+    oracle_doubt(o, 0, ORACLE_MAX);
+    o->doubt_size = o->other_sectors != o->sectors;
+}
+
 void oracle_settle(Oracle *o)
 {
-    o->other_sectors = o->sectors;
+    o->other_sectors = o->doubt_size ? o->other_sectors : o->sectors;
     for (unsigned i = 0; i < o->sectors; i++) {
-        o->allowed[i] = UINT64_C(1) << o->now[i];
+        if (!o->doubt[i]) {
+            o->allowed[i] = UINT64_C(1) << o->now[i];
+        }
     }
 }
 
@@ -143,23 +162,6 @@ bool oracle_check(const Oracle *o, BlockBackend *blk, char **ret_why)
             *ret_why = describe(at, i, o->allowed[i]);
             return false;
         }
-    }
-    return true;
-}
-
-bool oracle_learn(Oracle *o, BlockBackend *blk, char **ret_why)
-{
-    unsigned sectors;
-    g_autofree uint8_t *buf = oracle_check(o, blk, ret_why) ? read_disk(o, blk, &sectors, ret_why)
-                                                            : NULL;
-    if (!buf) {
-        return false;
-    }
-    if (sectors != o->sectors) {
-        oracle_resize(o, sectors);
-    }
-    for (unsigned i = 0; i < sectors; i++) {
-        o->now[i] = (uint8_t)oracle_value(buf + (size_t)i * ORACLE_SECTOR, i);
     }
     return true;
 }

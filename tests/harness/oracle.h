@@ -6,6 +6,7 @@
  * once, and so is one that is torn.
  *
  *      write v        the sector may have v, besides what it may have already
+ *      doubt          (a request failed) nobody knows which of them it has, until it is written again
  *      settle         (a flush is complete) each sector has the value it was given last, no other
  *
  * Not for several threads.
@@ -25,6 +26,8 @@ typedef struct Oracle {
     unsigned sectors, other_sectors; /* the legal sizes; the first is that if all went well */
     uint64_t allowed[ORACLE_MAX];    /* bit v: the sector may have value v */
     uint8_t now[ORACLE_MAX];         /* what it has if all went well */
+    bool doubt[ORACLE_MAX];          /* settling does not narrow it */
+    bool doubt_size;
 } Oracle;
 
 /* All zeroes. */
@@ -34,9 +37,10 @@ void oracle_write(Oracle *o, unsigned first, unsigned n, unsigned value);
 void oracle_merge(Oracle *o, const Oracle *from);
 /* The size may be either; a grown part reads zero. */
 void oracle_resize(Oracle *o, unsigned sectors);
+void oracle_doubt(Oracle *o, unsigned first, unsigned n);
+/* Of all sectors, and of the size. */
+void oracle_doubt_all(Oracle *o);
 void oracle_settle(Oracle *o);
-/* After a failure nobody knows: what @blk shows, which must be legal, is what it has. */
-bool oracle_learn(Oracle *o, BlockBackend *blk, char **ret_why);
 /* Is everything that @blk shows legal? *ret_why (newly allocated) says what is not. */
 bool oracle_check(const Oracle *o, BlockBackend *blk, char **ret_why);
 

@@ -10,7 +10,7 @@
  * Invariants
  * 1. A mark is made before the operation whose effect it allows begins, and a settling one after
  *    the call that promises it has returned.
- * 2. Nothing settles while w->failed counts a failure: what failed may have happened or not.
+ * 2. What failed may have happened or not: it is in doubt, and stays so when the rest settles.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -30,6 +30,8 @@ typedef enum Change {
     MARK_APPEAR,
     MARK_VANISH,
     MARK_SETTLE,
+    MARK_DOUBT,
+    MARK_DOUBT_ALL,
 } Change;
 
 typedef struct Mark {
@@ -79,14 +81,17 @@ static void apply_mark(View *views, const Mark *m)
     case MARK_SETTLE:
         settle(v);
         break;
+    case MARK_DOUBT:
+        oracle_doubt(&v->oracle, m->first, m->n);
+        break;
+    case MARK_DOUBT_ALL:
+        oracle_doubt_all(&v->oracle);
+        break;
     }
 }
 
 static void mark(World *w, Mark m)
 {
-    if (m.change == MARK_SETTLE && w->failed) {
-        return;
-    }
     apply_mark(w->view, &m);
     if (w->marks) {
         m.time = disk_tick();
@@ -124,9 +129,9 @@ void world_mark_vanish(World *w, ViewId view)
     mark(w, (Mark){.change = MARK_VANISH, .view = view});
 }
 
-void world_mark_settle(World *w, ViewId view)
+void world_mark_done(World *w, ViewId view, bool ok)
 {
-    mark(w, (Mark){.change = MARK_SETTLE, .view = view});
+    mark(w, (Mark){.change = ok ? MARK_SETTLE : MARK_DOUBT_ALL, .view = view});
 }
 
 View *world_views_dup(const View *views)
@@ -170,9 +175,10 @@ char *world_options(const World *w, ViewId view)
     const char *disk = disk_of_view[view];
     bool data = w->kind->flags & KIND_DATA_FILE && !strcmp(disk, "top");
     return g_strdup_printf("driver=%s,discard=unmap,file.driver=test-disk,file.disk=%s"
-                           "%s",
+                           "%s%s",
                            is_raw(w, view) ? "raw" : "qcow2", disk,
-                           data ? ",data-file.driver=test-disk,data-file.disk=data" : "");
+                           data ? ",data-file.driver=test-disk,data-file.disk=data" : "",
+                           view == VIEW_TOP && w->more ? w->more : "");
 }
 
 /* Takes the message out of @err, which is freed. */
@@ -218,6 +224,9 @@ bool world_open(World *w)
 
 bool world_close(World *w)
 {
+    if (w->at_close) {
+        w->at_close(w);
+    }
     int ret = world_flush(w);
     g_clear_pointer(&w->blk, blk_unref);
     return ret == 0;
@@ -241,14 +250,24 @@ static unsigned next_value(World *w)
     return w->value;
 }
 
+/* The sectors of a request that failed are in doubt. */
+static int note_range(World *w, int ret, const char *what, unsigned first, unsigned n)
+{
+    if (ret < 0) {
+        mark(w, (Mark){.change = MARK_DOUBT, .view = VIEW_TOP, .first = first, .n = n});
+    }
+    return note_ret(w, ret, what);
+}
+
 int world_write_flags(World *w, unsigned first, unsigned n, int flags)
 {
     g_autofree uint8_t *buf = g_malloc((size_t)n * ORACLE_SECTOR);
     unsigned value = next_value(w);
     oracle_fill(buf, first, n, value);
     world_mark_write(w, VIEW_TOP, first, n, value);
-    return note_ret(w, blk_pwrite(w->blk, (int64_t)first * ORACLE_SECTOR,
-                                  (int64_t)n * ORACLE_SECTOR, buf, flags), "write");
+    int ret = blk_pwrite(w->blk, (int64_t)first * ORACLE_SECTOR, (int64_t)n * ORACLE_SECTOR, buf,
+                         flags);
+    return note_range(w, ret, "write", first, n);
 }
 
 int world_write(World *w, unsigned first, unsigned n)
@@ -259,8 +278,9 @@ int world_write(World *w, unsigned first, unsigned n)
 int world_zero(World *w, unsigned first, unsigned n, int flags)
 {
     world_mark_write(w, VIEW_TOP, first, n, 0);
-    return note_ret(w, blk_pwrite_zeroes(w->blk, (int64_t)first * ORACLE_SECTOR,
-                                         (int64_t)n * ORACLE_SECTOR, flags), "zero");
+    int ret = blk_pwrite_zeroes(w->blk, (int64_t)first * ORACLE_SECTOR, (int64_t)n * ORACLE_SECTOR,
+                                flags);
+    return note_range(w, ret, "zero", first, n);
 }
 
 /* Whole clusters (and the end of the disk) read as zero after it; some kinds ignore it. */
@@ -271,14 +291,16 @@ int world_discard(World *w, unsigned first, unsigned n)
     if (!(w->kind->flags & KIND_NO_DISCARD)) {
         world_mark_write(w, VIEW_TOP, first, n, 0);
     }
-    return note_ret(w, blk_pdiscard(w->blk, (int64_t)first * ORACLE_SECTOR,
-                                    (int64_t)n * ORACLE_SECTOR), "discard");
+    int ret = blk_pdiscard(w->blk, (int64_t)first * ORACLE_SECTOR, (int64_t)n * ORACLE_SECTOR);
+    return note_range(w, ret, "discard", first, n);
 }
 
 int world_flush(World *w)
 {
     int ret = note_ret(w, blk_flush(w->blk), "flush");
-    world_mark_settle(w, VIEW_TOP);
+    if (ret == 0) {
+        mark(w, (Mark){.change = MARK_SETTLE, .view = VIEW_TOP});
+    }
     return ret;
 }
 
@@ -388,7 +410,7 @@ static void take_snapshot(World *w)
     world_mark_appear(w, VIEW_SNAP0, VIEW_TOP);
     bool ok = bdrv_snapshot_create(blk_bs(w->blk), "s0", &err);
     must(w, world_note(w, ok, "snapshot", err));
-    world_mark_settle(w, VIEW_SNAP0);
+    world_mark_done(w, VIEW_SNAP0, ok);
     unsigned c = w->kind->cluster;
     for (unsigned at = 0; at + 8 * c <= w->kind->sectors; at += 8 * c) {
         world_write(w, at, c);
@@ -427,7 +449,7 @@ World *world_new(const Kind *kind)
     if (kind->flags & KIND_BACKING) {
         create_base(w);
         world_mark_merge(w, VIEW_TOP, VIEW_BASE);
-        world_mark_settle(w, VIEW_TOP);
+        world_mark_done(w, VIEW_TOP, true);
     }
     if (kind->flags & KIND_DATA_FILE) {
         create_with_data_file(w);

@@ -62,9 +62,11 @@ typedef struct World {
     const Kind *kind;
     View *view;       /* [VIEWS] */
     BlockBackend *blk; /* the top, when an operation has it open */
+    const char *more; /* options of the top's node, with a comma in front; NULL: none */
     unsigned value;   /* the last one written */
     GArray *marks;    /* NULL: not kept */
     unsigned failed;  /* requests that gave an error */
+    void (*at_close)(struct World *w); /* called by world_close() first; may be NULL */
     char *why;        /* of the first operation that failed; owned */
 } World;
 
@@ -78,7 +80,7 @@ char *world_options(const World *w, ViewId view);
 BlockBackend *world_open_view(const World *w, ViewId view, int flags, char **ret_why);
 /* Opens the top as w->blk, with discards going down; false: counted in w->failed. */
 bool world_open(World *w);
-/* Flushes and closes it. All is settled if nothing failed. */
+/* Flushes and closes it. */
 bool world_close(World *w);
 
 /* --- requests to the top, in sectors; 0 or -errno --- */
@@ -101,8 +103,8 @@ void world_mark_resize(World *w, ViewId view, unsigned sectors);
 void world_mark_appear(World *w, ViewId view, ViewId from);
 void world_mark_appear_empty(World *w, ViewId view);
 void world_mark_vanish(World *w, ViewId view);
-/* What was done to the view is stable. */
-void world_mark_settle(World *w, ViewId view);
+/* Something was done to all of the view: it is stable (@ok), or nobody knows. */
+void world_mark_done(World *w, ViewId view, bool ok);
 
 /* Begins to keep marks; *ret_before becomes a copy of the views: world_views_free(). */
 void world_record(World *w, View **ret_before);
