@@ -2,7 +2,7 @@
  * The fault suite: every operation meets every error that the files below it, or the memory, can
  * give.
  *
- *      for each operation and kind of image, for each fault, for N = 1, 2, ... until it does not fire:
+ *      for each operation and kind of image, each fault, N = 1, 2, ... until it does not fire:
  *          run the operation, its N-th read (write, flush, ...) fails
  *          the image can be used further by whoever has it open
  *          open it again read-write, check it, compare with the oracle

@@ -137,7 +137,7 @@ static bool run_compressed(World *w)
     return world_close(w);
 }
 
-static void random_request(World *w, GRand *rand)
+void operation_random_request(World *w, GRand *rand)
 {
     unsigned c = w->kind->cluster;
     unsigned n = (unsigned)g_rand_int_range(rand, 1, (gint32)(4 * c));
@@ -168,7 +168,7 @@ static bool random_requests(World *w, guint32 seed, unsigned n)
     }
     g_autoptr(GRand) rand = g_rand_new_with_seed(seed);
     for (unsigned i = 0; i < n; i++) {
-        random_request(w, rand);
+        operation_random_request(w, rand);
     }
     return world_close(w);
 }
@@ -415,6 +415,26 @@ static bool run_create(World *w)
     return ok;
 }
 
+static bool run_amend_width(World *w)
+{
+    return world_verb(w, "amend -q --image-opts -o refcount_bits=32 %TOP");
+}
+
+static bool run_amend_narrow(World *w)
+{
+    return world_verb(w, "amend -q --image-opts -o refcount_bits=8 %TOP");
+}
+
+static bool run_amend_upgrade(World *w)
+{
+    return world_verb(w, "amend -q --image-opts -o compat=1.1,lazy_refcounts=on %TOP");
+}
+
+static bool run_amend_downgrade(World *w)
+{
+    return world_verb(w, "amend -q --image-opts -o compat=0.10 %TOP");
+}
+
 /* Clusters that are counted and that nobody uses. */
 static void damage(World *w)
 {
@@ -461,8 +481,8 @@ const Operation operations[] = {
     {"compressed-write", "guest", NULL, run_compressed, 0, KIND_DATA_FILE | KIND_NO_DISCARD, NULL},
     {"random-1", "guest", NULL, run_random1, 0, KIND_DATA_FILE | KIND_NO_DISCARD, NULL},
     {"random-2", "guest", NULL, run_random2, 0, KIND_DATA_FILE | KIND_NO_DISCARD, NULL},
-    {"new-refcount-block", "guest", fill_block, run_new_block, 0, 0, "512"},
-    {"grow-refcount-table", "guest", NULL, run_grow_table, 0, 0, "512"},
+    {"new-refcount-block", "guest", fill_block, run_new_block, 0, 0, " 512 "},
+    {"grow-refcount-table", "guest", NULL, run_grow_table, 0, 0, " 512 "},
     {"grow", "image", NULL, run_grow, 0, KIND_FIXED, NULL},
     {"shrink", "image", NULL, run_shrink, 0, KIND_FIXED, NULL},
     {"shrink-grow", "image", NULL, run_shrink_grow, 0, KIND_FIXED, NULL},
@@ -474,6 +494,11 @@ const Operation operations[] = {
     {"repair-leaks", "image", damage, run_repair, 0, 0, NULL},
     {"repair-dirty", "image", damage_dirty, run_repair, 0, KIND_V2, NULL},
     {"repair-at-open", "image", damage_dirty, run_write, 0, KIND_V2, NULL},
+    {"amend-width", "verb", NULL, run_amend_width, 0, KIND_V2, NULL},
+    {"amend-narrow", "verb", NULL, run_amend_narrow, 0, KIND_V2, NULL},
+    {"amend-upgrade", "verb", NULL, run_amend_upgrade, KIND_V2, 0, NULL},
+    {"amend-downgrade", "verb", NULL, run_amend_downgrade, 0, 0,
+     " v3 64k odd lazy compressed snapshot backing backing-raw backing-snapshot "},
     {"commit", "verb", NULL, run_commit, OVER, 0, NULL},
     {"rebase", "verb", make_other, run_rebase, OVER, KIND_SNAPSHOT, NULL},
     {"rebase-none", "verb", NULL, run_rebase_none, OVER, KIND_SNAPSHOT, NULL},
@@ -487,8 +512,9 @@ const unsigned nb_operations = G_N_ELEMENTS(operations);
 
 bool operation_fits(const Operation *op, const Kind *kind)
 {
-    if (op->only) {
-        return !strcmp(op->only, kind->name);
+    g_autofree char *name = g_strdup_printf(" %s ", kind->name);
+    if (op->only && !strstr(op->only, name)) {
+        return false;
     }
     return (kind->flags & op->need) == op->need && !(kind->flags & op->bar);
 }

@@ -18,13 +18,15 @@ typedef struct Operation {
     /* True when it succeeded; failures are counted in the world, too. */
     bool (*run)(World *w);
     unsigned need, bar; /* KindFlags that a kind must, and must not have */
-    const char *only;   /* the one kind it is for, or NULL */
+    const char *only;   /* names of the kinds it is for, a blank before and after each; or NULL */
 } Operation;
 
 extern const Operation operations[];
 extern const unsigned nb_operations;
 
 bool operation_fits(const Operation *op, const Kind *kind);
+/* A request of any kind anywhere; @w has its top open. */
+void operation_random_request(World *w, GRand *rand);
 /* By name; NULL when there is none. */
 const Operation *operation_find(const char *name);
 const Kind *kind_find(const char *name);

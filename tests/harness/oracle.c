@@ -165,3 +165,19 @@ bool oracle_check(const Oracle *o, BlockBackend *blk, char **ret_why)
     }
     return true;
 }
+
+bool oracle_learn(Oracle *o, BlockBackend *blk, char **ret_why)
+{
+    unsigned sectors;
+    g_autofree uint8_t *buf =
+        oracle_check(o, blk, ret_why) ? read_disk(o, blk, &sectors, ret_why) : NULL;
+    if (!buf) {
+        return false;
+    }
+    oracle_init(o, sectors);
+    for (unsigned i = 0; i < sectors; i++) {
+        set(o, i, (unsigned)oracle_value(buf + (size_t)i * ORACLE_SECTOR, i));
+    }
+    oracle_settle(o);
+    return true;
+}

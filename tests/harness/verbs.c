@@ -17,10 +17,10 @@
 #include "qemu-img/img.h"
 
 static const ImgVerb verbs[] = {
-    {.name = "check", .run = img_check},     {.name = "commit", .run = img_commit},
-    {.name = "convert", .run = img_convert}, {.name = "create", .run = img_create},
-    {.name = "rebase", .run = img_rebase},   {.name = "resize", .run = img_resize},
-    {.name = "snapshot", .run = img_snapshot},
+    {.name = "amend", .run = img_amend},     {.name = "check", .run = img_check},
+    {.name = "commit", .run = img_commit},   {.name = "convert", .run = img_convert},
+    {.name = "create", .run = img_create},   {.name = "rebase", .run = img_rebase},
+    {.name = "resize", .run = img_resize},   {.name = "snapshot", .run = img_snapshot},
 };
 
 static const ImgVerb *find_verb(const char *name)

@@ -170,15 +170,27 @@ static bool is_raw(const World *w, ViewId view)
     return view == VIEW_BASE && w->kind->flags & KIND_RAW_BASE;
 }
 
-char *world_options(const World *w, ViewId view)
+/* The options of the node "file" below a format. */
+static char *file_options(const World *w, ViewId view)
 {
     const char *disk = disk_of_view[view];
-    bool data = w->kind->flags & KIND_DATA_FILE && !strcmp(disk, "top");
-    return g_strdup_printf("driver=%s,discard=unmap,file.driver=test-disk,file.disk=%s"
-                           "%s%s",
-                           is_raw(w, view) ? "raw" : "qcow2", disk,
+    if (w->dir) {
+        return g_strdup_printf("file.driver=file,file.filename=%s/%s", w->dir, disk);
+    }
+    if (w->debug && !strcmp(disk, "top")) {
+        return g_strdup("file.driver=blkdebug,file.image.driver=test-disk,file.image.disk=top");
+    }
+    return g_strdup_printf("file.driver=test-disk,file.disk=%s", disk);
+}
+
+char *world_options(const World *w, ViewId view)
+{
+    bool top = !strcmp(disk_of_view[view], "top");
+    bool data = top && w->kind->flags & KIND_DATA_FILE;
+    g_autofree char *file = file_options(w, view);
+    return g_strdup_printf("driver=%s,discard=unmap,%s%s%s", is_raw(w, view) ? "raw" : "qcow2", file,
                            data ? ",data-file.driver=test-disk,data-file.disk=data" : "",
-                           view == VIEW_TOP && w->more ? w->more : "");
+                           top && w->more ? w->more : "");
 }
 
 /* Takes the message out of @err, which is freed. */

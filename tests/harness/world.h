@@ -63,6 +63,8 @@ typedef struct World {
     View *view;       /* [VIEWS] */
     BlockBackend *blk; /* the top, when an operation has it open */
     const char *more; /* options of the top's node, with a comma in front; NULL: none */
+    const char *dir;  /* images are files there (kinds without a base); NULL: disks in memory */
+    bool debug;       /* blkdebug stands below the top */
     unsigned value;   /* the last one written */
     GArray *marks;    /* NULL: not kept */
     unsigned failed;  /* requests that gave an error */
