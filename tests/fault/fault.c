@@ -137,7 +137,8 @@ static void look_usable(World *w)
     }
     disk_fault_suspend(true);
     if (disk_flush_is_broken()) {
-        unusable = blk_flush(w->blk) == 0 ? g_strdup("a flush succeeds after one has failed") : NULL;
+        bool lies = blk_flush(w->blk) == 0;
+        unusable = lies ? g_strdup("a flush succeeds after one has failed") : NULL;
     } else if (!active->lasting) {
         unusable = use_image(w);
     }

@@ -2,9 +2,9 @@
  * Files in memory below the drivers: they remember all that was done to them, and fail on demand.
  *
  * A disk is found by its name, "test-disk:NAME" or driver=test-disk,disk=NAME; it outlives the
- * nodes that use it.  While a log is kept each operation has the time at which it began and the time at
- * which it was complete, on one clock for all disks, so that a flush can be told from what it does
- * not cover.
+ * nodes that use it.  While a log is kept each operation has the time at which it began and the
+ * time at which it was complete, on one clock for all disks, so that a flush can be told from what
+ * it does not cover.
  *
  * Any thread, but for what is said to set up a run: nobody uses the disks meanwhile.
  *

@@ -6,7 +6,7 @@
  * once, and so is one that is torn.
  *
  *      write v        the sector may have v, besides what it may have already
- *      doubt          (a request failed) nobody knows which of them it has, until it is written again
+ *      doubt          (a request failed) nobody knows which it has, until it is written again
  *      settle         (a flush is complete) each sector has the value it was given last, no other
  *
  * Not for several threads.

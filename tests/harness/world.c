@@ -188,7 +188,8 @@ char *world_options(const World *w, ViewId view)
     bool top = !strcmp(disk_of_view[view], "top");
     bool data = top && w->kind->flags & KIND_DATA_FILE;
     g_autofree char *file = file_options(w, view);
-    return g_strdup_printf("driver=%s,discard=unmap,%s%s%s", is_raw(w, view) ? "raw" : "qcow2", file,
+    return g_strdup_printf("driver=%s,discard=unmap,%s%s%s",
+                           is_raw(w, view) ? "raw" : "qcow2", file,
                            data ? ",data-file.driver=test-disk,data-file.disk=data" : "",
                            top && w->more ? w->more : "");
 }
