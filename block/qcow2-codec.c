@@ -8,8 +8,14 @@
  * stops when the cluster is full.  Deflate need not have seen its end then; zstd must have ended a
  * frame, and several frames may follow one another.
  *
+ * Deflate is written by ISA-L where the build has it: some ten times as fast as zlib, streams about 8 %
+ * longer.  It is read by libdeflate, which wants the stream's end within the cluster's size; what it
+ * does not take, zlib may.
+ *
  * Making a compressor costs more than compressing a small cluster, so each thread keeps what it has
  * used, until it ends.
+ *
+ * Deliberately not done: compression levels to choose from, since nobody can say them in `qemu-img`.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -17,18 +23,33 @@
 #include "block/qcow2.h"
 
 #include <zlib.h>
+#ifdef CONFIG_ISAL
+#include <isa-l/igzip_lib.h>
+#endif
+#ifdef CONFIG_LIBDEFLATE
+#include <libdeflate.h>
+#endif
 #ifdef CONFIG_ZSTD
 #include <zstd.h>
 #endif
 
-#define WINDOW_BITS_WRITE (-12)
-#define WINDOW_BITS_READ (-15) /* takes what others may have written with a larger one */
+#define WINDOW_BITS 12
+#define WINDOW_BITS_READ 15 /* takes what others may have written with a larger one */
 #define MEM_LEVEL 9
 
 /* What a thread keeps. */
 typedef struct Codecs {
-    z_stream deflate, inflate;
-    bool has_deflate, has_inflate;
+    z_stream inflate;
+    bool has_inflate;
+#ifdef CONFIG_ISAL
+    uint8_t *isal_work;
+#else
+    z_stream deflate;
+    bool has_deflate;
+#endif
+#ifdef CONFIG_LIBDEFLATE
+    struct libdeflate_decompressor *libdeflate;
+#endif
 #ifdef CONFIG_ZSTD
     ZSTD_CCtx *zstd_c;
     ZSTD_DCtx *zstd_d;
@@ -41,12 +62,21 @@ static pthread_once_t codecs_once = PTHREAD_ONCE_INIT;
 static void codecs_free(void *opaque)
 {
     Codecs *c = opaque;
-    if (c->has_deflate) {
-        deflateEnd(&c->deflate);
-    }
     if (c->has_inflate) {
         inflateEnd(&c->inflate);
     }
+#ifdef CONFIG_ISAL
+    g_free(c->isal_work);
+#else
+    if (c->has_deflate) {
+        deflateEnd(&c->deflate);
+    }
+#endif
+#ifdef CONFIG_LIBDEFLATE
+    if (c->libdeflate) {
+        libdeflate_free_decompressor(c->libdeflate);
+    }
+#endif
 #ifdef CONFIG_ZSTD
     ZSTD_freeCCtx(c->zstd_c);
     ZSTD_freeDCtx(c->zstd_d);
@@ -76,29 +106,46 @@ static Codecs *codecs_get(void)
     return c;
 }
 
-/* --- deflate --- */
+/* --- writing deflate --- */
 
+#ifdef CONFIG_ISAL
+static ssize_t deflate_compress(Codecs *c, void *dst, size_t dst_len, const void *src,
+                                size_t src_len)
+{
+    if (!c->isal_work) {
+        c->isal_work = g_try_malloc(ISAL_DEF_LVL3_DEFAULT);
+    }
+    if (!c->isal_work) {
+        return -ENOMEM;
+    }
+    struct isal_zstream z;
+    isal_deflate_stateless_init(&z);
+    z.level = 3;
+    z.level_buf = c->isal_work;
+    z.level_buf_size = ISAL_DEF_LVL3_DEFAULT;
+    z.hist_bits = WINDOW_BITS;
+    z.gzip_flag = IGZIP_DEFLATE;
+    z.end_of_stream = 1;
+    z.next_in = (uint8_t *)src;
+    z.avail_in = (uint32_t)src_len;
+    z.next_out = dst;
+    z.avail_out = (uint32_t)dst_len;
+    return isal_deflate_stateless(&z) == COMP_OK ? (ssize_t)z.total_out : -ENOSPC;
+}
+#else
 static z_stream *get_deflate(Codecs *c)
 {
     if (c->has_deflate) {
         return deflateReset(&c->deflate) == Z_OK ? &c->deflate : NULL;
     }
-    c->has_deflate = deflateInit2(&c->deflate, Z_DEFAULT_COMPRESSION, Z_DEFLATED,
-                                  WINDOW_BITS_WRITE, MEM_LEVEL, Z_DEFAULT_STRATEGY)
+    c->has_deflate = deflateInit2(&c->deflate, Z_DEFAULT_COMPRESSION, Z_DEFLATED, -WINDOW_BITS,
+                                  MEM_LEVEL, Z_DEFAULT_STRATEGY)
                      == Z_OK;
     return c->has_deflate ? &c->deflate : NULL;
 }
 
-static z_stream *get_inflate(Codecs *c)
-{
-    if (c->has_inflate) {
-        return inflateReset(&c->inflate) == Z_OK ? &c->inflate : NULL;
-    }
-    c->has_inflate = inflateInit2(&c->inflate, WINDOW_BITS_READ) == Z_OK;
-    return c->has_inflate ? &c->inflate : NULL;
-}
-
-static ssize_t zlib_compress(Codecs *c, void *dst, size_t dst_len, const void *src, size_t src_len)
+static ssize_t deflate_compress(Codecs *c, void *dst, size_t dst_len, const void *src,
+                                size_t src_len)
 {
     z_stream *z = get_deflate(c);
     if (!z) {
@@ -110,9 +157,42 @@ static ssize_t zlib_compress(Codecs *c, void *dst, size_t dst_len, const void *s
     z->avail_out = (uInt)dst_len;
     return deflate(z, Z_FINISH) == Z_STREAM_END ? (ssize_t)(dst_len - z->avail_out) : -ENOSPC;
 }
+#endif
 
-static int zlib_decompress(Codecs *c, void *dst, size_t dst_len, const void *src, size_t src_len)
+/* --- reading deflate --- */
+
+/* Streams that end within @dst_len, as nearly all do. False: let zlib try. */
+static bool inflate_quickly(Codecs *c, void *dst, size_t dst_len, const void *src, size_t src_len)
 {
+#ifdef CONFIG_LIBDEFLATE
+    if (!c->libdeflate) {
+        c->libdeflate = libdeflate_alloc_decompressor();
+    }
+    size_t in, out;
+    return c->libdeflate &&
+           libdeflate_deflate_decompress_ex(c->libdeflate, src, src_len, dst, dst_len, &in, &out)
+               == LIBDEFLATE_SUCCESS &&
+           out == dst_len;
+#else
+    return false;
+#endif
+}
+
+static z_stream *get_inflate(Codecs *c)
+{
+    if (c->has_inflate) {
+        return inflateReset(&c->inflate) == Z_OK ? &c->inflate : NULL;
+    }
+    c->has_inflate = inflateInit2(&c->inflate, -WINDOW_BITS_READ) == Z_OK;
+    return c->has_inflate ? &c->inflate : NULL;
+}
+
+static int deflate_decompress(Codecs *c, void *dst, size_t dst_len, const void *src,
+                              size_t src_len)
+{
+    if (inflate_quickly(c, dst, dst_len, src, src_len)) {
+        return 0;
+    }
     z_stream *z = get_inflate(c);
     if (!z) {
         return -ENOMEM;
@@ -174,38 +254,30 @@ static int zstd_decompress(Codecs *c, void *dst, size_t dst_len, const void *src
 
 /* --- by type --- */
 
+static const struct Codec {
+    ssize_t (*compress)(Codecs *c, void *dst, size_t dst_len, const void *src, size_t src_len);
+    int (*decompress)(Codecs *c, void *dst, size_t dst_len, const void *src, size_t src_len);
+} codecs[] = {
+    [QCOW2_COMPRESSION_ZLIB] = {deflate_compress, deflate_decompress},
+#ifdef CONFIG_ZSTD
+    [QCOW2_COMPRESSION_ZSTD] = {zstd_compress, zstd_decompress},
+#endif
+};
+
 ssize_t qcow2_compress(uint8_t type, void *dst, size_t dst_len, const void *src, size_t src_len)
 {
-    Codecs *c = codecs_get();
-    if (!c) {
-        return -ENOMEM;
-    }
-    switch (type) {
-    case QCOW2_COMPRESSION_ZLIB:
-        return zlib_compress(c, dst, dst_len, src, src_len);
-#ifdef CONFIG_ZSTD
-    case QCOW2_COMPRESSION_ZSTD:
-        return zstd_compress(c, dst, dst_len, src, src_len);
-#endif
-    default:
+    if (type >= G_N_ELEMENTS(codecs)) {
         return -ENOTSUP;
     }
+    Codecs *c = codecs_get();
+    return c ? codecs[type].compress(c, dst, dst_len, src, src_len) : -ENOMEM;
 }
 
 int qcow2_decompress(uint8_t type, void *dst, size_t dst_len, const void *src, size_t src_len)
 {
-    Codecs *c = codecs_get();
-    if (!c) {
-        return -ENOMEM;
-    }
-    switch (type) {
-    case QCOW2_COMPRESSION_ZLIB:
-        return zlib_decompress(c, dst, dst_len, src, src_len);
-#ifdef CONFIG_ZSTD
-    case QCOW2_COMPRESSION_ZSTD:
-        return zstd_decompress(c, dst, dst_len, src, src_len);
-#endif
-    default:
+    if (type >= G_N_ELEMENTS(codecs)) {
         return -ENOTSUP;
     }
+    Codecs *c = codecs_get();
+    return c ? codecs[type].decompress(c, dst, dst_len, src, src_len) : -ENOMEM;
 }
