@@ -111,11 +111,13 @@ bool blk_try_ref(BlockBackend *blk)
     return false;
 }
 
-/* Users that want to know whether it worked have flushed before. */
+/* Users that want to know whether it worked have flushed before. The last user's node is flushed
+ * when it is closed, along with what closing adds to it. */
 static void flush_root(BlockBackend *blk)
 {
     BDRV_GRAPH_GUARD();
-    if (blk->root->perm & BLK_PERM_WRITE) {
+    bool last = atomic_load(&blk->root->bs->refcnt) == 1;
+    if ((blk->root->perm & BLK_PERM_WRITE) && !last) {
         (void)bdrv_flush(blk->root->bs);
     }
 }

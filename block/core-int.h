@@ -17,6 +17,16 @@ const BlockDriver *bdrv_driver_at(unsigned i);
 /* True when @filename begins with "proto:" and is not a plain name. */
 bool bdrv_has_protocol_prefix(const char *filename);
 
+/* --- image.c --- */
+/* A node taken for one operation: drained, the graph lock shared, the whole node in the range lock.
+ * Not inside a request, not under the graph lock. */
+typedef struct BdrvHold {
+    BlockDriverState *bs;
+    BdrvRequest req;
+} BdrvHold;
+void bdrv_hold_begin(BdrvHold *h, BlockDriverState *bs);
+void bdrv_hold_end(BdrvHold *h);
+
 /* --- probe.c --- */
 #define BDRV_PROBE_BYTES 2048
 /* Looks at the first bytes of @file and returns the best format, raw when none knows them; NULL and

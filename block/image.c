@@ -15,13 +15,7 @@
  */
 #include "block/core-int.h"
 
-/* The node, taken for one operation. */
-typedef struct Hold {
-    BlockDriverState *bs;
-    BdrvRequest req;
-} Hold;
-
-static void hold_begin(Hold *h, BlockDriverState *bs)
+void bdrv_hold_begin(BdrvHold *h, BlockDriverState *bs)
 {
     h->bs = bs;
     bdrv_drained_begin(bs);
@@ -29,7 +23,7 @@ static void hold_begin(Hold *h, BlockDriverState *bs)
     bdrv_request_begin_whole(bs, &h->req);
 }
 
-static void hold_end(Hold *h)
+void bdrv_hold_end(BdrvHold *h)
 {
     bdrv_request_end_whole(&h->req);
     bdrv_graph_rdunlock();
@@ -64,10 +58,10 @@ bool bdrv_check(BlockDriverState *bs, const BdrvCheckOptions *opts, BdrvCheckRes
         (opts->fix && !check_writable(bs, errp))) {
         return false;
     }
-    Hold h;
-    hold_begin(&h, bs);
+    BdrvHold h;
+    bdrv_hold_begin(&h, bs);
     bool ok = bs->drv->check(bs, opts, result, errp);
-    hold_end(&h);
+    bdrv_hold_end(&h);
     return ok;
 }
 
@@ -82,10 +76,10 @@ bool bdrv_amend(BlockDriverState *bs, json_t *options, QbProgress *progress, GEr
     if (!check_writable(bs, errp)) {
         return false;
     }
-    Hold h;
-    hold_begin(&h, bs);
+    BdrvHold h;
+    bdrv_hold_begin(&h, bs);
     bool ok = bs->drv->amend(bs, owned, progress, errp);
-    hold_end(&h);
+    bdrv_hold_end(&h);
     return ok;
 }
 
@@ -94,10 +88,10 @@ bool bdrv_make_empty(BlockDriverState *bs, GError **errp)
     if (!check_has(bs, bs->drv->make_empty, "emptying", errp) || !check_writable(bs, errp)) {
         return false;
     }
-    Hold h;
-    hold_begin(&h, bs);
+    BdrvHold h;
+    bdrv_hold_begin(&h, bs);
     bool ok = bs->drv->make_empty(bs, errp);
-    hold_end(&h);
+    bdrv_hold_end(&h);
     return ok;
 }
 
@@ -108,14 +102,14 @@ bool bdrv_change_backing_file(BlockDriverState *bs, const char *backing_file,
         !check_writable(bs, errp)) {
         return false;
     }
-    Hold h;
-    hold_begin(&h, bs);
+    BdrvHold h;
+    bdrv_hold_begin(&h, bs);
     bool ok = bs->drv->change_backing_file(bs, backing_file ? backing_file : "",
                                            backing_fmt ? backing_fmt : "", errp);
     if (ok) {
         bdrv_set_backing_names(bs, backing_file, backing_fmt);
     }
-    hold_end(&h);
+    bdrv_hold_end(&h);
     return ok;
 }
 
@@ -137,10 +131,10 @@ bool bdrv_snapshot_create(BlockDriverState *bs, const char *name, GError **errp)
     if (!check_snapshots(bs, bs->drv->snapshot_create, errp) || !check_writable(bs, errp)) {
         return false;
     }
-    Hold h;
-    hold_begin(&h, bs);
+    BdrvHold h;
+    bdrv_hold_begin(&h, bs);
     bool ok = bs->drv->snapshot_create(bs, name, errp);
-    hold_end(&h);
+    bdrv_hold_end(&h);
     return ok;
 }
 
@@ -149,10 +143,14 @@ bool bdrv_snapshot_apply(BlockDriverState *bs, const char *id_or_name, GError **
     if (!check_snapshots(bs, bs->drv->snapshot_apply, errp) || !check_writable(bs, errp)) {
         return false;
     }
-    Hold h;
-    hold_begin(&h, bs);
+    if (bdrv_has_dirty_bitmaps(bs)) { /* none of them would hear of what changes */
+        qb_error_set(errp, EBUSY, "Device has active dirty bitmaps");
+        return false;
+    }
+    BdrvHold h;
+    bdrv_hold_begin(&h, bs);
     bool ok = bs->drv->snapshot_apply(bs, id_or_name, errp);
-    hold_end(&h);
+    bdrv_hold_end(&h);
     return ok;
 }
 
@@ -161,10 +159,10 @@ bool bdrv_snapshot_delete(BlockDriverState *bs, const char *id, const char *name
     if (!check_snapshots(bs, bs->drv->snapshot_delete, errp) || !check_writable(bs, errp)) {
         return false;
     }
-    Hold h;
-    hold_begin(&h, bs);
+    BdrvHold h;
+    bdrv_hold_begin(&h, bs);
     bool ok = bs->drv->snapshot_delete(bs, id, name, errp);
-    hold_end(&h);
+    bdrv_hold_end(&h);
     return ok;
 }
 
@@ -194,10 +192,10 @@ bool bdrv_snapshot_load_tmp(BlockDriverState *bs, const char *id_or_name, GError
         qb_error_set(errp, EINVAL, "Device is not readonly");
         return false;
     }
-    Hold h;
-    hold_begin(&h, bs);
+    BdrvHold h;
+    bdrv_hold_begin(&h, bs);
     bool ok = bs->drv->snapshot_load_tmp(bs, id_or_name, errp);
-    hold_end(&h);
+    bdrv_hold_end(&h);
     return ok;
 }
 

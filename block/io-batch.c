@@ -170,7 +170,8 @@ static bool node_batches(BlockDriverState *bs, BdrvBatchKind kind)
     if (kind == BDRV_BATCH_READ) {
         return !(bs->open_flags & BDRV_O_COPY_ON_READ);
     }
-    return kind == BDRV_BATCH_WRITE && !bs->read_only && !bs->detect_zeroes;
+    return kind == BDRV_BATCH_WRITE && !bs->read_only && !bs->detect_zeroes &&
+           !atomic_load(&bs->dirty.watched);
 }
 
 /* True when the core would hand the operation to the driver as it is. */

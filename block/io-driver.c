@@ -260,9 +260,17 @@ int bdrv_write_pieces(const BdrvTransfer *t)
 
 static int write_data(const BdrvTransfer *t)
 {
+    bool changes = !(t->flags & BDRV_REQ_UNCHANGED);
+    int ret = changes ? bdrv_dirty_before(t->bs, t->offset, t->bytes) : 0;
+    if (ret < 0) {
+        return ret;
+    }
     bdrv_node_debug_event(t->bs, "pwritev");
-    int ret = bdrv_write_pieces(t);
+    ret = bdrv_write_pieces(t);
     bdrv_node_debug_event(t->bs, "pwritev_done");
+    if (changes) {
+        bdrv_dirty_after(t->bs, t->offset, t->bytes);
+    }
     if (ret < 0) {
         return ret;
     }

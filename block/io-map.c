@@ -17,13 +17,13 @@
 #include "block/io-int.h"
 
 /* Everything that needs more of the core than a look: a worker has it. */
-static bool lane_is_open(BlockDriverState *bs, BdrvMapIntent intent)
+static bool lane_is_open(BlockDriverState *bs, BdrvMapIntent intent, int64_t offset, int64_t bytes)
 {
     if (!bs->drv->map || atomic_load(&bs->quiesce) > 0) {
         return false;
     }
     if (intent == BDRV_MAP_WRITE) {
-        return !bs->read_only && !bs->detect_zeroes;
+        return !bs->read_only && !bs->detect_zeroes && bdrv_dirty_lane_is_open(bs, offset, bytes);
     }
     return !(bs->open_flags & BDRV_O_COPY_ON_READ);
 }
@@ -61,8 +61,13 @@ static int finish_layer(BlkQueue *queue, BdrvMapping *mapping, int result)
     if (layer->bs->drv->map_done) {
         result = layer->bs->drv->map_done(layer->bs, queue, mapping, result);
     }
-    if (result == 0 && layer->req.type == BDRV_TRACKED_WRITE) {
+    bool writes = layer->req.type == BDRV_TRACKED_WRITE;
+    if (result == 0 && writes) {
         bdrv_raise_length(layer->bs, layer->end);
+    }
+    if (writes && result != -ECANCELED) {
+        int64_t start = (int64_t)layer->req.range.offset;
+        bdrv_dirty_after(layer->bs, start, layer->end - start);
     }
     bdrv_request_end(&layer->req);
     return result;
@@ -86,8 +91,8 @@ int bdrv_map(BdrvChild *child, BlkQueue *queue, BdrvMapIntent intent, int64_t of
     unsigned depth = mapping->layers, n_before = mapping->n, depth_before = mapping->depth;
     int64_t bytes_before = mapping->bytes;
     assert(bdrv_graph_held());
-    if (depth == BDRV_MAP_MAX_LAYERS || !lane_is_open(bs, intent)
-        || !range_fits(bs, intent, offset, bytes)) {
+    if (depth == BDRV_MAP_MAX_LAYERS || !range_fits(bs, intent, offset, bytes)
+        || !lane_is_open(bs, intent, offset, bytes)) {
         return -EAGAIN;
     }
     mapping->layer[depth] = (BdrvMapLayer){.bs = bs};

@@ -90,6 +90,9 @@ static bool backing_shows_through(BlockDriverState *bs, const Truncation *tr)
 static bool call_truncate(BlockDriverState *bs, const Truncation *tr, GError **errp)
 {
     bool zero_new = tr->zero_new || backing_shows_through(bs, tr);
+    if (tr->length != tr->old_length && !bdrv_dirty_before_resize(bs, errp)) {
+        return false;
+    }
     if (bs->drv->truncate) {
         return bs->drv->truncate(bs, tr->length, tr->exact, tr->prealloc, zero_new, errp);
     }
@@ -133,6 +136,10 @@ bool bdrv_truncate(BdrvChild *child, int64_t offset, bool exact, PreallocMode pr
     }
     bool ok = call_truncate(bs, &tr, errp);
     refresh_length(bs, ok ? tr.length : tr.old_length);
+    int64_t length = bdrv_getlength(bs);
+    if (length >= 0 && length != tr.old_length) {
+        bdrv_dirty_after_resize(bs, length);
+    }
     bdrv_request_end(&req);
     return ok;
 }

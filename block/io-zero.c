@@ -122,10 +122,17 @@ static int zero_pieces(const BdrvTransfer *t, bool *need_flush)
 
 static int aligned_zeroes(const BdrvTransfer *t)
 {
-    bool need_flush = false;
+    bool need_flush = false, changes = !(t->flags & BDRV_REQ_UNCHANGED);
+    int ret = changes ? bdrv_dirty_before(t->bs, t->offset, t->bytes) : 0;
+    if (ret < 0) {
+        return ret;
+    }
     bdrv_node_debug_event(t->bs, "pwritev_zero");
-    int ret = zero_pieces(t, &need_flush);
+    ret = zero_pieces(t, &need_flush);
     bdrv_node_debug_event(t->bs, "pwritev_done");
+    if (changes) {
+        bdrv_dirty_after(t->bs, t->offset, t->bytes);
+    }
     if (ret < 0) {
         return ret;
     }
@@ -225,11 +232,15 @@ int bdrv_do_pdiscard(const BdrvTransfer *t)
     if (qb_align_up_overflow((uint64_t)t->offset, bl->request_alignment, &piece.offset)) {
         return 0;
     }
-    int ret = 0;
+    int64_t start = piece.offset;
+    int ret = start < end ? bdrv_dirty_before(t->bs, start, end - start) : 0;
     while (piece.offset < end && ret == 0) {
         piece.bytes = next_piece(piece.offset, end, unit, max);
         ret = discard_piece(&piece, unit);
         piece.offset += piece.bytes;
+    }
+    if (start < piece.offset) {
+        bdrv_dirty_after(t->bs, start, piece.offset - start);
     }
     return ret;
 }

@@ -114,6 +114,7 @@ static void free_node(BlockDriverState *bs)
 {
     unregister_name(bs);
     assert(bs->parents->len == 0 && bs->children->len == 0);
+    bdrv_dirty_list_destroy(&bs->dirty);
     qb_range_lock_destroy(&bs->ranges);
     g_ptr_array_unref(bs->children);
     g_ptr_array_unref(bs->parents);
@@ -138,6 +139,7 @@ BlockDriverState *bdrv_new_node(const BlockDriver *drv, const char *node_name, G
     bs->parents = g_ptr_array_new();
     bs->bl.request_alignment = 1;
     qb_range_lock_init(&bs->ranges);
+    bdrv_dirty_list_init(&bs->dirty);
     atomic_init(&bs->refcnt, 1);
     atomic_init(&bs->length, -1);
     if (!register_name(bs, node_name, errp)) {
@@ -176,6 +178,7 @@ static void flush_before_close(BlockDriverState *bs)
 static void close_node(BlockDriverState *bs, GPtrArray *ending)
 {
     if (bs->opened) {
+        bdrv_store_bitmaps_at_close(bs); /* flushes as it needs to: the next flush has less to do */
         flush_before_close(bs);
         if (bs->drv->close) {
             bs->drv->close(bs);

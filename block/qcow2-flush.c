@@ -9,7 +9,8 @@
  *   phase 1b  only for new refcount blocks: refcount table entries, or the header's switch to the
  *             new table
  *             BARRIER
- *   phase 2   sectors of existing L2 tables, of the L1, or the header's switch to the new L1
+ *   phase 2   sectors of existing L2 tables, of the L1, or the header's switch to the new L1;
+ *             sectors of bitmap tables, while these are being stored
  *             BARRIER
  *   then      release quarantine up to the generation that ended
  *
@@ -53,6 +54,7 @@ typedef struct FlushCopy {
     GArray *l2, *refblocks, *reftable, *l1; /* Qcow2DirtyPiece */
     Qcow2L1Copy l1_copy;
     Qcow2ReftableCopy reftable_copy;
+    GArray *bitmap_tables; /* BdrvBatchOp, or NULL */
     bool phase1_stable;
 } FlushCopy;
 
@@ -121,6 +123,7 @@ static int copy_refcounts(BDRVQcow2State *s, FlushCopy *c)
 
 static int copy_map(BDRVQcow2State *s, FlushCopy *c)
 {
+    c->bitmap_tables = qcow2_bitmaps_take_tables(s);
     QB_GUARD(&s->lock);
     int ret = qcow2_cache_collect_dirty(s->cache, QCOW2_TABLE_L2, c->l2);
 
@@ -146,6 +149,7 @@ static void copy_finish(BDRVQcow2State *s, FlushCopy *c, bool failed)
     g_array_free(c->refblocks, TRUE);
     g_array_free(c->reftable, TRUE);
     g_array_free(c->l1, TRUE);
+    g_clear_pointer(&c->bitmap_tables, g_array_unref);
 }
 
 /* ---- writing ---- */
@@ -251,6 +255,9 @@ static int phase2(BlockDriverState *bs, FlushCopy *c)
     add_ops(ops, c->l2, PIECES_LINKED);
     if (!c->l1_copy.moved) {
         add_ops(ops, c->l1, PIECES_ALL);
+    }
+    if (c->bitmap_tables) {
+        g_array_append_vals(ops, c->bitmap_tables->data, c->bitmap_tables->len);
     }
     if (!ops->len && !c->l1_copy.moved) {
         return 0;

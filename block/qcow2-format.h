@@ -107,14 +107,26 @@ enum {
 };
 /* An entry of the bitmap directory: the fixed part; extra data and the name follow, padded to 8. */
 enum {
+    QCOW2_BITMAP_TABLE_OFFSET = 0,
+    QCOW2_BITMAP_TABLE_ENTRIES = 8,
     QCOW2_BITMAP_FLAGS = 12,
+    QCOW2_BITMAP_TYPE = 16,
     QCOW2_BITMAP_GRANULARITY_BITS = 17,
     QCOW2_BITMAP_NAME_LENGTH = 18,
     QCOW2_BITMAP_EXTRA_LENGTH = 20,
     QCOW2_BITMAP_FIXED = 24,
 };
 #define QCOW2_BITMAP_IN_USE (1u << 0)
+#define QCOW2_BITMAP_AUTO (1u << 1)
+#define QCOW2_BITMAP_TYPE_DIRTY 1
+#define QCOW2_MIN_GRANULARITY_BITS 9
 #define QCOW2_MAX_GRANULARITY_BITS 31
+#define QCOW2_MAX_BITMAP_NAME 1023u
+#define QCOW2_MAX_BITMAP_BYTES (UINT64_C(512) << 20) /* of data */
+/* An entry of a bitmap table: 0, or 1 without a cluster: all bits set. */
+#define QCOW2_BITMAP_ENTRY_OFFSET_MASK UINT64_C(0x00fffffffffffe00)
+#define QCOW2_BITMAP_ENTRY_RESERVED_MASK UINT64_C(0xff000000000001fe)
+#define QCOW2_BITMAP_ENTRY_ALL_ONES UINT64_C(1)
 
 #define QCOW2_SUBCLUSTERS 32 /* per cluster with extended L2 */
 

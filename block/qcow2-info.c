@@ -4,8 +4,6 @@
  * The order of keys is part of the interface: users' scripts compare the text that is printed from
  * it.
  *
- * Not done: persistent bitmaps are not listed, as nothing here maintains them.
- *
  * SPDX-License-Identifier: MIT
  */
 #include "block/qcow2.h"
@@ -59,6 +57,35 @@ static void add_data_file(BDRVQcow2State *s, const Qcow2Header *h, json_t *data)
                         json_boolean(h->autoclear & QCOW2_AUTOCLEAR_DATA_FILE_RAW));
 }
 
+static json_t *bitmap_flags(uint32_t flags)
+{
+    json_t *list = json_array();
+    if (flags & QCOW2_BITMAP_IN_USE) {
+        json_array_append_new(list, json_string("in-use"));
+    }
+    if (flags & QCOW2_BITMAP_AUTO) {
+        json_array_append_new(list, json_string("auto"));
+    }
+    return list;
+}
+
+/* Those of the directory, as it stands in the image. */
+static void add_bitmaps(BDRVQcow2State *s, json_t *data)
+{
+    json_t *list = json_array();
+    Qcow2BitmapFacts facts;
+    for (guint i = 0; qcow2_bitmap_facts(s, i, &facts); i++) {
+        g_autofree char *name = g_utf8_make_valid(facts.name, -1);
+        json_int_t granularity = (json_int_t)1 << MIN(facts.granularity_bits, 62);
+        json_array_append_new(list, json_pack("{s:o, s:s, s:I}", "flags", bitmap_flags(facts.flags),
+                                              "name", name, "granularity", granularity));
+    }
+    if (json_array_size(list)) {
+        json_object_set(data, "bitmaps", list);
+    }
+    json_decref(list);
+}
+
 json_t *qcow2_get_specific_info(BlockDriverState *bs, GError **errp)
 {
     BDRVQcow2State *s = qcow2_state(bs);
@@ -71,6 +98,7 @@ json_t *qcow2_get_specific_info(BlockDriverState *bs, GError **errp)
     if (v3) {
         json_object_set_new(data, "lazy-refcounts",
                             json_boolean(h.compatible & QCOW2_COMPAT_LAZY_REFCOUNTS));
+        add_bitmaps(s, data);
     }
     json_object_set_new(data, "refcount-bits", json_integer(1 << h.refcount_order));
     json_t *encrypt = qcow2_crypto_facts(bs);

@@ -49,43 +49,6 @@ static int64_t count_data_clusters(BlockDriverState *source, int64_t length, uin
 
 /* ---------------------------------------------------------------- bitmaps */
 
-typedef struct BitmapDirectory {
-    BlockDriverState *bs;
-    uint64_t offset, bytes;
-    uint32_t nb;
-} BitmapDirectory;
-
-/* Where the directory of @bs lies; one without bitmaps when there is none that counts. */
-static BitmapDirectory find_directory(BlockDriverState *bs)
-{
-    BDRVQcow2State *s = qcow2_state(bs);
-    BitmapDirectory dir = {.bs = bs};
-    QB_GUARD(&s->header_lock);
-    const Qcow2Extension *ext = qcow2_find_extension(s->extensions, QCOW2_EXT_BITMAPS);
-    if (ext && ext->length == QCOW2_BITMAP_EXT_LENGTH &&
-        (s->header.autoclear & QCOW2_AUTOCLEAR_BITMAPS)) {
-        dir.nb = qb_ldbe32(ext->data);
-        dir.bytes = qb_ldbe64(ext->data + QCOW2_BITMAP_EXT_DIR_BYTES);
-        dir.offset = qb_ldbe64(ext->data + QCOW2_BITMAP_EXT_DIR_OFFSET);
-    }
-    return dir;
-}
-
-static bool read_entry(const BitmapDirectory *dir, uint64_t pos, uint8_t *entry, GError **errp)
-{
-    uint64_t offset;
-    if (pos > dir->bytes || dir->bytes - pos < QCOW2_BITMAP_FIXED ||
-        qb_add_overflow(dir->offset, pos, &offset) || offset > QCOW2_MAX_HOST_OFFSET) {
-        qb_error_set(errp, EINVAL, "Bitmap directory is cut off");
-        return false;
-    }
-    int ret = bdrv_pread(dir->bs->file, (int64_t)offset, QCOW2_BITMAP_FIXED, entry, 0);
-    if (ret < 0) {
-        qb_error_set_errno(errp, ret, "Could not read the bitmap directory");
-    }
-    return ret == 0;
-}
-
 /* Table and data of a bitmap, all of its bits being set. */
 static uint64_t bitmap_clusters(uint64_t disk_size, unsigned granularity_bits,
                                 uint64_t cluster_size)
@@ -95,47 +58,20 @@ static uint64_t bitmap_clusters(uint64_t disk_size, unsigned granularity_bits,
     return data + qb_div_round_up(data * 8, cluster_size);
 }
 
-/* What the bitmaps of a source take in the new image. */
-typedef struct BitmapTotals {
-    const Qcow2CreateArgs *a;
-    uint64_t clusters, dir_bytes;
-} BitmapTotals;
-
-/* Adds what @entry stands for; broken bitmaps are left out, as nobody would copy them. */
-static void add_bitmap(BitmapTotals *t, const uint8_t *entry)
-{
-    unsigned bits = entry[QCOW2_BITMAP_GRANULARITY_BITS];
-    if (bits > QCOW2_MAX_GRANULARITY_BITS ||
-        (qb_ldbe32(entry + QCOW2_BITMAP_FLAGS) & QCOW2_BITMAP_IN_USE)) {
-        return;
-    }
-    uint64_t name = qb_ldbe16(entry + QCOW2_BITMAP_NAME_LENGTH);
-    t->dir_bytes += qb_align_up(QCOW2_BITMAP_FIXED + name, 8);
-    t->clusters += bitmap_clusters(t->a->size, bits, t->a->cluster_size);
-}
-
-static uint64_t entry_bytes(const uint8_t *entry)
-{
-    return qb_align_up(QCOW2_BITMAP_FIXED + qb_ldbe16(entry + QCOW2_BITMAP_NAME_LENGTH) +
-                           (uint64_t)qb_ldbe32(entry + QCOW2_BITMAP_EXTRA_LENGTH), 8);
-}
-
-/* Sums cannot overflow before the last step: there are at most 2^16 bitmaps of 2^49 clusters. */
+/* What the source's bitmaps take in the new image; broken ones are left out, as nobody would copy them.
+ * Sums cannot overflow before the last step: there are at most 2^16 bitmaps of 2^55 clusters. */
 static bool measure_bitmaps(BlockDriverState *source, const Qcow2CreateArgs *a, uint64_t *ret,
                             GError **errp)
 {
-    BitmapDirectory dir = find_directory(source);
-    BitmapTotals totals = {.a = a};
-    uint64_t pos = 0;
-    for (uint32_t i = 0; i < MIN(dir.nb, QCOW2_MAX_BITMAPS); i++) {
-        uint8_t entry[QCOW2_BITMAP_FIXED];
-        if (!read_entry(&dir, pos, entry, errp)) {
-            return false;
+    uint64_t clusters = 0, dir_bytes = 0;
+    Qcow2BitmapFacts facts;
+    for (guint i = 0; qcow2_bitmap_facts(qcow2_state(source), i, &facts); i++) {
+        if (!facts.broken && !(facts.flags & QCOW2_BITMAP_IN_USE)) {
+            clusters += bitmap_clusters(a->size, facts.granularity_bits, a->cluster_size);
+            dir_bytes += qb_align_up(QCOW2_BITMAP_FIXED + facts.name_bytes, 8);
         }
-        add_bitmap(&totals, entry);
-        pos += entry_bytes(entry);
     }
-    uint64_t clusters = totals.clusters + qb_div_round_up(totals.dir_bytes, a->cluster_size);
+    clusters += qb_div_round_up(dir_bytes, a->cluster_size);
     if (qb_mul_overflow(clusters, a->cluster_size, ret) || *ret > INT64_MAX) {
         qb_error_set(errp, EFBIG, "The bitmaps are too large");
         return false;

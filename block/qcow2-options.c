@@ -264,12 +264,15 @@ static bool may_become_writable(const BDRVQcow2State *s, GError **errp)
     return true;
 }
 
-/* The file becomes read-only too: nothing may be left to write. Freed clusters need a
-
- * second turn. */
+/* The file becomes read-only too: nothing may be left to write. Freed clusters need a second turn. */
 static bool write_everything(BlockDriverState *bs, GError **errp)
 {
     BDRV_GRAPH_GUARD();
+    if (!qcow2_bitmaps_store(bs, errp)) {
+        g_prefix_error(errp, "Lost persistent bitmaps during inactivation of node '%s': ",
+                       bs->node_name);
+        return false;
+    }
     int ret = qcow2_flush_all(bs);
     if (ret < 0) {
         qb_error_set_errno(errp, ret, "Could not write back the metadata of '%s'", bs->filename);

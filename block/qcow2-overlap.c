@@ -4,7 +4,8 @@
  * It catches what should be impossible: counts on disk that were wrong (a cluster handed out
  * twice), or a mapping that points into metadata.
  *
- *      header, L1, refcount table, snapshot table, snapshots' L1s   ranges, compared directly
+ *      header, L1, refcount table, snapshot table, snapshots' L1s,  ranges, compared directly
+ *      bitmap directory
  *      active L2 tables, refcount blocks                            by offset, in the sets that the
  *                                                                   L1 and the refcount table keep
  *      tables in memory                                             by offset in the cache
@@ -101,6 +102,9 @@ static Qcow2Overlap find_overlap(BDRVQcow2State *s, int checked, uint64_t offset
     if (checked & QCOW2_OL_INACTIVE_L1 && hits_snapshot_l1(s, offset, bytes)) {
         return QCOW2_OL_INACTIVE_L1;
     }
+    if (checked & QCOW2_OL_BITMAP_DIRECTORY && qcow2_bitmaps_hit_directory(s, offset, bytes)) {
+        return QCOW2_OL_BITMAP_DIRECTORY;
+    }
     if (checked & QCOW2_OL_ACTIVE_L2 && qcow2_l1_names_table(s, offset, bytes)) {
         return QCOW2_OL_ACTIVE_L2;
     }
@@ -108,6 +112,11 @@ static Qcow2Overlap find_overlap(BDRVQcow2State *s, int checked, uint64_t offset
         return QCOW2_OL_REFCOUNT_BLOCK;
     }
     return cached_table(s, offset, bytes) & checked;
+}
+
+bool qcow2_overlaps_metadata(BlockDriverState *bs, uint64_t offset, uint64_t bytes)
+{
+    return find_overlap(qcow2_state(bs), ~QCOW2_OL_BITMAP_DIRECTORY, offset, bytes) != 0;
 }
 
 int qcow2_check_overlap(BlockDriverState *bs, int ignore, uint64_t offset, uint64_t bytes)

@@ -10,10 +10,9 @@
  *
  * Rules
  *  1. Nothing is written by an open that does not have to repair: autoclear bits that this driver
- *     does not keep true (the unknown ones and the bitmaps bit, because stored bitmaps are not
- *     maintained) are cleared by the gate in front of the first change, see qcow2_begin_change(). 
- *     The bitmaps' extension and clusters stay: whoever knows them sees by the bit that they are
- *     out of date.
+ *     does not keep true (the unknown ones, and the bitmaps bit where the directory cannot be read)
+ *     are cleared by the gate in front of the first change, see qcow2_begin_change().  Such bitmaps'
+ *     extension and clusters stay: whoever knows them sees by the bit that they are out of date.
  *  2. A dirty image is repaired before anything else may change it.
  *  3. The external data file's name comes out of an image that somebody else may have written: it
  *     is a plain file name and never parsed, and it is not opened where no guest data is wanted.
@@ -37,6 +36,7 @@
 static void teardown(BDRVQcow2State *s)
 {
     qcow2_background_stop(s);
+    g_clear_pointer(&s->bitmaps, qcow2_bitmaps_free);
     g_clear_pointer(&s->compressor, qcow2_compressor_free);
     g_clear_pointer(&s->flusher, qcow2_flusher_free);
     g_clear_pointer(&s->quarantine, qcow2_quarantine_free);
@@ -238,6 +238,7 @@ static bool open_rooms(BlockDriverState *bs, GError **errp)
     s->cache = qcow2_cache_new(bs, qcow2_cache_limit(s));
     s->free_index = qcow2_free_index_new();
     s->background = qcow2_background_new(bs);
+    s->bitmaps = qcow2_bitmaps_new();
     return qcow2_refcount_init(bs, errp) && open_l1(bs, errp);
 }
 
@@ -262,6 +263,7 @@ static bool load_names(BlockDriverState *bs, GError **errp)
 void qcow2_set_autoclear_pending(BDRVQcow2State *s)
 {
     uint64_t kept = QCOW2_AUTOCLEAR_DATA_FILE_RAW;
+    kept |= qcow2_bitmaps_maintained(s) ? QCOW2_AUTOCLEAR_BITMAPS : 0;
     atomic_store(&s->autoclear_pending, s->header.autoclear & ~kept);
 }
 
@@ -318,7 +320,7 @@ static bool open_steps(BlockDriverState *bs, json_t *options, int flags, GError 
     s->may_unallocate = flags & BDRV_O_NO_BACKING_ZERO;
     if (!take_options(bs, options, errp) || !open_data_file(bs, options, flags, errp) ||
         !open_rooms(bs, errp) || !qcow2_snapshots_load(bs, for_check, errp) ||
-        !load_names(bs, errp)) {
+        !load_names(bs, errp) || (!for_check && !qcow2_bitmaps_load(bs, errp))) {
         return false;
     }
     warn_of_stale_bitmaps(s);
@@ -524,6 +526,11 @@ const BlockDriver bdrv_qcow2 = {
     .snapshot_delete = gated_snapshot_delete,
     .snapshot_list = qcow2_snapshot_list,
     .snapshot_load_tmp = qcow2_snapshot_load_tmp,
+    .bitmap_add = qcow2_bitmap_add,
+    .bitmap_remove = qcow2_bitmap_remove,
+    .bitmaps_remove_all = qcow2_bitmaps_remove_all,
+    .bitmaps_mark_in_use = qcow2_bitmaps_mark_in_use,
+    .bitmaps_store = qcow2_bitmaps_store,
     .save_vmstate = gated_save_vmstate,
     .load_vmstate = qcow2_load_vmstate,
 };

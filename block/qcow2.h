@@ -44,6 +44,7 @@ typedef struct Qcow2FreeIndex Qcow2FreeIndex;
 typedef struct Qcow2Inflight Qcow2Inflight;
 typedef struct Qcow2Quarantine Qcow2Quarantine;
 typedef struct Qcow2Flusher Qcow2Flusher;
+typedef struct Qcow2Bitmaps Qcow2Bitmaps;
 
 /* The header in host byte order; version 2 images carry the version 3 fields' defaults. */
 typedef struct Qcow2Header {
@@ -159,6 +160,7 @@ struct BDRVQcow2State {
     Qcow2Quarantine *quarantine;
     Qcow2Flusher *flusher;
     struct Qcow2Compressor *compressor;
+    Qcow2Bitmaps *bitmaps;
     bool shows_snapshot; /* read-only node whose L1 is a snapshot's (qcow2_snapshot_load_tmp) */
     uint64_t alloc_seq;  /* counts allocations; guarded by alloc_lock */
     uint64_t cut_at;     /* first cluster of a tail that is being cut off, UINT64_MAX: none; likewise */
@@ -618,6 +620,8 @@ typedef enum Qcow2Overlap {
     QCOW2_OL_BITMAP_DIRECTORY = 1 << 8,
 } Qcow2Overlap;
 int qcow2_check_overlap(BlockDriverState *bs, int ignore, uint64_t offset, uint64_t bytes);
+/* Does the range hit any metadata but the bitmap directory, whatever options say? Only looks. */
+bool qcow2_overlaps_metadata(BlockDriverState *bs, uint64_t offset, uint64_t bytes);
 
 /* ======================= qcow2-cluster.c: guest offset -> mapping ======================= */
 
@@ -817,6 +821,40 @@ uint8_t *qcow2_snapshots_encode(const GArray *snapshots, int version, size_t *re
  * lock. */
 bool qcow2_snapshots_store(BlockDriverState *bs, GArray *snapshots,
                            void (*fn)(Qcow2Header *h, void *opaque), void *opaque, GError **errp);
+/* qcow2-bitmap.c: callbacks of driver.h */
+bool qcow2_bitmap_add(BlockDriverState *bs, const BdrvDirtyParams *params, GError **errp);
+bool qcow2_bitmap_remove(BlockDriverState *bs, BdrvDirtyBitmap *bm, GError **errp);
+bool qcow2_bitmaps_remove_all(BlockDriverState *bs, GError **errp);
+int qcow2_bitmaps_mark_in_use(BlockDriverState *bs, BdrvBitmapsWhich which, BdrvDirtyBitmap *one);
+bool qcow2_bitmaps_store(BlockDriverState *bs, GError **errp);
+/* Reads the directory, and gives the node its bitmaps. What cannot be understood is kept as it is, and
+ * inconsistent; a directory that cannot be read at all is warned of, and its autoclear bit goes with
+ * the first change of guest content. Writes nothing. */
+bool qcow2_bitmaps_load(BlockDriverState *bs, GError **errp);
+Qcow2Bitmaps *qcow2_bitmaps_new(void);
+void qcow2_bitmaps_free(Qcow2Bitmaps *b); /* with the node's bitmaps; NULL is fine */
+/* Does the image list bitmaps that count (its autoclear bit is set)? */
+bool qcow2_bitmaps_present(BDRVQcow2State *s);
+/* Guest writes keep the listed bitmaps true, so that the autoclear bit may stay. */
+bool qcow2_bitmaps_maintained(BDRVQcow2State *s);
+/* The @i-th bitmap of the directory as it is listed now; false: there is none. */
+typedef struct Qcow2BitmapFacts {
+    const char *name; /* borrowed; of a broken one perhaps cut */
+    size_t name_bytes;
+    unsigned granularity_bits;
+    uint32_t flags;
+    bool broken;      /* not IN_USE, but not to be understood */
+} Qcow2BitmapFacts;
+bool qcow2_bitmap_facts(BDRVQcow2State *s, guint i, Qcow2BitmapFacts *ret);
+/* Does the directory lie in the clusters of host bytes [offset, +bytes)? Cheap. */
+bool qcow2_bitmaps_hit_directory(BDRVQcow2State *s, uint64_t offset, uint64_t bytes);
+/* Sectors of bitmap tables that refer to clusters allocated before: to be written when the counts are
+ * stable, by the flush that takes them before it copies. GArray of BdrvBatchOp, new reference;
+ * NULL: none. */
+GArray *qcow2_bitmaps_take_tables(BDRVQcow2State *s);
+/* Table entries that @size bytes of disk need; at least 1. */
+uint64_t qcow2_bitmap_entries(const BDRVQcow2State *s, uint64_t size, unsigned granularity_bits);
+
 /* qcow2-check.c */
 bool qcow2_check(BlockDriverState *bs, const BdrvCheckOptions *opts, BdrvCheckResult *result,
                  GError **errp);

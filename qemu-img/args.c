@@ -33,7 +33,7 @@ typedef struct GetoptTables {
 
 static bool takes_value(const ImgOption *o)
 {
-    return o->kind != IMG_FLAG;
+    return o->kind != IMG_FLAG && o->kind != IMG_ACTION;
 }
 
 /* "-" first: operands are returned in place (value 1); ":" next: a missing argument is ':'. */
@@ -93,6 +93,16 @@ static void append_list(GPtrArray **field, char *value)
     g_ptr_array_add(*field, value);
 }
 
+static void append_action(GArray **field, const ImgOption *o, const char *value)
+{
+    ImgAction action = {o->name, o->kind == IMG_ACTION_VALUE ? value : NULL};
+
+    if (!*field) {
+        *field = g_array_new(FALSE, FALSE, sizeof(ImgAction));
+    }
+    g_array_append_val(*field, action);
+}
+
 /* "--max-length" is spoken of as "max length". */
 static bool store_size(const ImgOption *o, const char *value, uint64_t *field)
 {
@@ -120,6 +130,10 @@ static bool store_value(const ImgOption *o, char *value, void *args)
         return true;
     case IMG_SIZE:
         return store_size(o, value, field);
+    case IMG_ACTION:
+    case IMG_ACTION_VALUE:
+        append_action(field, o, value);
+        return true;
     case IMG_IGNORED:
     case IMG_END:
         break;

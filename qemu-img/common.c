@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "block/dirty-bitmap.h"
 #include "qemu-img/img.h"
 #include "tools/objects.h"
 
@@ -155,13 +156,27 @@ BlockBackend *img_open(const char *name, const ImgOpen *how)
     return blk;
 }
 
-int img_close(BlockBackend *blk, int status)
+/* Bitmaps first: what they need made stable goes with the flush. */
+static bool store_and_flush(BlockBackend *blk)
 {
-    int ret = blk_is_writable(blk) ? blk_flush(blk) : 0;
+    GError *err = NULL;
+    int ret;
 
-    if (ret < 0 && status == 0) {
+    if (!bdrv_store_bitmaps(blk_bs(blk), &err)) {
+        img_report_prefixed(err, 1, "Error while closing the image: ");
+        return false;
+    }
+    ret = blk_flush(blk);
+    if (ret < 0) {
         img_error("Error while closing the image: %s: %s", bdrv_filename(blk_bs(blk)),
                   g_strerror(-ret));
+    }
+    return ret == 0;
+}
+
+int img_close(BlockBackend *blk, int status)
+{
+    if (status == 0 && blk_is_writable(blk) && !store_and_flush(blk)) {
         status = 1;
     }
     blk_unref(blk);

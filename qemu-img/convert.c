@@ -14,6 +14,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include "block/dirty-bitmap.h"
 #include "qemu-img/convert.h"
 #include "qemu-img/create-options.h"
 #include "util/checked.h"
@@ -118,7 +119,6 @@ static bool check_combinations(const ConvertArgs *a)
         {a->no_create && a->backing, "-B cannot be used together with -n"},
         {a->no_create && a->options, "-o has no effect when skipping image creation"},
         {a->salvage && a->copy_offload, "Cannot use copy offloading in salvaging mode"},
-        {a->bitmaps, "Copying bitmaps is not supported"},
     };
 
     for (size_t i = 0; i < G_N_ELEMENTS(rules); i++) {
@@ -292,6 +292,29 @@ static bool prepare_target(ConvertPlan *plan, const char *name, const ConvertArg
     return true;
 }
 
+/* Can the sources' bitmaps go to the target? */
+static bool check_bitmaps(const ConvertPlan *plan, const ConvertArgs *a)
+{
+    if (!a->bitmaps) {
+        return true;
+    }
+    if (plan->nb_sources > 1) {
+        img_error("Copying bitmaps only possible with single source");
+        return false;
+    }
+    return convert_check_bitmaps(plan, a->skip_broken_bitmaps);
+}
+
+static bool check_target_bitmaps(const ConvertPlan *plan, const ConvertArgs *a)
+{
+    if (a->bitmaps && !bdrv_can_store_bitmaps(blk_bs(plan->target))) {
+        img_error("Format driver '%s' does not support bitmaps",
+                  bdrv_get_format_name(blk_bs(plan->target)));
+        return false;
+    }
+    return true;
+}
+
 /* ---- the verb ---- */
 
 bool convert_run(ConvertPlan *plan, bool show)
@@ -315,10 +338,14 @@ static int convert_images(ConvertPlan *plan, const GPtrArray *operands, const Co
     if (!a->no_create && !(plan->create_options = judge_target(a, target))) {
         return 1;
     }
-    if (!open_sources(plan, operands, a) || !prepare_target(plan, target, a)) {
+    if (!open_sources(plan, operands, a) || !check_bitmaps(plan, a) ||
+        !prepare_target(plan, target, a) || !check_target_bitmaps(plan, a)) {
         return 1;
     }
     status = convert_run(plan, a->progress && !a->quiet) ? 0 : 1;
+    if (status == 0 && a->bitmaps && !convert_copy_bitmaps(plan)) {
+        status = 1;
+    }
     return img_close(g_steal_pointer(&plan->target), status);
 }
 

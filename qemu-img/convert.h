@@ -44,6 +44,11 @@ bool convert_run(ConvertPlan *plan, bool show);
 /* Closes and frees what the plan holds, but for the plan itself. */
 void convert_plan_clear(ConvertPlan *plan);
 
+/* Can the bitmaps of the (one) source be copied? False: said. */
+bool convert_check_bitmaps(const ConvertPlan *plan, bool skip_broken);
+/* Copies them to the target, which has its content; broken ones are left out. False: said. */
+bool convert_copy_bitmaps(const ConvertPlan *plan);
+
 /* Copies all of it; false: said. */
 bool convert_copy(const ConvertPlan *plan);
 

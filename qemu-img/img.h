@@ -33,6 +33,7 @@ typedef struct ImgVerb {
 
 int img_amend(int argc, char **argv);
 int img_bench(int argc, char **argv);
+int img_bitmap(int argc, char **argv);
 int img_check(int argc, char **argv);
 int img_commit(int argc, char **argv);
 int img_compare(int argc, char **argv);
@@ -55,6 +56,8 @@ typedef enum ImgOptionKind {
     IMG_LIST,   /* GPtrArray * of const char *, made at the first */
     IMG_JOINED, /* char *, repeated values joined with commas (-o) */
     IMG_SIZE,   /* uint64_t; has a long name */
+    IMG_ACTION, /* GArray * of ImgAction in the order given, made at the first; long form only */
+    IMG_ACTION_VALUE, /* the same, with a value */
     IMG_IGNORED /* accepted with an argument, without effect */
 } ImgOptionKind;
 
@@ -73,6 +76,12 @@ typedef struct ImgOption {
      "give up what is not needed once the image is open: auto, on, off"}
 #define IMG_UNTRUSTED_OPTION(args) \
     {IMG_FLAG, 0, "untrusted", offsetof(args, untrusted), NULL, "open nothing that an image names"}
+
+/* An action of a verb that carries out several in order. */
+typedef struct ImgAction {
+    const char *name;
+    const char *value; /* NULL: takes none */
+} ImgAction;
 
 typedef struct ImgUsage {
     const char *verb;
@@ -130,7 +139,8 @@ BlockBackend *img_open_guarded(const char *name, const ImgOpen *how, json_t *opt
 bool img_check_open_args(const char *format, bool image_opts);
 /* Is @mode (or NULL) a cache mode? @which: "source " or "". False: said. */
 bool img_check_cache(const char *which, const char *mode);
-/* Flushes and closes. Returns @status, or 1 when that is 0 and the flush failed, which is then said
+/* Stores bitmaps, flushes and closes. Returns @status, or 1 when that is 0 and storing or flushing
+ * failed, which is then said
  * (a verb that failed has said why: one error is enough). */
 int img_close(BlockBackend *blk, int status);
 /* Lets a read-only node show a snapshot: "ID", else "NAME", or "snapshot.id=ID,snapshot.name=NAME"

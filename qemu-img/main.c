@@ -18,6 +18,7 @@
 static const ImgVerb verbs[] = {
     {"amend", img_amend, "change options of an existing image"},
     {"bench", img_bench, "measure how fast an image takes requests"},
+    {"bitmap", img_bitmap, "change persistent dirty bitmaps"},
     {"check", img_check, "check an image for consistency, and repair it"},
     {"commit", img_commit, "move an overlay's content into its backing file"},
     {"compare", img_compare, "compare the content of two images"},

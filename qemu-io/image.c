@@ -14,6 +14,7 @@
  */
 #include <stdio.h>
 #include <string.h>
+#include "block/dirty-bitmap.h"
 #include "qemu-io/qio.h"
 
 /* --- opening --- */
@@ -149,14 +150,17 @@ bool qio_want_permissions(QioShell *sh, unsigned needs)
 
 bool qio_close(QioShell *sh)
 {
+    GError *err = NULL;
+    bool stored = true;
     int ret = 0;
 
     qio_release_breakpoints(sh);
     if (blk_is_writable(sh->blk)) {
+        stored = bdrv_store_bitmaps(blk_bs(sh->blk), &err) || qio_error_prefixed(err, "%s", "");
         ret = blk_flush(sh->blk);
     }
     g_clear_pointer(&sh->blk, blk_unref);
-    return ret >= 0 || qio_error("flush at close failed: %s", g_strerror(-ret));
+    return stored && (ret >= 0 || qio_error("flush at close failed: %s", g_strerror(-ret)));
 }
 
 bool qio_cmd_close(QioShell *sh, const QioArgs *args)

@@ -15,6 +15,7 @@
 #define BLOCK_DRIVER_H
 
 #include "block/block.h"
+#include "block/dirty-bitmap.h"
 #include "block/io.h"
 #include "block/locks.h"
 #include "util/rangelock.h"
@@ -224,6 +225,19 @@ struct BlockDriver {
     int (*save_vmstate)(BlockDriverState *bs, IoVector *qiov, int64_t pos);
     int (*load_vmstate)(BlockDriverState *bs, IoVector *qiov, int64_t pos);
 
+    /* --- persistent dirty bitmaps; the node is held, but for mark_in_use --- */
+    /* Lists it in the image, valid and empty, and puts it into the node's list. */
+    bool (*bitmap_add)(BlockDriverState *bs, const BdrvDirtyParams *params, GError **errp);
+    /* Takes it out of the image and frees it. */
+    bool (*bitmap_remove)(BlockDriverState *bs, BdrvDirtyBitmap *bm, GError **errp);
+    bool (*bitmaps_remove_all)(BlockDriverState *bs, GError **errp);
+    /* Makes IN_USE of those bitmaps stable; @one with BDRV_BITMAPS_ONE. Many at once, inside requests
+     * that have entered. 0 or -errno. */
+    int (*bitmaps_mark_in_use)(BlockDriverState *bs, BdrvBitmapsWhich which, BdrvDirtyBitmap *one);
+    /* Stores all that are in use, makes that and the rest of the image stable, then takes IN_USE off.
+     * Writes nothing when none is in use. False: some are lost. */
+    bool (*bitmaps_store)(BlockDriverState *bs, GError **errp);
+
     /* --- debugging (blkdebug) --- */
     void (*debug_event)(BlockDriverState *bs, const char *event);
     int (*debug_breakpoint)(BlockDriverState *bs, const char *event, const char *tag);
@@ -263,6 +277,7 @@ struct BlockDriverState {
     GPtrArray *children; /* BdrvChild* owned */
     GPtrArray *parents;  /* BdrvChild* of the parents, borrowed */
     char *backing_name, *backing_fmt; /* as in the header; "" for none */
+    BdrvDirtyList dirty;
 
     /* requests */
     QbRangeLock ranges;
