@@ -360,11 +360,7 @@ static bool store(BlockDriverState *bs, GError **errp)
                        bs->node_name);
         return false;
     }
-    int ret = bdrv_flush(bs);
-    if (ret < 0) {
-        qb_error_set_errno(errp, ret, "Could not flush the image");
-    }
-    return ret == 0;
+    return true;
 }
 
 bool bdrv_store_bitmaps(BlockDriverState *bs, GError **errp)

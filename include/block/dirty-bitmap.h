@@ -61,8 +61,9 @@ GArray *bdrv_bitmap_list(BlockDriverState *bs);
 /* Can the node's driver store bitmaps at all? */
 bool bdrv_can_store_bitmaps(BlockDriverState *bs);
 
-/* Stores what changed in persistent bitmaps, and flushes the node. The next change of one begins a
- * new session. Failing to store one does not keep the others from being stored. */
+/* Stores what changed in persistent bitmaps, with a flush of the node if there is something to store:
+ * who is about to flush and close stores first. The next change of one begins a new session. Failing
+ * to store one does not keep the others from being stored. */
 bool bdrv_store_bitmaps(BlockDriverState *bs, GError **errp);
 
 /*
