@@ -88,7 +88,7 @@ void qcow2_check_retry_fixes(Qcow2Check *c)
             continue;
         }
         fix->done = true;
-        qcow2_check_mark_fixed(c, BDRV_FINDING_CORRUPTION);
+        qcow2_check_mark_fixed(c, BDRV_FINDING_CORRUPTION, 1);
         qcow2_check_report(c, BDRV_FINDING_INFO, true, fix->code, fix->pos, "Repairing%s",
                            fix->text);
     }

@@ -4,6 +4,7 @@
  *   snapshot table -> references -> refcounts -> COPIED flags -> snapshot table, header bits
  *
  *     qcow2-check-refs.c     who refers to which host cluster: header, L1s, snapshots, crypto area
+ *     qcow2-check-l1.c         an active L1 that is too long
  *     qcow2-check-l2.c         L2 tables, each read once however many L1s name it
  *     qcow2-check-scan.c       those in which nothing is odd, on all cores
  *     qcow2-check-fixes.c      entries that a repair rewrites
@@ -22,7 +23,8 @@
  *     file (or from a cache that equals it; a repair empties the caches before it begins).  No
  *     check marks the image corrupt or changes it unless it repairs.
  *  2. Something that cannot be read may hold references.  While there is such a thing no count is
- *     lowered and no cluster is taken for free.
+ *     lowered and no cluster is taken for free.  A bitmap directory that makes no sense keeps counts
+ *     from being lowered, too, but nothing else from being repaired.
  *  3. A repair raises before it lowers, with a barrier between (invariant 1).  On version 3 the
  *     dirty bit is stable before the first count or flag changes and goes when all of them are
  *     right; on version 2 COPIED flags are cleared before counts rise and set after they fell
@@ -78,12 +80,12 @@ void qcow2_check_report(Qcow2Check *c, BdrvFindingClass kind, bool fixed, const 
     c->opts->finding(&finding, c->opts->opaque);
 }
 
-void qcow2_check_mark_fixed(Qcow2Check *c, BdrvFindingClass kind)
+void qcow2_check_mark_fixed(Qcow2Check *c, BdrvFindingClass kind, uint64_t n)
 {
     uint64_t *left = counter(c->res, kind, false);
-    assert(left && *left > 0);
-    (*left)--;
-    (*counter(c->res, kind, true))++;
+    assert(left && *left >= n);
+    *left -= n;
+    *counter(c->res, kind, true) += n;
 }
 
 bool qcow2_check_cancelled(const Qcow2Check *c)
@@ -191,8 +193,23 @@ static void check_extra_data(Qcow2Check *c, guint i, const Qcow2Snapshot *sn)
     }
 }
 
+/* The place of a table that does not exist; it is nobody's, but readers refuse an impossible one. */
+static void check_no_table(Qcow2Check *c)
+{
+    uint64_t offset = c->s->header.snapshots_offset;
+    if (qcow2_offset_into_cluster(c->s, offset) || offset > INT64_MAX) {
+        qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "snapshot-table-place", offset,
+                           "%s snapshot table offset invalid",
+                           c->fix & BDRV_FIX_ERRORS ? "Repairing" : "ERROR");
+        c->snapshot_faults++;
+    }
+}
+
 static void check_snapshot_table(Qcow2Check *c)
 {
+    if (!c->s->header.nb_snapshots) {
+        check_no_table(c);
+    }
     const GArray *list = c->s->snapshots;
     guint n = list ? list->len : 0;
     if (c->s->header.nb_snapshots > n) {
@@ -229,9 +246,8 @@ static void repair_snapshot_table(Qcow2Check *c)
                            err ? err->message : "flush failed");
         return;
     }
-    for (; c->snapshot_faults; c->snapshot_faults--) {
-        qcow2_check_mark_fixed(c, BDRV_FINDING_CORRUPTION);
-    }
+    qcow2_check_mark_fixed(c, BDRV_FINDING_CORRUPTION, c->snapshot_faults);
+    c->snapshot_faults = 0;
 }
 
 /* ---------------------------------------------------------------- the run */
@@ -239,6 +255,11 @@ static void repair_snapshot_table(Qcow2Check *c)
 static void clear_entry_fix(void *p)
 {
     g_free(((Qcow2EntryFix *)p)->text);
+}
+
+static void clear_table_fix(void *p)
+{
+    g_free(((Qcow2TableFix *)p)->name);
 }
 
 static bool begin(Qcow2Check *c, GError **errp)
@@ -268,6 +289,8 @@ static bool begin(Qcow2Check *c, GError **errp)
     c->tables = g_array_new(false, false, sizeof(Qcow2CheckTable));
     c->entry_fixes = g_array_new(false, false, sizeof(Qcow2EntryFix));
     g_array_set_clear_func(c->entry_fixes, clear_entry_fix);
+    c->table_fixes = g_array_new(false, false, sizeof(Qcow2TableFix));
+    g_array_set_clear_func(c->table_fixes, clear_table_fix);
     c->taken = g_hash_table_new(NULL, NULL);
     return true;
 }
@@ -279,6 +302,7 @@ static void end(Qcow2Check *c)
     g_free(c->be_l1);
     g_clear_pointer(&c->tables, g_array_unref);
     g_clear_pointer(&c->entry_fixes, g_array_unref);
+    g_clear_pointer(&c->table_fixes, g_array_unref);
     g_clear_pointer(&c->table_index, g_hash_table_unref);
     g_clear_pointer(&c->taken, g_hash_table_unref);
     g_free(c->blocks);
@@ -321,13 +345,20 @@ static bool repair_errors(Qcow2Check *c)
     if (!change_bits(c, QCOW2_INCOMPAT_DIRTY, 0, "set the dirty bit")) {
         return false;
     }
+    if (!qcow2_check_shorten_l1(c)) {
+        return false;
+    }
     qcow2_check_release_structure(c);
+    qcow2_check_make_bitmap_tables(c);
     Qcow2Moves *moves = qcow2_check_copy_aliases(c);
     if (c->s->version < 3) {
         qcow2_check_copied(c, true, true);
     }
     bool raised = qcow2_check_raise(c);
     qcow2_check_relink_aliases(c, moves, raised);
+    if (raised) {
+        qcow2_check_link_bitmap_tables(c);
+    }
     if (raised && !c->write_failed) {
         qcow2_check_lower(c);
     }

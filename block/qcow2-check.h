@@ -110,6 +110,15 @@ typedef struct Qcow2EntryFix {
     bool done;
 } Qcow2EntryFix;
 
+/* A table of a bitmap that a repair makes anew. */
+typedef struct Qcow2TableFix {
+    uint64_t pos;      /* of the directory entry, in the file */
+    uint64_t offset;   /* of the new table */
+    uint32_t entries;
+    char *name;        /* owned */
+    bool ready;        /* written, and counted in the map */
+} Qcow2TableFix;
+
 typedef struct Qcow2Check {
     BlockDriverState *bs;
     BDRVQcow2State *s;
@@ -118,7 +127,8 @@ typedef struct Qcow2Check {
     unsigned fix;            /* BdrvCheckFix */
     uint64_t file_bytes, nb_clusters;
     bool incomplete;         /* something was not read: there may be more references */
-    bool lost;               /* an L1 entry or a snapshot leads nowhere */
+    bool lost;               /* an L1 entry, a snapshot or a bitmap leads nowhere */
+    bool keep_leaks;         /* and what looks leaked may be its own */
     bool touched;            /* the image was written: caches are stale */
     bool write_failed;       /* a repair stopped half-way */
     bool quiet;              /* findings are counted, not told */
@@ -126,11 +136,13 @@ typedef struct Qcow2Check {
     bool copied_uncounted;   /* same, of an entry that is not in the map */
     Qcow2RefMap *map;
     uint64_t *be_l1;         /* active L1 as on disk */
-    uint32_t l1_size;
+    uint32_t l1_size;        /* entries that are looked at */
+    bool l1_too_long;        /* the header says more */
     GArray *tables;          /* Qcow2CheckTable: active ones in L1 order, others by offset */
     guint nb_active_tables;
     GHashTable *table_index; /* offset -> position in tables, while they are collected */
     GArray *entry_fixes;     /* Qcow2EntryFix */
+    GArray *table_fixes;     /* Qcow2TableFix */
     bool snapshots_broken;   /* the table is to be written again */
     uint64_t snapshot_faults;
     /* refcount structure; see qcow2-check-compare.c and qcow2-rebuild.c */
@@ -154,8 +166,8 @@ typedef struct Qcow2Check {
 /* Counts a finding and tells the caller of it. @code is a literal, @offset UINT64_MAX if none. */
 void qcow2_check_report(Qcow2Check *c, BdrvFindingClass kind, bool fixed, const char *code,
                         uint64_t offset, const char *fmt, ...) G_GNUC_PRINTF(6, 7);
-/* A finding of this class that was reported before has been repaired. */
-void qcow2_check_mark_fixed(Qcow2Check *c, BdrvFindingClass kind);
+/* @n findings of this class that were reported before have been repaired. */
+void qcow2_check_mark_fixed(Qcow2Check *c, BdrvFindingClass kind, uint64_t n);
 /* Did the user ask to stop? Looked at while nothing has been changed. */
 bool qcow2_check_cancelled(const Qcow2Check *c);
 /* Writes to the image file; a failure is reported as a check error. */
@@ -180,6 +192,13 @@ void qcow2_check_overflow(uint64_t cluster, void *opaque);
 /* Counts @times references to each cluster touched; false when that was refused (see above). */
 bool qcow2_check_count(Qcow2Check *c, uint64_t offset, uint64_t bytes, uint64_t times,
                        unsigned flags);
+
+/* ======================= qcow2-check-l1.c: the length of the active L1 ======================= */
+
+/* Reports an L1 table that runs into another structure; c->l1_size is what it can have. */
+void qcow2_check_l1_length(Qcow2Check *c);
+/* Writes that to the header, stable on return. False when it could not be written. */
+bool qcow2_check_shorten_l1(Qcow2Check *c);
 
 /* ======================= qcow2-check-l2.c: L2 entries ======================= */
 
@@ -223,6 +242,11 @@ void qcow2_check_retry_fixes(Qcow2Check *c);
 
 /* Counts the bitmap directory, tables and data, and judges them. */
 void qcow2_check_bitmaps(Qcow2Check *c);
+/* Makes tables for bitmaps whose own cannot be used. Nothing refers to them yet, but the map counts
+ * as if. */
+void qcow2_check_make_bitmap_tables(Qcow2Check *c);
+/* Makes the directory point to them, stable on return; they and their counts are stable. */
+void qcow2_check_link_bitmap_tables(Qcow2Check *c);
 
 /* ======================= qcow2-check-compare.c: the refcounts ======================= */
 

@@ -482,7 +482,7 @@ bool qcow2_check_raise(Qcow2Check *c)
 
 bool qcow2_check_lower(Qcow2Check *c)
 {
-    if (c->incomplete) {
+    if (c->incomplete || c->keep_leaks) {
         return false;
     }
     if (!(c->fix & BDRV_FIX_ERRORS) && structure_is_broken(c)) {

@@ -6,6 +6,7 @@
 #     checks STATUS [OPTION...]    check of bad.qcow2 must exit with STATUS; output in $out
 #     repairs LEAKS CORRUPTIONS OPTION...   check -r must repair so many and end with nothing left
 #     guest_intact IMAGE [SKIP]    the guest clusters hold what they held; number SKIP aside
+#     mentions TEXT, keeps_silent_on TEXT   the last run said so somewhere in a line, or did not
 #     set_count OFFSET COUNT   of good.qcow2's cluster there, as arguments for damaged
 #
 # SPDX-License-Identifier: MIT
@@ -65,4 +66,21 @@ guest_intact()
         [ "${guest#*,}" = "${2:-}" ] ||
             ok io qcow2 "$1" "read -q -P ${guest#*,} ${guest%,*} 64k"
     done
+}
+
+# mentions TEXT: it is somewhere in the output of the last run.
+mentions()
+{
+    case $out in
+    *"$1"*) ;;
+    *) fail "expected '$1' in: $out" ;;
+    esac
+}
+
+# keeps_silent_on TEXT: it is not.
+keeps_silent_on()
+{
+    case $out in
+    *"$1"*) fail "did not expect '$1' in: $out" ;;
+    esac
 }

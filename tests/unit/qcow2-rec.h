@@ -314,7 +314,10 @@ static inline bool rec_truncate(BlockDriverState *bs, int64_t offset, bool exact
                                 PreallocMode prealloc, bool zero_new, GError **errp)
 {
     RecFile *f = rec_of(bs);
-    g_assert_cmpuint((size_t)offset, <=, f->capacity);
+    if ((size_t)offset > f->capacity) {
+        qb_error_set(errp, ENOSPC, "No space left in memory");
+        return false;
+    }
     if (offset < f->length) {
         memset(f->data + offset, 0, (size_t)(f->length - offset));
     }
