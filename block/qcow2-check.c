@@ -465,6 +465,23 @@ bool qcow2_check(BlockDriverState *bs, const BdrvCheckOptions *opts, BdrvCheckRe
     return ok;
 }
 
+Qcow2RefMap *qcow2_check_count_kept(BlockDriverState *bs)
+{
+    BdrvCheckOptions opts = {0};
+    BdrvCheckResult res = {0};
+    Qcow2Check c = {.bs = bs, .s = qcow2_state(bs), .opts = &opts, .res = &res};
+    Qcow2RefMap *map = NULL;
+    if (begin(&c, NULL)) {
+        c.l1_size = 0;
+        check_snapshot_table(&c);
+        qcow2_check_count_all(&c);
+        bool sound = !res.corruptions && !res.check_errors && !c.incomplete && !c.lost;
+        map = sound ? g_steal_pointer(&c.map) : NULL;
+    }
+    end(&c);
+    return map;
+}
+
 bool qcow2_repair_dirty(BlockDriverState *bs, GError **errp)
 {
     BdrvCheckOptions opts = {.fix = BDRV_FIX_LEAKS | BDRV_FIX_ERRORS};

@@ -39,6 +39,7 @@ typedef struct Qcow2RefMap Qcow2RefMap;
  * threads may add at once; all else is for one thread while nobody adds. */
 Qcow2RefMap *qcow2_refmap_new(uint64_t cap);
 void qcow2_refmap_free(Qcow2RefMap *map);
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(Qcow2RefMap, qcow2_refmap_free)
 /*
  * Adds @times (at least 1) references of the kind and with the flags in @flags to @n clusters from
  * @first on. Sets ALIAS where a kind meets one it cannot share with, or active data meets active
@@ -174,6 +175,9 @@ bool qcow2_check_cancelled(const Qcow2Check *c);
 int qcow2_check_write(Qcow2Check *c, uint64_t offset, size_t bytes, const void *buf);
 /* Barrier; a failure is reported. */
 int qcow2_check_barrier(Qcow2Check *c);
+/* Counts all that stays when the active L1 goes, with its tables and their data: header, snapshots,
+ * LUKS area, bitmaps. NULL when that cannot be said for sure. Flushes; whole node held. */
+Qcow2RefMap *qcow2_check_count_kept(BlockDriverState *bs);
 /* Is the cluster at @offset a hole of the file? Then it reads as zeroes. */
 bool qcow2_check_is_hole(const Qcow2Check *c, uint64_t offset);
 /* Is every byte of [offset, +bytes) in clusters that belong to one owner of @kind only? */

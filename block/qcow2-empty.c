@@ -1,105 +1,484 @@
 /*
  * Dropping all guest data of an overlay, so that it reads as its backing file again.
  *
- *     1 flush
- *     2 full discard of everything L1 maps, VM state too: L1 entries go, in place, sector by
- *     sector;
- *       whole tables at once; what they referred to goes through quarantine
- *     3 flush: stable; quarantine empty
- *     4 L1 to the lowest free place, if that is lower, by one header write
- *     5 refcount blocks that count nothing; end of the file
+ *     1 flush: disk and memory agree, nothing waits in quarantine
+ *     2 count what stays: header, snapshots, LUKS area, bitmaps (qcow2_check_count_kept())
+ *     3 the smallest structure that describes this and itself, in free clusters:
+ *         [refcount blocks][refcount table][empty L1]        BARRIER
+ *     4 one header write switches to all three of them       BARRIER     <- done
+ *     5 if that can lie nearer to the front now: 3 and 4 once more
+ *     6 the file ends behind the last cluster in use; holes before it are punched
+ *
+ * What is dropped is not looked at: the cost depends on what is kept.  Where step 3 finds no room
+ * (a full disk is the usual moment to commit), or where something in the image is unknown or
+ * damaged, so that it cannot be said what stays, L1 is cleared in place and what it mapped is freed
+ * reference by reference; that makes the room, and steps 2 to 6 are tried again.
  *
  * Invariants
- *  1. Each sector of L1 that becomes stable takes tables out of the image completely; nothing of
- *     them is punched or reused before.  So a crash leaves each guest cluster either as it was or
- *     as the backing file has it, which is the same after a commit, and at most leaks.
- *  2. Snapshots, bitmaps and the crypto header keep their clusters: counts go down by one.
- *  3. Nothing is allocated but a new L1, and without room for that the old one stays.
- *
- * Not done: refcount table and blocks are not moved to the front.
+ *  1. Until the header write the structure lies in clusters that nothing refers to; after it all
+ *     that is not in the new counts is free.  At each moment the image is valid: after a crash it
+ *     reads as before or as its backing file, with exact counts but for what step 3 had taken.
+ *  2. What was dropped is punched, cut off or allocated only when the switch is stable and those
+ *     who had looked it up have left.
+ *  3. L1 in place: each of its sectors that becomes stable takes whole tables out of the image,
+ *     which are freed later.  A torn state reads, cluster by cluster, as before or as the backing
+ *     file, which after a commit is the same.
+ *  4. Clusters of snapshots, bitmaps and the LUKS area are neither moved nor written.
+ *  5. Once the switch is stable the image is empty: what fails later costs space only.
  *
  * SPDX-License-Identifier: MIT
  */
-#include "block/qcow2.h"
+#include "block/qcow2-check.h"
 
-static int drop_everything(BlockDriverState *bs)
+/* The structure to switch to. */
+typedef struct Blob {
+    BlockDriverState *bs;
+    BDRVQcow2State *s;
+    Qcow2RefMap *map;      /* all that stays, and the structure itself */
+    Qcow2HostRun l1, table;
+    GArray *blocks;        /* uint64_t: host offsets */
+    GArray *indices;       /* uint64_t: which entry of the table names which of them */
+} Blob;
+
+static void blob_init(Blob *b, BlockDriverState *bs, Qcow2RefMap *kept)
+{
+    *b = (Blob){
+        .bs = bs, .s = qcow2_state(bs), .map = kept,
+        .blocks = g_array_new(false, false, sizeof(uint64_t)),
+        .indices = g_array_new(false, false, sizeof(uint64_t)),
+    };
+}
+
+static void blob_clear(Blob *b)
+{
+    g_array_free(b->blocks, true);
+    g_array_free(b->indices, true);
+}
+
+#define BLOB_AUTO __attribute__((cleanup(blob_clear))) Blob
+
+static uint32_t new_l1_size(const BDRVQcow2State *s)
+{
+    return (uint32_t)MAX(qcow2_size_to_l1(s, s->header.size), 1);
+}
+
+/* ---------------------------------------------------------------- room for it */
+
+static void count_run(Blob *b, const Qcow2HostRun *run)
+{
+    qcow2_refmap_add(b->map, run->offset >> b->s->cluster_bits, run->bytes >> b->s->cluster_bits, 1,
+                     QCOW2_REF_META, NULL, NULL);
+}
+
+static void uncount_run(Blob *b, const Qcow2HostRun *run)
+{
+    qcow2_refmap_sub(b->map, run->offset >> b->s->cluster_bits, run->bytes >> b->s->cluster_bits,
+                     1);
+}
+
+/* The allocator trusts counts, which may be wrong: nothing that stays may be overwritten, nor what
+ * the image needs before the switch. */
+static int judge_run(const Blob *b, const Qcow2HostRun *run)
+{
+    for (uint64_t pos = 0; pos < run->bytes; pos += b->s->cluster_size) {
+        if (qcow2_refmap_count(b->map, (run->offset + pos) >> b->s->cluster_bits)) {
+            return -EIO;
+        }
+    }
+    return qcow2_check_overlap(b->bs, QCOW2_OL_NONE, run->offset, run->bytes);
+}
+
+/* Up to @bytes in one run, all of them with @whole. 0 or -errno. */
+static int take_run(Blob *b, uint64_t bytes, bool whole, Qcow2HostRun *ret)
+{
+    uint64_t got = qb_align_up(bytes, b->s->cluster_size);
+    int64_t offset = whole ? qcow2_alloc_clusters(b->bs, got) : qcow2_alloc_run(b->bs, 0, &got);
+    if (offset < 0) {
+        return (int)offset;
+    }
+    Qcow2HostRun run = {(uint64_t)offset, got};
+    int err = judge_run(b, &run);
+    if (err < 0) {
+        qcow2_alloc_undo(b->bs, run.offset, run.bytes);
+        return err;
+    }
+    count_run(b, &run);
+    *ret = run;
+    return 0;
+}
+
+static void give_run(Blob *b, Qcow2HostRun *run)
+{
+    if (run->bytes) {
+        uncount_run(b, run);
+        qcow2_alloc_undo(b->bs, run->offset, run->bytes);
+        run->bytes = 0;
+    }
+}
+
+/* @n more blocks, wherever there is room. */
+static int take_blocks(Blob *b, uint64_t n)
+{
+    while (n > 0) {
+        Qcow2HostRun run;
+        int ret = take_run(b, n << b->s->cluster_bits, false, &run);
+        if (ret < 0) {
+            return ret;
+        }
+        for (uint64_t pos = 0; pos < run.bytes; pos += b->s->cluster_size, n--) {
+            g_array_append_val(b->blocks, ((uint64_t){run.offset + pos}));
+        }
+    }
+    return 0;
+}
+
+static void give_last_block(Blob *b)
+{
+    Qcow2HostRun run = {
+        g_array_index(b->blocks, uint64_t, b->blocks->len - 1), b->s->cluster_size,
+    };
+    g_array_set_size(b->blocks, b->blocks->len - 1);
+    give_run(b, &run);
+}
+
+static void give_blob(Blob *b)
+{
+    while (b->blocks->len) {
+        give_last_block(b);
+    }
+    give_run(b, &b->table);
+    give_run(b, &b->l1);
+}
+
+static bool leaf_in_use(const Qcow2RefLeaf *leaf)
+{
+    for (unsigned i = 0; i < QCOW2_REF_LEAF; i++) {
+        if (qcow2_refleaf_count(leaf, i)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Which blocks count something. */
+static void find_indices(Blob *b)
+{
+    g_autoptr(GPtrArray) leaves = qcow2_refmap_sorted(b->map);
+    g_array_set_size(b->indices, 0);
+    for (guint i = 0; i < leaves->len; i++) {
+        const Qcow2RefLeaf *leaf = g_ptr_array_index(leaves, i);
+        uint64_t index = leaf->index * QCOW2_REF_LEAF >> b->s->refblock_bits;
+        const uint64_t *last = b->indices->len
+                                   ? &g_array_index(b->indices, uint64_t, b->indices->len - 1)
+                                   : NULL;
+        if ((!last || *last != index) && leaf_in_use(leaf)) {
+            g_array_append_val(b->indices, index);
+        }
+    }
+}
+
+/* A table for the highest block there is now. */
+static int fit_table(Blob *b)
+{
+    uint64_t highest = g_array_index(b->indices, uint64_t, b->indices->len - 1);
+    uint64_t bytes = (highest + 1) * sizeof(uint64_t);
+    if (bytes <= b->table.bytes) {
+        return 0;
+    }
+    give_run(b, &b->table);
+    int ret = bytes > QCOW2_MAX_REFTABLE_BYTES ? -EFBIG : take_run(b, bytes, true, &b->table);
+    return ret < 0 ? ret : 1;
+}
+
+/* Blocks and table need counts themselves, which may take further blocks. 0: all fits; 1: look
+ * again; or -errno. */
+static int fit_blocks(Blob *b)
+{
+    find_indices(b);
+    int ret = fit_table(b);
+    if (ret != 0) {
+        return ret;
+    }
+    if (b->blocks->len < b->indices->len) {
+        ret = take_blocks(b, b->indices->len - b->blocks->len);
+        return ret < 0 ? ret : 1;
+    }
+    if (b->blocks->len > b->indices->len) {
+        give_last_block(b);
+        return 1;
+    }
+    return 0;
+}
+
+static int take_blob(Blob *b)
+{
+    int ret = take_run(b, (uint64_t)new_l1_size(b->s) * sizeof(uint64_t), true, &b->l1);
+    do {
+        ret = ret < 0 ? ret : fit_blocks(b);
+    } while (ret > 0);
+    if (ret < 0) {
+        give_blob(b);
+    }
+    return ret;
+}
+
+static uint64_t blob_end(const Blob *b)
+{
+    uint64_t end = MAX(b->l1.offset + b->l1.bytes, b->table.offset + b->table.bytes);
+    for (guint i = 0; i < b->blocks->len; i++) {
+        end = MAX(end, g_array_index(b->blocks, uint64_t, i) + b->s->cluster_size);
+    }
+    return end;
+}
+
+/* ---------------------------------------------------------------- writing it */
+
+/* Counts of block @index into @data; @leaves are sorted, *pos the first that may lie in it. */
+static void encode_block(const Blob *b, uint64_t index, const GPtrArray *leaves, guint *pos,
+                         uint8_t *data)
+{
+    uint64_t first = index << b->s->refblock_bits;
+    uint64_t end = first + (UINT64_C(1) << b->s->refblock_bits);
+    memset(data, 0, b->s->cluster_size);
+    for (; *pos < leaves->len; (*pos)++) {
+        const Qcow2RefLeaf *leaf = g_ptr_array_index(leaves, *pos);
+        uint64_t cluster = leaf->index * QCOW2_REF_LEAF;
+        if (cluster >= end) {
+            return;
+        }
+        for (unsigned i = 0; i < QCOW2_REF_LEAF && cluster >= first; i++) {
+            qcow2_refcount_write(data, b->s->refcount_order, cluster + i - first,
+                                 qcow2_refleaf_count(leaf, i));
+        }
+    }
+}
+
+static int write_blocks(const Blob *b)
+{
+    g_autoptr(GPtrArray) leaves = qcow2_refmap_sorted(b->map);
+    QB_AUTO_FREE uint8_t *data = qb_try_memalign(4096, MAX(b->s->cluster_size, 4096));
+    guint pos = 0;
+    int ret = data ? 0 : -ENOMEM;
+    for (guint i = 0; i < b->blocks->len && ret == 0; i++) {
+        encode_block(b, g_array_index(b->indices, uint64_t, i), leaves, &pos, data);
+        ret = bdrv_pwrite(b->bs->file, (int64_t)g_array_index(b->blocks, uint64_t, i),
+                          b->s->cluster_size, data, 0);
+    }
+    return ret;
+}
+
+static int write_table(const Blob *b)
+{
+    g_autofree uint64_t *be = g_try_malloc0(b->table.bytes);
+    if (!be) {
+        return -ENOMEM;
+    }
+    for (guint i = 0; i < b->blocks->len; i++) {
+        uint64_t index = g_array_index(b->indices, uint64_t, i);
+        be[index] = htobe64(g_array_index(b->blocks, uint64_t, i));
+    }
+    return bdrv_pwrite(b->bs->file, (int64_t)b->table.offset, (int64_t)b->table.bytes, be, 0);
+}
+
+static void switch_to_blob(Qcow2Header *h, void *opaque)
+{
+    const Blob *b = opaque;
+    h->l1_offset = b->l1.offset;
+    h->l1_size = new_l1_size(b->s);
+    h->reftable_offset = b->table.offset;
+    h->reftable_clusters = (uint32_t)(b->table.bytes >> b->s->cluster_bits);
+}
+
+/* Steps 3 and 4. */
+static int install_blob(Blob *b)
+{
+    bdrv_debug_event(b->bs->file, "empty_image_prepare");
+    int ret = write_blocks(b);
+    ret = ret < 0 ? ret : write_table(b);
+    ret = ret < 0 ? ret : bdrv_pwrite_zeroes(b->bs->file, (int64_t)b->l1.offset,
+                                             (int64_t)b->l1.bytes, 0);
+    ret = ret < 0 ? ret : bdrv_flush(b->bs->file->bs);
+    return ret < 0 ? ret : qcow2_header_update(b->bs, switch_to_blob, b, true);
+}
+
+/* Memory becomes what the header says by now. Nobody allocates meanwhile: the whole node is held. */
+static int adopt_blob(const Blob *b)
+{
+    BDRVQcow2State *s = b->s;
+    uint32_t size = new_l1_size(s);
+    g_autoptr(GError) err = NULL;
+    qcow2_l1_replace(s, g_new0(uint64_t, size), size, b->l1.offset);
+    qcow2_inflight_wait(s, qcow2_inflight_seq(s)); /* invariant 2 */
+    qcow2_cache_poison(s->cache, 0, QCOW2_MAX_HOST_OFFSET);
+    qcow2_quarantine_forget(s);
+    if (!qcow2_refcount_reload(b->bs, &err)) {
+        atomic_store(&s->corrupt, true); /* nobody can allocate without refcounts */
+        return qb_error_to_errno(err);
+    }
+    return 0;
+}
+
+/* ---------------------------------------------------------------- space */
+
+/* Free stretches before the last cluster in use. A failure costs space only. */
+static void punch_gaps(const Blob *b)
+{
+    g_autoptr(GPtrArray) leaves = qcow2_refmap_sorted(b->map);
+    uint64_t gap = 0;
+    for (guint i = 0; i < leaves->len; i++) {
+        const Qcow2RefLeaf *leaf = g_ptr_array_index(leaves, i);
+        for (unsigned k = 0; k < QCOW2_REF_LEAF; k++) {
+            uint64_t cluster = leaf->index * QCOW2_REF_LEAF + k;
+            if (!qcow2_refleaf_count(leaf, k)) {
+                continue;
+            }
+            if (cluster > gap) {
+                bdrv_pdiscard(b->bs->file, (int64_t)(gap << b->s->cluster_bits),
+                              (int64_t)((cluster - gap) << b->s->cluster_bits));
+            }
+            gap = cluster + 1;
+        }
+    }
+}
+
+/* What a device, which cannot be cut, had in use behind the end. */
+static void discard_behind(BlockDriverState *bs, uint64_t end, uint64_t used_end)
+{
+    int64_t length = bdrv_getlength(bs->file->bs);
+    used_end = MIN(used_end, (uint64_t)MAX(length, 0));
+    if (end < used_end) {
+        bdrv_pdiscard(bs->file, (int64_t)end, (int64_t)(used_end - end));
+    }
+}
+
+static void give_space_back(const Blob *b, uint64_t used_end)
+{
+    uint64_t end = qcow2_refmap_end(b->map) << b->s->cluster_bits;
+    int ret = qcow2_cut_file(b->bs);
+    if (ret < 0) {
+        bdrv_warn("Failed to truncate the tail of the image: %s", g_strerror(-ret));
+    }
+    discard_behind(b->bs, end, used_end);
+    punch_gaps(b);
+    if (b->s->has_data_file) {
+        int64_t length = bdrv_getlength(b->s->data_file->bs);
+        bdrv_pdiscard(b->s->data_file, 0, MAX(length, 0));
+    }
+}
+
+/* ---------------------------------------------------------------- the fast way */
+
+/* Things that we do not know may own clusters. */
+static bool has_unknown_owners(const BDRVQcow2State *s)
+{
+    static const uint32_t known[] = {
+        QCOW2_EXT_BACKING_FORMAT, QCOW2_EXT_FEATURE_TABLE, QCOW2_EXT_BITMAPS, QCOW2_EXT_CRYPTO,
+        QCOW2_EXT_DATA_FILE,
+    };
+    for (guint i = 0; i < s->extensions->len; i++) {
+        uint32_t type = g_array_index(s->extensions, Qcow2Extension, i).type;
+        bool found = false;
+        for (size_t k = 0; k < G_N_ELEMENTS(known) && !found; k++) {
+            found = known[k] == type;
+        }
+        if (!found) {
+            return true;
+        }
+    }
+    return s->header.compatible & ~QCOW2_COMPAT_LAZY_REFCOUNTS;
+}
+
+/* The structure's own clusters in the map, or out of it. */
+static void count_blob(Blob *b, void (*change)(Blob *b, const Qcow2HostRun *run))
+{
+    change(b, &b->l1);
+    change(b, &b->table);
+    for (guint i = 0; i < b->blocks->len; i++) {
+        change(b, &(Qcow2HostRun){g_array_index(b->blocks, uint64_t, i), b->s->cluster_size});
+    }
+}
+
+/* Step 5: the dropped clusters are free by now, so a structure may find room before them. The one
+ * there is stays in use until the switch, and is not counted by the new one. */
+static int move_to_front(Blob *b)
+{
+    BLOB_AUTO front;
+    blob_init(&front, b->bs, b->map);
+    count_blob(b, uncount_run);
+    if (take_blob(&front) == 0) {
+        if (blob_end(&front) < blob_end(b) && install_blob(&front) == 0) {
+            return adopt_blob(&front);
+        }
+        give_blob(&front);
+    }
+    count_blob(b, count_run);
+    return 0;
+}
+
+/* 1: empty, as small as can be; 0: not possible in this way, nothing was changed; or -errno. */
+static int switch_to_smallest(BlockDriverState *bs)
+{
+    uint64_t used_end = atomic_load(&qcow2_state(bs)->file_end);
+    g_autoptr(Qcow2RefMap) kept = has_unknown_owners(qcow2_state(bs)) ? NULL
+                                                                     : qcow2_check_count_kept(bs);
+    BLOB_AUTO b;
+    blob_init(&b, bs, kept);
+    if (!kept || take_blob(&b) < 0) {
+        return 0;
+    }
+    if (install_blob(&b) < 0) {
+        give_blob(&b);
+        return 0;
+    }
+    int ret = adopt_blob(&b);
+    ret = ret < 0 ? ret : move_to_front(&b);
+    if (ret == 0) {
+        give_space_back(&b, used_end);
+    }
+    return ret < 0 ? ret : 1;
+}
+
+/* ---------------------------------------------------------------- in place */
+
+static int clear_l1(BlockDriverState *bs)
 {
     BDRVQcow2State *s = qcow2_state(bs);
     unsigned shift = s->cluster_bits + s->l2_bits;
     uint64_t span = MIN((uint64_t)qcow2_l1_size(s), (uint64_t)INT64_MAX >> shift) << shift;
-    if (!span) {
-        return 0;
-    }
-    int ret = qcow2_discard_clusters(bs, 0, span, QCOW2_DISCARD_FULL, QCOW2_DISCARD_ALWAYS);
+    int ret = span ? qcow2_discard_clusters(bs, 0, span, QCOW2_DISCARD_FULL, QCOW2_DISCARD_ALWAYS)
+                   : 0;
     return ret < 0 ? ret : qcow2_flush_all(bs);
 }
 
-/* ---------------------------------------------------------------- L1 to the front */
-
-typedef struct NewL1 {
-    uint64_t offset, bytes;
-    uint32_t size;
-} NewL1;
-
-static void switch_l1(Qcow2Header *h, void *opaque)
+/* Clears L1 in place, then tries for less than that leaves. */
+static int drop_everything(BlockDriverState *bs)
 {
-    const NewL1 *l1 = opaque;
-    h->l1_offset = l1->offset;
-    h->l1_size = l1->size;
-}
-
-/* All entries are 0 by now, and all is stable. The new table is as long as the disk needs. */
-static int switch_to(BlockDriverState *bs, const NewL1 *l1)
-{
-    BDRVQcow2State *s = qcow2_state(bs);
-    uint64_t old_offset = qcow2_l1_table_offset(s);
-    uint64_t old_bytes = qb_align_up((uint64_t)qcow2_l1_size(s) * 8, s->cluster_size);
-    g_autofree uint64_t *be = g_try_malloc0(l1->bytes + 8);
-    int ret = be ? bdrv_pwrite(bs->file, (int64_t)l1->offset, (int64_t)l1->bytes, be, 0) : -ENOMEM;
-    ret = ret < 0 ? ret : qcow2_flush(bs);
-    ret = ret < 0 ? ret : qcow2_header_update(bs, switch_l1, (void *)l1, true);
-    if (ret < 0) {
-        qcow2_free_run(bs, l1->offset, l1->bytes, QCOW2_DISCARD_ALWAYS);
-        return ret;
+    int ret = clear_l1(bs);
+    ret = ret < 0 ? ret : switch_to_smallest(bs);
+    if (ret != 0) {
+        return MIN(ret, 0);
     }
-    qcow2_l1_replace(s, g_steal_pointer(&be), l1->size, l1->offset);
-    qcow2_free_run(bs, old_offset, old_bytes, QCOW2_DISCARD_ALWAYS);
-    return qcow2_flush_all(bs);
-}
-
-static int move_l1(BlockDriverState *bs)
-{
-    BDRVQcow2State *s = qcow2_state(bs);
-    NewL1 l1 = {.size = MAX(qcow2_size_to_l1(s, s->header.size), 1)};
-    l1.bytes = qb_align_up((uint64_t)l1.size * 8, s->cluster_size);
-    int64_t offset = qcow2_l1_size(s) ? qcow2_alloc_clusters(bs, l1.bytes) : -ENOSPC;
-    if (offset < 0) {
-        return 0; /* no room: it stays where it is */
-    }
-    l1.offset = (uint64_t)offset;
-    if (l1.offset > qcow2_l1_table_offset(s)) {
-        qcow2_alloc_undo(bs, l1.offset, l1.bytes);
-        return 0;
-    }
-    return switch_to(bs, &l1);
+    ret = qcow2_refcount_shrink(bs);
+    ret = ret < 0 ? ret : qcow2_flush_all(bs);
+    return ret < 0 ? ret : qcow2_cut_file(bs);
 }
 
 /* ---------------------------------------------------------------- */
 
 bool qcow2_make_empty(BlockDriverState *bs, GError **errp)
 {
-    if (qcow2_state(bs)->data_file_raw) {
+    BDRVQcow2State *s = qcow2_state(bs);
+    if (s->data_file_raw) {
         qb_error_set(errp, ENOTSUP, "An image with a raw data file has nothing below it to show");
         return false;
     }
-    int ret = qcow2_flush_all(bs);
-    ret = ret < 0 ? ret : drop_everything(bs);
-    ret = ret < 0 ? ret : move_l1(bs);
-    ret = ret < 0 ? ret : qcow2_refcount_shrink(bs);
-    ret = ret < 0 ? ret : qcow2_flush_all(bs);
-    ret = ret < 0 ? ret : qcow2_cut_file(bs);
+    int ret = qcow2_is_clean(s) ? 0 : qcow2_flush_all(bs);
+    ret = ret < 0 ? ret : switch_to_smallest(bs);
+    if (ret == 0) {
+        ret = drop_everything(bs);
+    }
     if (ret < 0) {
         qb_error_set_errno(errp, ret, "Failed to empty the image");
     }
-    return ret == 0;
+    return ret >= 0;
 }

@@ -158,6 +158,16 @@ uint64_t qcow2_release_step(BlockDriverState *bs)
     return 0;
 }
 
+void qcow2_quarantine_forget(BDRVQcow2State *s)
+{
+    Qcow2Quarantine *q = s->quarantine;
+    QB_GUARD(&q->lock);
+
+    g_array_set_size(q->runs, 0);
+    atomic_store(&q->bytes, 0);
+    atomic_store(&q->held, 0);
+}
+
 /* ---- release ---- */
 
 static bool may_punch(const BDRVQcow2State *s, Qcow2DiscardType type)

@@ -490,6 +490,9 @@ bool qcow2_quarantine_full(BDRVQcow2State *s);
 uint64_t qcow2_quarantine_releasable(BDRVQcow2State *s);
 /* A step in the background: when nothing was freed for a second, flushes to release what waits. */
 uint64_t qcow2_release_step(BlockDriverState *bs);
+/* All refcounts have been replaced by ones that do not count what waits. Whole node held, users
+ * waited for. */
+void qcow2_quarantine_forget(BDRVQcow2State *s);
 /* Called by the flusher: everything freed before generation @gen ended is unlinked stably. Lowers
  * counts, then punches merged runs. 0 or first error (the rest leaks, never dangles). */
 int qcow2_quarantine_release(BlockDriverState *bs, uint64_t gen);
