@@ -6,7 +6,8 @@
  *        allocated here?  --batch of extents--> read from top --> written to base
  *
  * Only what is allocated above the base is visited; ranges that read as zeroes become zeroes in the
- * base without being read, and nothing at all where the base reads as zeroes already.  A batch is read at depth, then written at depth.
+ * base without being read, and nothing at all where the base reads as zeroes already.  A batch is
+ * read at depth, then written at depth.
  *
  * Invariants
  * 1. The base's content never becomes something that neither base nor top showed: a range is
@@ -30,6 +31,8 @@
 #define BATCH_EXTENTS 64
 #define BATCH_BYTES (16 * 1024 * 1024)
 #define PIECE_BYTES (1024 * 1024)
+#define LOOK_BYTES (INT64_C(1) << 30) /* an answer is asked for again where a batch ended in it */
+#define BATCH_SPAN (INT64_C(256) << 30) /* looked at in one entry of the graph */
 #define NAP_NS 50000000
 
 typedef struct Commit {
@@ -108,34 +111,33 @@ static int64_t add_zero_extent(Commit *c, CommitBatch *b, int64_t offset, int64_
     return bytes;
 }
 
-/* Adds the extent at @offset, which is allocated above the base. Returns its length or -errno. */
-static int64_t add_extent(Commit *c, CommitBatch *b, int64_t offset, int64_t bytes)
+/* Looks at what is at b->next and adds it if a layer above the base decides it. Returns how far
+ * that went, or -errno. */
+static int64_t add_next(Commit *c, CommitBatch *b)
 {
     BdrvStatus st = {0};
-    int ret = bdrv_block_status_above(c->opts->top, NULL, offset, bytes, &st);
+    int ret = bdrv_block_status_above(c->opts->top, c->opts->base, b->next,
+                                      MIN(c->size - b->next, LOOK_BYTES), &st);
 
     if (ret < 0) {
         return ret;
     }
-    bytes = MIN(bytes, st.bytes);
-    return st.flags & BDRV_BLOCK_ZERO ? add_zero_extent(c, b, offset, bytes)
-                                      : add_data(c, b, offset, bytes);
+    if (!(st.flags & BDRV_BLOCK_ALLOCATED)) {
+        return st.bytes;
+    }
+    return st.flags & BDRV_BLOCK_ZERO ? add_zero_extent(c, b, b->next, st.bytes)
+                                      : add_data(c, b, b->next, st.bytes);
 }
 
 /* Fills @b from b->next on. One entry of the graph. */
 static int collect_batch(Commit *c, CommitBatch *b)
 {
     BDRV_GRAPH_GUARD();
+    int64_t end = MIN(c->size, b->next + BATCH_SPAN);
     b->n = 0;
     b->used = 0;
-    while (b->next < c->size && b->n < BATCH_EXTENTS && b->used < BATCH_BYTES) {
-        int64_t bytes, step;
-        int ret = bdrv_is_allocated_above(c->opts->top, c->opts->base, false, b->next,
-                                          c->size - b->next, &bytes);
-        if (ret < 0) {
-            return ret;
-        }
-        step = ret ? add_extent(c, b, b->next, bytes) : bytes;
+    while (b->next < end && b->n < BATCH_EXTENTS && b->used < BATCH_BYTES) {
+        int64_t step = add_next(c, b);
         if (step < 0) {
             return (int)step;
         }

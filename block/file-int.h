@@ -42,12 +42,17 @@ typedef struct FileFlush {
     _Atomic(uint64_t) changes;  /* counted when they are done: file_note_change() */
 } FileFlush;
 
-/* The data extent that a look-up found last: see file-status.c. */
+/* Data extents that look-ups found: see file-status.c. */
+#define FILE_DATA_EXTENTS 256
+typedef struct FileDataExtent {
+    int64_t start, end;
+} FileDataExtent;
 typedef struct FileDataCache {
     QbMutex lock;
     /* guarded by lock */
-    int64_t start, end; /* empty when equal */
-    uint64_t changes;   /* holes made so far */
+    FileDataExtent list[FILE_DATA_EXTENTS]; /* sorted, none touches the next */
+    unsigned n, victim;
+    uint64_t changes; /* holes made so far */
 } FileDataCache;
 
 /* An operation the file system turned out not to have is not tried again. One way, no lock. */

@@ -3,10 +3,11 @@
  *
  * Block status asks the file system with lseek(): SEEK_DATA, and SEEK_HOLE for the end of data.  On
  * some file systems the second costs time proportional to the extent, and formats ask piece by
- * piece. So the last data extent is remembered:
+ * piece, in any order. So data extents are remembered, up to a few hundred; one that is found to
+ * begin earlier grows:
  *
  *      file    |  hole  |######## data ########|   hole   |######|
- *                       start                  end
+ *                       start <-- asked at     end
  *
  * Only data is remembered, never holes.  "Data" that another process has punched meanwhile is still
  * a true answer, if not the best one; a "hole" that another process has filled would lose its data.
@@ -18,7 +19,7 @@
  * writes zeroes.
  *
  * Invariants
- *  1. The remembered extent was data at a time when no hole made by this node, and completed, was
+ *  1. A remembered extent was data at a time when no hole made by this node, and completed, was
  *     later: "changes" counts holes, and a look-up that began under an older count is not stored.
  *  2. An extent that is returned is a multiple of request_alignment long, or reaches the end of the
  *     request.  In doubt it is data.
@@ -29,6 +30,7 @@
 #include "block/file-int.h"
 
 #include <fcntl.h>
+#include <string.h>
 #include <unistd.h>
 
 /* --- the cache --- */
@@ -46,25 +48,64 @@ void file_data_cache_destroy(FileDataCache *c)
 void file_data_cache_drop(FileDataCache *c)
 {
     QB_GUARD(&c->lock);
-    c->start = c->end = 0;
+    c->n = 0;
     c->changes++;
 }
 
-/* End of the remembered extent if @offset is in it, else 0; *changes is for cache_store(). */
+/* How many extents begin at @offset or before. */
+static unsigned begun_before(const FileDataCache *c, int64_t offset)
+{
+    unsigned low = 0, high = c->n;
+    while (low < high) {
+        unsigned mid = low + (high - low) / 2;
+        if (c->list[mid].start <= offset) {
+            low = mid + 1;
+        } else {
+            high = mid;
+        }
+    }
+    return low;
+}
+
+/* End of the remembered extent if @offset is in one, else 0; *changes is for cache_store(). */
 static int64_t cache_find(FileDataCache *c, int64_t offset, uint64_t *changes)
 {
     QB_GUARD(&c->lock);
+    unsigned i = begun_before(c, offset);
     *changes = c->changes;
-    return offset >= c->start && offset < c->end ? c->end : 0;
+    return i > 0 && offset < c->list[i - 1].end ? c->list[i - 1].end : 0;
+}
+
+static void remove_extents(FileDataCache *c, unsigned first, unsigned end)
+{
+    memmove(c->list + first, c->list + end, (c->n - end) * sizeof(c->list[0]));
+    c->n -= end - first;
 }
 
 static void cache_store(FileDataCache *c, int64_t start, int64_t end, uint64_t changes)
 {
     QB_GUARD(&c->lock);
-    if (c->changes == changes) {
-        c->start = start;
-        c->end = end;
+    if (c->changes != changes) {
+        return;
     }
+    unsigned i = begun_before(c, start);
+    if (i > 0 && c->list[i - 1].end >= start) {
+        start = c->list[--i].start;
+    }
+    unsigned after = i; /* those from i on that the new one touches are parts of it */
+    while (after < c->n && c->list[after].start <= end) {
+        end = MAX(end, c->list[after].end);
+        after++;
+    }
+    remove_extents(c, i, after);
+    if (c->n == FILE_DATA_EXTENTS) {
+        unsigned out = c->victim++ % FILE_DATA_EXTENTS;
+        remove_extents(c, out, out + 1);
+        i -= out < i;
+    }
+    memmove(c->list + i + 1, c->list + i, (c->n - i) * sizeof(c->list[0]));
+    c->list[i] = (FileDataExtent){start, end};
+    c->n++;
 }
 
 /* --- block status --- */
