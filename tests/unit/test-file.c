@@ -473,7 +473,7 @@ static void test_status_after_changes(TestDir *t, gconstpointer root)
     make_file(t->file, 8 * MIB, 1);
     BlockDriverState *bs = node_open_ok(t->file, RDWR);
     expect_status(bs, 0, 8 * MIB, BDRV_BLOCK_DATA, 8 * MIB);
-    g_assert_cmpint(file_state(bs)->data.end, ==, 8 * MIB);
+    g_assert_cmpint(file_state(bs)->data.list[0].end, ==, 8 * MIB);
     if (bs->drv->pwrite_zeroes(bs, NULL, MIB, MIB, BDRV_REQ_MAY_UNMAP) == 0) {
         expect_status(bs, 0, 8 * MIB, BDRV_BLOCK_DATA, MIB);
         expect_status(bs, MIB, 7 * MIB, BDRV_BLOCK_ZERO, MIB);
@@ -484,6 +484,39 @@ static void test_status_after_changes(TestDir *t, gconstpointer root)
     g_assert_true(bs->drv->truncate(bs, 3 * MIB, true, PREALLOC_MODE_OFF, false, &err));
     g_assert_true(bs->drv->truncate(bs, 8 * MIB, true, PREALLOC_MODE_OFF, false, &err));
     expect_status(bs, 3 * MIB, 5 * MIB, BDRV_BLOCK_ZERO, 5 * MIB);
+    node_close(bs);
+}
+
+/* What is asked for from back to front becomes one remembered extent. */
+static void test_status_backwards(TestDir *t, gconstpointer root)
+{
+    make_file(t->file, 8 * MIB, 1);
+    BlockDriverState *bs = node_open_ok(t->file, RDWR);
+    const FileDataCache *c = &file_state(bs)->data;
+    for (int64_t at = 7 * MIB; at >= 0; at -= MIB) {
+        expect_status(bs, at, MIB, BDRV_BLOCK_DATA, MIB);
+        g_assert_cmpuint(c->n, ==, 1);
+        g_assert_cmpint(c->list[0].start, ==, at);
+        g_assert_cmpint(c->list[0].end, ==, 8 * MIB);
+    }
+    node_close(bs);
+}
+
+/* More extents than are remembered, in any order: the answers stay true. */
+static void test_status_many(TestDir *t, gconstpointer root)
+{
+    enum { N = FILE_DATA_EXTENTS + 50, STEP = 128 * 1024 };
+    make_file(t->file, (int64_t)N * STEP, 0);
+    BlockDriverState *bs = node_open_ok(t->file, RDWR);
+    for (int64_t i = 0; i < N; i++) {
+        g_assert_cmpint(node_write(bs, i * STEP, STEP / 2, 1, 0), ==, 0);
+    }
+    for (int64_t i = 0; i < 3 * N; i++) {
+        int64_t at = i * 101 % N * STEP;
+        expect_status(bs, at, STEP, BDRV_BLOCK_DATA, STEP / 2);
+        expect_status(bs, at + STEP / 2, STEP, BDRV_BLOCK_ZERO, STEP / 2);
+        g_assert_cmpuint(file_state(bs)->data.n, <=, FILE_DATA_EXTENTS);
+    }
     node_close(bs);
 }
 
@@ -880,6 +913,8 @@ int main(int argc, char **argv)
     add("discard", test_discard);
     add("status", test_status);
     add("status-after-changes", test_status_after_changes);
+    add("status-backwards", test_status_backwards);
+    add("status-many-extents", test_status_many);
     add("status-units", test_status_units);
     add("grow-race", test_grow_race);
     add("truncate", test_truncate);
