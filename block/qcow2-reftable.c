@@ -192,6 +192,7 @@ bool qcow2_refcount_reload(BlockDriverState *bs, GError **errp)
     qcow2_refcount_close(bs);
     qcow2_free_index_free(s->free_index);
     s->free_index = qcow2_free_index_new();
+    s->look_from = 0;
     return qcow2_refcount_init(bs, errp);
 }
 
