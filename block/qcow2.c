@@ -159,7 +159,8 @@ static bool name_data_file(BlockDriverState *bs, json_t *options, GError **errp)
 static bool open_external_data(BlockDriverState *bs, json_t *options, int flags, GError **errp)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    if (flags & BDRV_O_NO_IO) { /* check repairs what the image itself holds */
+    /* Resize and amend change it; check repairs only what the image itself holds. */
+    if ((flags & BDRV_O_NO_IO) && (bdrv_is_read_only(bs) || (flags & BDRV_O_CHECK))) {
         json_object_del(options, "data-file");
         json_decref(qb_opts_take_prefix(options, "data-file"));
         return true;
