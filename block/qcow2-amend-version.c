@@ -49,14 +49,20 @@ static bool fail_errno(GError **errp, int err)
 
 /* ---------------------------------------------------------------- 2 -> 3 */
 
-static bool lacks_extra_data(const BDRVQcow2State *s)
+/* The snapshots with the fields that version 3 demands, or NULL when they have them. */
+static GArray *with_extra_data(const BDRVQcow2State *s)
 {
-    for (guint i = 0; i < s->snapshots->len; i++) {
-        if (g_array_index(s->snapshots, Qcow2Snapshot, i).extra_size < 16) {
-            return true;
+    g_autoptr(GArray) list = qcow2_snapshots_dup(s->snapshots);
+    bool changed = false;
+    for (guint i = 0; i < list->len; i++) {
+        Qcow2Snapshot *sn = &g_array_index(list, Qcow2Snapshot, i);
+        if (sn->extra_size < QCOW2_SNAPSHOT_EXTRA_V3) {
+            g_clear_pointer(&sn->extra, g_free);
+            sn->extra_size = QCOW2_SNAPSHOT_EXTRA_KNOWN;
+            changed = true;
         }
     }
-    return false;
+    return changed ? g_steal_pointer(&list) : NULL;
 }
 
 static void edit_upgrade(Qcow2Header *h, GArray *extensions, void *opaque)
@@ -78,8 +84,8 @@ bool qcow2_upgrade(BlockDriverState *bs, GError **errp)
     if (ret < 0) {
         return fail_errno(errp, ret);
     }
-    if (lacks_extra_data(s) &&
-        !qcow2_snapshots_store(bs, qcow2_snapshots_dup(s->snapshots), NULL, NULL, errp)) {
+    GArray *list = with_extra_data(s);
+    if (list && !qcow2_snapshots_store(bs, list, NULL, NULL, errp)) {
         return false;
     }
     if (!qcow2_header_change(bs, &what, errp)) {

@@ -184,7 +184,7 @@ static void check_extra_data(Qcow2Check *c, guint i, const Qcow2Snapshot *sn)
         c->snapshot_faults++;
         c->incomplete |= !repair; /* what follows in the table may be misread */
     }
-    if (c->s->version >= 3 && sn->extra_size < 16) {
+    if (c->s->version >= 3 && sn->extra_size < QCOW2_SNAPSHOT_EXTRA_V3) {
         qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "snapshot-incomplete",
                            c->s->header.snapshots_offset,
                            "%s snapshot table entry %u is incomplete",

@@ -80,6 +80,8 @@ enum {
 #define QCOW2_MAX_SNAPSHOTS 65536u
 #define QCOW2_MAX_SNAPSHOT_TABLE_BYTES (64u << 20)
 #define QCOW2_MAX_SNAPSHOT_EXTRA 1024u
+#define QCOW2_SNAPSHOT_EXTRA_V3 16u    /* VM state size, disk size: version 3 demands them */
+#define QCOW2_SNAPSHOT_EXTRA_KNOWN 24u /* and the instruction count; what new entries have */
 #define QCOW2_MAX_BACKING_NAME 1023u
 #define QCOW2_MAX_BACKING_FORMAT 15u
 #define QCOW2_MAX_BITMAPS 65535u

@@ -14,8 +14,8 @@
  * Invariants
  *  1. The table is never changed in place: a new one is written to new clusters and made stable,
  *     then one write of the header's sector switches to it, then the old clusters go to quarantine.
- *  2. Extra data this driver does not know is kept byte for byte; the three known fields are always
- *     written, whatever the entry had before.
+ *  2. Entries keep their extra data byte for byte and as long as it was, but for what version 3
+ *     demands; new ones have the three known fields.
  *  3. Loading costs memory only for entries that the file really holds: an entry's length is read
  *     before the entry, and nothing is read or allocated for what a header merely claims.
  *
@@ -40,7 +40,6 @@ enum {
     SN_VM_STATE_32 = 32,
     SN_EXTRA_SIZE = 36,
     SN_FIXED = 40,
-    SN_EXTRA_KNOWN = 24, /* VM state size, disk size, instruction count */
 };
 
 /* ---------------------------------------------------------------- in memory */
@@ -135,28 +134,33 @@ bool qcow2_snapshot_decode(const uint8_t *buf, size_t len, uint64_t disk_size, Q
     return true;
 }
 
-static EntryLengths lengths_to_write(const Qcow2Snapshot *sn)
+/* Extra data stays as long as it was; version 3, and VM state of 4 GiB, need some. */
+static EntryLengths lengths_to_write(const Qcow2Snapshot *sn, int version)
 {
+    uint32_t least = version >= 3 || sn->vm_state_size > UINT32_MAX ? QCOW2_SNAPSHOT_EXTRA_V3 : 0;
     return (EntryLengths){
-        .extra = MAX(sn->extra_size, SN_EXTRA_KNOWN),
+        .extra = MAX(sn->extra_size, least),
         .id = MIN(strlen(sn->id), UINT16_MAX),
         .name = MIN(strlen(sn->name), UINT16_MAX),
     };
 }
 
-static void encode_extra(const Qcow2Snapshot *sn, uint8_t *extra)
+/* Known fields as far as they fit; what else was read, verbatim. */
+static void encode_extra(const Qcow2Snapshot *sn, uint8_t *extra, size_t len)
 {
-    qb_stbe64(extra, sn->vm_state_size);
-    qb_stbe64(extra + 8, sn->disk_size);
-    qb_stbe64(extra + 16, sn->icount);
-    if (sn->extra_size > SN_EXTRA_KNOWN) {
-        memcpy(extra + SN_EXTRA_KNOWN, sn->extra + SN_EXTRA_KNOWN, sn->extra_size - SN_EXTRA_KNOWN);
+    const uint64_t known[] = {sn->vm_state_size, sn->disk_size, sn->icount};
+    memset(extra, 0, len);
+    if (sn->extra) {
+        memcpy(extra, sn->extra, MIN(len, sn->extra_size));
+    }
+    for (size_t i = 0; i < G_N_ELEMENTS(known) && (i + 1) * 8 <= len; i++) {
+        qb_stbe64(extra + i * 8, known[i]);
     }
 }
 
-static void encode_entry(const Qcow2Snapshot *sn, uint8_t *buf)
+static void encode_entry(const Qcow2Snapshot *sn, int version, uint8_t *buf)
 {
-    EntryLengths len = lengths_to_write(sn);
+    EntryLengths len = lengths_to_write(sn, version);
     qb_stbe64(buf + SN_L1_OFFSET, sn->l1_offset);
     qb_stbe32(buf + SN_L1_SIZE, sn->l1_size);
     qb_stbe16(buf + SN_ID_LENGTH, len.id);
@@ -166,20 +170,19 @@ static void encode_entry(const Qcow2Snapshot *sn, uint8_t *buf)
     qb_stbe64(buf + SN_VM_CLOCK, sn->vm_clock_nsec);
     qb_stbe32(buf + SN_VM_STATE_32, sn->vm_state_size > UINT32_MAX ? 0 : sn->vm_state_size);
     qb_stbe32(buf + SN_EXTRA_SIZE, len.extra);
-    encode_extra(sn, buf + SN_FIXED);
+    encode_extra(sn, buf + SN_FIXED, len.extra);
     memcpy(buf + SN_FIXED + len.extra, sn->id, len.id);
     memcpy(buf + SN_FIXED + len.extra + len.id, sn->name, len.name);
 }
 
-/* Bytes of the whole table; each entry is at most 130 KiB and there are at most 65536:
-
- * no overflow. */
-static size_t table_bytes(const GArray *snapshots)
+/* Bytes of the whole table; each entry is at most 130 KiB and there are at most 65536: no
+ * overflow. */
+static size_t table_bytes(const GArray *snapshots, int version)
 {
     size_t bytes = 0;
     for (guint i = 0; i < snapshots->len; i++) {
         const Qcow2Snapshot *sn = &g_array_index(snapshots, Qcow2Snapshot, i);
-        bytes = qb_align_up(bytes, 8) + entry_bytes(lengths_to_write(sn));
+        bytes = qb_align_up(bytes, 8) + entry_bytes(lengths_to_write(sn, version));
     }
     return bytes;
 }
@@ -187,7 +190,7 @@ static size_t table_bytes(const GArray *snapshots)
 uint8_t *qcow2_snapshots_encode(const GArray *snapshots, int version, size_t *ret_bytes,
                                 GError **errp)
 {
-    size_t bytes = snapshots->len <= QCOW2_MAX_SNAPSHOTS ? table_bytes(snapshots) : SIZE_MAX;
+    size_t bytes = snapshots->len <= QCOW2_MAX_SNAPSHOTS ? table_bytes(snapshots, version) : SIZE_MAX;
     if (bytes > QCOW2_MAX_SNAPSHOT_TABLE_BYTES) {
         qb_error_set(errp, EFBIG, "Snapshot table too large");
         return NULL;
@@ -201,8 +204,8 @@ uint8_t *qcow2_snapshots_encode(const GArray *snapshots, int version, size_t *re
     for (guint i = 0; i < snapshots->len; i++) {
         const Qcow2Snapshot *sn = &g_array_index(snapshots, Qcow2Snapshot, i);
         pos = qb_align_up(pos, 8);
-        encode_entry(sn, buf + pos);
-        pos += entry_bytes(lengths_to_write(sn));
+        encode_entry(sn, version, buf + pos);
+        pos += entry_bytes(lengths_to_write(sn, version));
     }
     assert(pos == bytes);
     *ret_bytes = bytes;
@@ -232,9 +235,8 @@ static bool read_table(const TableReader *r, uint64_t pos, size_t len, uint8_t *
     return true;
 }
 
-/* The bytes of an entry in one piece; extra data over the limit is left out for a
-
- * check (*ret_cut). */
+/* The bytes of an entry in one piece; extra data over the limit is left out for a check
+ * (*ret_cut). */
 static uint8_t *read_entry(const TableReader *r, size_t *ret_len, bool *ret_cut, uint64_t *ret_disk,
                            GError **errp)
 {

@@ -87,6 +87,7 @@ static Qcow2Snapshot new_entry(const BDRVQcow2State *s, const char *name)
         .date_sec = (uint32_t)now.tv_sec,
         .date_nsec = (uint32_t)now.tv_nsec,
         .disk_size = s->header.size,
+        .extra_size = QCOW2_SNAPSHOT_EXTRA_KNOWN,
     };
 }
 

@@ -20,6 +20,7 @@ static Qcow2Snapshot make(const char *id, const char *name)
         .vm_state_size = 9,
         .disk_size = 1 << 20,
         .icount = 11,
+        .extra_size = QCOW2_SNAPSHOT_EXTRA_KNOWN,
     };
 }
 
@@ -135,6 +136,32 @@ static void test_unknown_extra_is_kept(void)
     g_assert_cmpuint(qb_ldbe32(table + 36), ==, 40);
 }
 
+/* An entry comes back as it was, however much extra data it has; version 3 asks for some. */
+static void test_entries_are_kept(void)
+{
+    static const uint32_t sizes[] = {0, 1, 7, 8, 9, 16, 17, 23, 24, 25, 32, 100, 1024};
+    for (guint i = 0; i < G_N_ELEMENTS(sizes) * 2; i++) {
+        uint32_t extra = sizes[i / 2];
+        int version = 2 + (int)i % 2;
+        g_autoptr(GArray) list = qcow2_snapshots_new();
+        Qcow2Snapshot sn;
+        size_t len, used, bytes;
+        g_autofree uint8_t *buf = entry_with_extra(extra, &len);
+        if (extra >= 8) {
+            qb_stbe64(buf + 40, 1234);
+        }
+        g_assert_true(qcow2_snapshot_decode(buf, len, 4096, &sn, &used, NULL));
+        append(list, sn);
+        g_autofree uint8_t *table = qcow2_snapshots_encode(list, version, &bytes, NULL);
+        if (version == 2 || extra >= 16) {
+            g_assert_cmpmem(table, bytes, buf, len);
+        } else {
+            g_assert_cmpuint(qb_ldbe32(table + 36), ==, 16);
+            g_assert_cmpuint(qb_ldbe64(table + 48), ==, 4096);
+        }
+    }
+}
+
 static void assert_refused(const uint8_t *buf, size_t len, int code, const char *text)
 {
     g_autoptr(GError) err = NULL;
@@ -240,6 +267,7 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2/snapshot-table/roundtrip", test_roundtrip);
     g_test_add_func("/qcow2/snapshot-table/extra-fields", test_extra_fields);
     g_test_add_func("/qcow2/snapshot-table/unknown-extra", test_unknown_extra_is_kept);
+    g_test_add_func("/qcow2/snapshot-table/entries-are-kept", test_entries_are_kept);
     g_test_add_func("/qcow2/snapshot-table/limits", test_limits);
     g_test_add_func("/qcow2/snapshot-table/table-limit", test_table_limit);
     g_test_add_func("/qcow2/snapshot-table/empty", test_empty);
