@@ -541,10 +541,10 @@ int64_t qcow2_alloc_clusters(BlockDriverState *bs, uint64_t bytes)
     const BDRVQcow2State *s = qcow2_state(bs);
     uint64_t n = qcow2_size_to_clusters(s, bytes);
     Request r = {.min = n, .max = n};
-    int ret;
+    int ret = qcow2_lazy_begin(bs);
 
     assert(n > 0);
-    ret = allocate(bs, &r);
+    ret = ret < 0 ? ret : allocate(bs, &r);
     return ret < 0 ? ret : (int64_t)(r.cluster << s->cluster_bits);
 }
 
@@ -553,7 +553,9 @@ int64_t qcow2_alloc_run(BlockDriverState *bs, uint64_t want, uint64_t *bytes)
     const BDRVQcow2State *s = qcow2_state(bs);
     Request r = {.want = want >> s->cluster_bits, .min = 1,
                  .max = MAX(*bytes >> s->cluster_bits, 1)};
-    int ret = allocate(bs, &r);
+    int ret = qcow2_lazy_begin(bs);
+
+    ret = ret < 0 ? ret : allocate(bs, &r);
 
     if (ret < 0) {
         return ret;
@@ -742,10 +744,10 @@ int64_t qcow2_alloc_bytes(BlockDriverState *bs, uint32_t size)
 {
     BDRVQcow2State *s = qcow2_state(bs);
     uint64_t offset;
-    int ret;
+    int ret = qcow2_lazy_begin(bs);
 
     assert(size > 0 && size < s->cluster_size);
-    ret = alloc_behind(bs, size, &offset);
+    ret = ret < 0 ? ret : alloc_behind(bs, size, &offset);
     if (ret < 0) {
         return ret;
     }

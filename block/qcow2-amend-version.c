@@ -479,11 +479,9 @@ static bool expand(BlockDriverState *bs, QbProgress *progress, GError **errp)
     return ret == 0 || fail_errno(errp, ret);
 }
 
-bool qcow2_downgrade(BlockDriverState *bs, QbProgress *progress, GError **errp)
+static bool downgrade(BlockDriverState *bs, QbProgress *progress, GError **errp)
 {
-    BDRVQcow2State *s = qcow2_state(bs);
     Qcow2HeaderChange what = {.edit = edit_downgrade};
-    assert(s->version == 3 && s->refcount_order == 4 && !s->has_subclusters);
     if (!expand(bs, progress, errp)) {
         return false;
     }
@@ -491,6 +489,17 @@ bool qcow2_downgrade(BlockDriverState *bs, QbProgress *progress, GError **errp)
         (void)qcow2_set_incompatible(bs, 0, QCOW2_INCOMPAT_DIRTY);
         return false;
     }
-    become_version2(s);
+    become_version2(qcow2_state(bs));
     return true;
+}
+
+bool qcow2_downgrade(BlockDriverState *bs, QbProgress *progress, GError **errp)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    bool lazy = s->lazy_refcounts;
+    assert(s->version == 3 && s->refcount_order == 4 && !s->has_subclusters);
+    s->lazy_refcounts = false; /* the dirty bit is used otherwise here */
+    bool ok = downgrade(bs, progress, errp);
+    s->lazy_refcounts = lazy && !ok;
+    return ok;
 }

@@ -211,13 +211,23 @@ static bool amend_size(BlockDriverState *bs, const Amendment *a, GError **errp)
     return ok;
 }
 
+/* Each step settles what lazy refcounts have begun in the one before: the dirty bit is its own. */
+static bool settled(BlockDriverState *bs, GError **errp)
+{
+    int ret = qcow2_lazy_settle(bs);
+    if (ret < 0) {
+        qb_error_set_errno(errp, ret, "Could not write back the metadata of the image");
+    }
+    return ret == 0;
+}
+
 static bool carry_out(BlockDriverState *bs, Amendment *a, QbProgress *progress, GError **errp)
 {
     const BDRVQcow2State *s = qcow2_state(bs);
     unsigned order = (unsigned)__builtin_ctzll(a->refcount_bits);
     return (a->version <= s->version || qcow2_upgrade(bs, errp)) &&
            qcow2_amend_width(bs, order, progress, errp) && amend_header(bs, a, errp) &&
-           amend_size(bs, a, errp) &&
+           amend_size(bs, a, errp) && settled(bs, errp) &&
            (a->version >= s->version || qcow2_downgrade(bs, progress, errp));
 }
 

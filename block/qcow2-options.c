@@ -264,6 +264,14 @@ static bool may_become_writable(const BDRVQcow2State *s, GError **errp)
     return true;
 }
 
+static bool check_written(const BlockDriverState *bs, int ret, GError **errp)
+{
+    if (ret < 0) {
+        qb_error_set_errno(errp, ret, "Could not write back the metadata of '%s'", bs->filename);
+    }
+    return ret == 0;
+}
+
 /* The file becomes read-only too: nothing may be left to write. Freed clusters need a second turn. */
 static bool write_everything(BlockDriverState *bs, GError **errp)
 {
@@ -274,17 +282,20 @@ static bool write_everything(BlockDriverState *bs, GError **errp)
         return false;
     }
     int ret = qcow2_flush_all(bs);
-    if (ret < 0) {
-        qb_error_set_errno(errp, ret, "Could not write back the metadata of '%s'", bs->filename);
-    }
-    return ret == 0;
+    return check_written(bs, ret < 0 ? ret : qcow2_lazy_settle(bs), errp);
 }
 
-static bool change_of_mode(BDRVReopenState *state, GError **errp)
+static bool end_lazy(BlockDriverState *bs, GError **errp)
+{
+    BDRV_GRAPH_GUARD();
+    return check_written(bs, qcow2_lazy_settle(bs), errp);
+}
+
+static bool change_of_mode(BDRVReopenState *state, bool lazy, GError **errp)
 {
     BlockDriverState *bs = state->bs;
     if (state->read_only == bs->read_only) {
-        return true;
+        return lazy || end_lazy(bs, errp);
     }
     return state->read_only ? write_everything(bs, errp)
                             : may_become_writable(qcow2_state(bs), errp);
@@ -293,7 +304,8 @@ static bool change_of_mode(BDRVReopenState *state, GError **errp)
 bool qcow2_reopen_prepare(BDRVReopenState *state, GError **errp)
 {
     g_autofree Qcow2Options *o = g_new0(Qcow2Options, 1);
-    if (!qcow2_options_take(state->bs, state->options, o, errp) || !change_of_mode(state, errp)) {
+    if (!qcow2_options_take(state->bs, state->options, o, errp) ||
+        !change_of_mode(state, o->lazy_refcounts, errp)) {
         return false;
     }
     state->opaque = g_steal_pointer(&o);

@@ -16,8 +16,9 @@
  *  2. A dirty image is repaired before anything else may change it.
  *  3. The external data file's name comes out of an image that somebody else may have written: it
  *     is a plain file name and never parsed, and it is not opened where no guest data is wanted.
- *  4. Lazy refcounts are allowed by the format, not required: counts are always written in order,
- *     so the dirty bit is only set by operations that need it (snapshots, shrink).
+ *  4. Lazy refcounts are allowed by the format, not required: counts are always written in order.
+ *     The dirty bit is set by operations that need it (snapshots, shrink, amend), and where the
+ *     option is on, while a session allocates (qcow2-lazy.c).
  *
  * Not done: encryption.  Such images open for metadata work only, which needs no key: info, check,
  * snapshots, amend, resize.
@@ -346,8 +347,8 @@ static bool qcow2_open(BlockDriverState *bs, json_t *options, int flags, GError 
 static void write_back_for_close(BlockDriverState *bs)
 {
     BDRV_GRAPH_GUARD();
-    if (!atomic_load(&qcow2_state(bs)->corrupt)) {
-        (void)qcow2_flush_all(bs);
+    if (!atomic_load(&qcow2_state(bs)->corrupt) && qcow2_flush_all(bs) == 0) {
+        (void)qcow2_lazy_settle(bs); /* else the next writable open repairs */
     }
     qcow2_corrupt_save(bs);
 }
@@ -419,10 +420,11 @@ static int gated_map(BlockDriverState *bs, BlkQueue *queue, BdrvMapIntent intent
     return qcow2_map(bs, queue, intent, offset, bytes, mapping);
 }
 
-/* The same for operations that report through a GError. */
+/* The same for operations on the image, which may use the dirty bit and report through a GError. */
 static bool open_gate(BlockDriverState *bs, bool guest, GError **errp)
 {
     int ret = qcow2_begin_change(bs, guest);
+    ret = ret < 0 ? ret : qcow2_lazy_settle(bs);
     if (ret < 0) {
         qb_error_set_errno(errp, ret, "Could not update qcow2 header");
     }

@@ -117,7 +117,7 @@ struct BDRVQcow2State {
     bool discard_no_unref;
     uint64_t l2_cache_size, refcount_cache_size; /* bytes, 0 = default */
     uint64_t cache_clean_interval; /* seconds, 0 = never; accepted, the cache trims by itself */
-    bool lazy_refcounts;           /* as shown; counts are written in order all the same */
+    bool lazy_refcounts;           /* the dirty bit is set while a session allocates */
     int overlap_check;             /* Qcow2Overlap bits that the overlap guard looks at */
 
     /* --- the header: changed under header_lock, written by qcow2-header.c only --- */
@@ -130,6 +130,7 @@ struct BDRVQcow2State {
     _Atomic(bool) corrupt_reported; /* the warning that is given once is out */
     const char *corrupt_file;       /* where in this source it was found, for debuggers */
     int corrupt_line;
+    _Atomic(bool) lazy_dirty; /* the dirty bit is set by qcow2-lazy.c */
     _Atomic(uint64_t) autoclear_pending; /* autoclear bits to clear before the first change */
 
     /* --- snapshots: changed with the whole node in the range lock --- */
@@ -266,6 +267,11 @@ int qcow2_begin_change(BlockDriverState *bs, bool guest);
 /* Sets or clears feature bits, stable on return; no write when nothing changes. */
 int qcow2_set_incompatible(BlockDriverState *bs, uint64_t set, uint64_t clear);
 int qcow2_set_autoclear(BlockDriverState *bs, uint64_t set, uint64_t clear);
+/* qcow2-lazy.c: with lazy refcounts, makes the dirty bit stable before something is allocated; cheap
+ * when it is. And ends that: everything stable, then the bit off; not while requests are under way.
+ * No lock held, not announced. 0 or -errno. */
+int qcow2_lazy_begin(BlockDriverState *bs);
+int qcow2_lazy_settle(BlockDriverState *bs);
 /* A change of more than fixed fields. */
 typedef struct Qcow2HeaderChange {
     const char *backing_file; /* NULL: as it is; "": none */
