@@ -5,7 +5,7 @@
  *        |      background looks at all of them, from the first allocation on)
  *        |
  *      find in the index  -- a block that may have it? --> search it: take, or make the bound exact
- *        | none
+ *        | none, also in the last block
  *      append: new blocks behind the last one, the run behind them
  *
  * A file that cannot grow (a device) gives -ENOSPC here and not at a flush, where nobody could
@@ -279,6 +279,20 @@ static int try_index_locked(BDRVQcow2State *s, Request *r)
     return ret;
 }
 
+/* A new block lies behind the range of the last one, however little of that is used: the last one is
+ * looked at in any case before. */
+static int try_last_locked(BDRVQcow2State *s, Request *r)
+    QB_REQUIRES(s->alloc_lock)
+{
+    int ret;
+
+    if (qcow2_free_index_seen(s->free_index, s->reftable.nb_blocks - 1)) {
+        return 0;
+    }
+    ret = look_at_locked(s, s->reftable.nb_blocks - 1);
+    return ret < 0 ? ret : try_index_locked(s, r);
+}
+
 static int append_locked(BDRVQcow2State *s, Request *r)
     QB_REQUIRES(s->alloc_lock)
 {
@@ -308,6 +322,9 @@ static int attempt_locked(BDRVQcow2State *s, Request *r)
     }
     if (ret == 0 && !r->n) {
         ret = try_index_locked(s, r);
+    }
+    if (ret == 0 && !r->n) {
+        ret = try_last_locked(s, r);
     }
     if (ret == 0 && !r->n) {
         ret = append_locked(s, r);

@@ -49,6 +49,8 @@ static void wait_released(World *w)
     while (qcow2_quarantine_bytes(w->s)) {
         usleep(5000);
     }
+    bdrv_drained_begin(w->bs); /* the step has ended, too */
+    bdrv_drained_end(w->bs);
 }
 
 /* Threads of this process called @name. */
@@ -251,6 +253,24 @@ static void test_bounded_blind_growth(void)
     rec_file_free(w.f);
 }
 
+/* The range of the last block is used before another one makes the file longer. */
+static void test_fills_last_block(void)
+{
+    World w = world_new("size=8M,cluster_size=512,preallocation=metadata", 16 * MIB);
+    int64_t length, offset;
+
+    world_reopen(&w, NULL);
+    qcow2_background_stop(w.s);
+    length = w.f->length;
+    bdrv_graph_rdlock();
+    offset = qcow2_alloc_clusters(w.bs, 512);
+    qcow2_alloc_undo(w.bs, (uint64_t)offset, 512);
+    bdrv_graph_rdunlock();
+    g_assert_cmpint(offset, <=, length);
+    g_assert_false(all_seen(&w));
+    world_free(&w);
+}
+
 /* --- tables unused for long --- */
 
 static void test_drops_unused_tables(void)
@@ -321,6 +341,7 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-background/looks-at-all-blocks", test_looks_at_all_blocks);
     g_test_add_func("/qcow2-background/looks-past-errors", test_looks_past_errors);
     g_test_add_func("/qcow2-background/bounded-blind-growth", test_bounded_blind_growth);
+    g_test_add_func("/qcow2-background/fills-last-block", test_fills_last_block);
     g_test_add_func("/qcow2-background/drops-unused-tables", test_drops_unused_tables);
     g_test_add_func("/qcow2-background/cut-and-allocation", test_cut_and_allocation);
     int ret = g_test_run();
