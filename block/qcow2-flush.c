@@ -1,7 +1,8 @@
 /*
  * Flush: the order in which memory becomes disk.
  *
- *   under the metadata lock    copy dirty L2 sectors and the L1
+ *   under the metadata lock    take empty L2 tables out of the L1 (qcow2-prune.c)
+ *                              copy dirty L2 sectors and the L1
  *     and the alloc lock too   copy dirty refcount blocks, refcount table; the generation ends
  *   ------------------------------------------------------------------------------------------
  *   phase 1   new L2 tables, all refcount blocks, a refcount table or L1 at a new place
@@ -125,7 +126,10 @@ static int copy_map(BDRVQcow2State *s, FlushCopy *c)
 {
     c->bitmap_tables = qcow2_bitmaps_take_tables(s);
     QB_GUARD(&s->lock);
-    int ret = qcow2_cache_collect_dirty(s->cache, QCOW2_TABLE_L2, c->l2);
+    int ret;
+
+    qcow2_drop_empty_tables_locked(s);
+    ret = qcow2_cache_collect_dirty(s->cache, QCOW2_TABLE_L2, c->l2);
 
     if (ret == 0) {
         ret = qcow2_l1_collect_locked(s, c->l1, &c->l1_copy);

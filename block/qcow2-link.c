@@ -22,8 +22,8 @@
  *  5. Entries that do not change are not written, and where none of a table changes no table
  *     is made.
  *
- * Not done: tables that became all zero stay; those that a request clears as a whole are dropped
- * (qcow2_drop_table()).
+ * Tables that a request clears as a whole are dropped at once (qcow2_drop_table()); those that
+ * became all zero bit by bit, by the next flush (qcow2-prune.c).
  *
  * SPDX-License-Identifier: MIT
  */
@@ -205,6 +205,15 @@ typedef struct Part {
     size_t n;
 } Part;
 
+/* A run that became unallocated ends with an entry of 0: the table may be empty now. */
+static void note_if_cleared_locked(BDRVQcow2State *s, const Part *p, size_t last)
+    QB_REQUIRES(s->lock)
+{
+    if (qcow2_entry_equal(p->new[last], (Qcow2L2Entry){0})) {
+        qcow2_note_cleared_locked(s, p->l1_index);
+    }
+}
+
 static void store_part_locked(BDRVQcow2State *s, Qcow2Table *t, const Part *p)
     QB_REQUIRES(s->lock)
 {
@@ -216,6 +225,7 @@ static void store_part_locked(BDRVQcow2State *s, Qcow2Table *t, const Part *p)
         }
         if (i > first) {
             store_run_locked(s, t, p->index + (unsigned)first, p->new + first, i - first);
+            note_if_cleared_locked(s, p, i - 1);
         }
         while (i < p->n && qcow2_entry_equal(p->old[i], p->new[i])) {
             i++;

@@ -43,6 +43,7 @@ static void teardown(BDRVQcow2State *s)
     g_clear_pointer(&s->quarantine, qcow2_quarantine_free);
     g_clear_pointer(&s->inflight, qcow2_inflight_free);
     g_clear_pointer(&s->l1, qcow2_l1_free);
+    g_clear_pointer(&s->cleared, g_hash_table_destroy);
     qcow2_refcount_close(s->bs);
     g_clear_pointer(&s->free_index, qcow2_free_index_free);
     g_clear_pointer(&s->cache, qcow2_cache_free);

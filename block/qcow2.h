@@ -139,6 +139,7 @@ struct BDRVQcow2State {
 
     /* --- metadata lock: changes of L1 and L2 (see qcow2-l1.c, qcow2-cluster.c) --- */
     QbMutex lock;
+    GHashTable *cleared; /* a set: 1 + index in L1 of tables that may have become empty; NULL: none */
     /* --- alloc lock: refcounts, refcount table, free-space index --- */
     QbMutex alloc_lock;
     struct Qcow2Reftable {
@@ -438,6 +439,13 @@ int qcow2_l1_grow(BlockDriverState *bs, uint64_t size, bool exact);
 /* Replaces the table by @be_entries (stolen) at @offset, as the header on disk already says; the old
  * table's clusters are the caller's to free. Whole node in the range lock. */
 void qcow2_l1_replace(BDRVQcow2State *s, uint64_t *be_entries, uint32_t size, uint64_t offset);
+
+/* ======================= qcow2-prune.c: L2 tables that became empty ======================= */
+
+/* An entry of 0 was stored to the table at @l1_index: it may be empty now. */
+void qcow2_note_cleared_locked(BDRVQcow2State *s, uint64_t l1_index) QB_REQUIRES(s->lock);
+/* Takes those that are out of L1 and frees them; for the flush, before it copies. */
+void qcow2_drop_empty_tables_locked(BDRVQcow2State *s) QB_REQUIRES(s->lock);
 
 /* ======================= qcow2-inflight.c: users of host runs ======================= */
 

@@ -477,6 +477,35 @@ static void run_discard(World *w)
     do_flush(w);
 }
 
+/* The table becomes empty bit by bit, goes, and comes again. */
+static void run_empty_table(World *w)
+{
+    do_discard(w, 0, 40);
+    do_discard(w, 40, 24);
+    do_flush(w);
+    do_write(w, 5, 3);
+    do_flush(w);
+}
+
+/* Power is lost anywhere while a table goes. */
+static void test_crash_empty_table(void)
+{
+    World w;
+    Oracle o;
+    RecFile *f = rec_image_new("a", "size=64k,cluster_size=512,compat=0.10", 4 * MIB);
+    RecFile *before = rec_file_dup("before", f);
+
+    world_open(&w, f, &o);
+    rec_start(f);
+    prepare_some(&w);
+    run_empty_table(&w);
+    blk_unref(w.blk);
+    expect_sound_at_every_point(before, f, o.units, 1);
+    rec_check(f, false);
+    rec_file_free(before);
+    rec_file_free(f);
+}
+
 static void run_grow_l1(World *w)
 {
     if (blk_truncate(w->blk, 2 * MIB, true, PREALLOC_MODE_OFF, false, NULL)) {
@@ -494,6 +523,7 @@ static const FaultCase fault_cases[] = {
     {"grow-table", "size=4M,cluster_size=512,refcount_bits=64", prepare_full_table, run_grow_table},
     {"overwrite-compressed", "size=1M,cluster_size=4k", prepare_compressed, run_overwrite},
     {"discard", "size=1M,cluster_size=4k", prepare_some, run_discard},
+    {"empty-table", "size=1M,cluster_size=512,compat=0.10", prepare_some, run_empty_table},
     {"grow-l1", "size=512k,cluster_size=512", prepare_some, run_grow_l1},
 };
 
@@ -661,6 +691,7 @@ int main(int argc, char **argv)
         g_autofree char *path = g_strconcat("/qcow2-flush/fault/", fault_cases[i].name, NULL);
         g_test_add_data_func(path, &fault_cases[i], test_fault);
     }
+    g_test_add_func("/qcow2-flush/crash/empty-table", test_crash_empty_table);
     g_test_add_data_func("/qcow2-flush/brawl/4k", "size=1M,cluster_size=4k", test_brawl);
     g_test_add_data_func("/qcow2-flush/brawl/512", "size=1M,cluster_size=512,refcount_bits=64",
                          test_brawl);

@@ -1,0 +1,89 @@
+/*
+ * L2 tables that became empty: taken out of L1 by the next flush, and freed.
+ *
+ *      link stores an entry of 0 --> s->cleared: {index in L1, ...}
+ *                                        |
+ *      flush, before it copies:          `--> table all zero and ours alone?  L1 entry 0, free it
+ *
+ * Invariants
+ *  1. The look at the table, the change of L1 and the poisoning happen under one hold of the
+ *     metadata lock, and so does every store: one that has the table pinned finds it no longer
+ *     current and begins again, so that none is lost.  Readers that got hold of it before are
+ *     announced, and quarantine waits for them.
+ *  2. The table's cluster is freed in the generation that the flush is about to end: L1 without it
+ *     is in the same copy.  What the table held was freed in this generation or an earlier one, and
+ *     stays in quarantine until L1 is stable.  The table's last content is never written: until L1
+ *     is, the disk has the table as it was (invariants 0 to 3 of the driver).
+ *  3. A table shared with a snapshot (L1 entry without COPIED) stays.  It would not be stored to
+ *     anyway: whoever stores makes a copy first.
+ *  4. Only tables stored to since the last flush are looked at.  They are dirty, hence in memory.
+ *
+ * Entries that say "zero" are not 0: a table full of them stays, since it hides a backing file.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include "block/qcow2.h"
+
+#include <string.h>
+
+#define CHUNK 512
+
+static gpointer key_of(uint64_t l1_index)
+{
+    return GSIZE_TO_POINTER((gsize)l1_index + 1);
+}
+
+void qcow2_note_cleared_locked(BDRVQcow2State *s, uint64_t l1_index)
+{
+    qb_mutex_assert_held(&s->lock);
+    if (!s->cleared) {
+        s->cleared = g_hash_table_new(NULL, NULL);
+    }
+    g_hash_table_add(s->cleared, key_of(l1_index));
+}
+
+static bool is_empty(const BDRVQcow2State *s, const Qcow2Table *t)
+{
+    static const uint8_t zeroes[CHUNK];
+    uint8_t part[CHUNK];
+
+    for (size_t pos = 0; pos < s->cluster_size; pos += CHUNK) {
+        qcow2_table_load(t, pos, CHUNK, part);
+        if (memcmp(part, zeroes, CHUNK)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void drop_if_empty_locked(BDRVQcow2State *s, uint64_t l1_index) QB_REQUIRES(s->lock)
+{
+    uint64_t entry = qcow2_l1_get(s, l1_index), offset = entry & QCOW2_ENTRY_OFFSET_MASK;
+    g_autoptr(Qcow2Table) t = NULL;
+
+    qb_mutex_assert_held(&s->lock);
+    if (!offset || !(entry & QCOW2_ENTRY_COPIED)) {
+        return;
+    }
+    t = qcow2_cache_peek(s->cache, QCOW2_TABLE_L2, offset);
+    if (t && is_empty(s, t)) {
+        qcow2_l1_set_locked(s, l1_index, 0);
+        qcow2_free_run(s->bs, offset, s->cluster_size, QCOW2_DISCARD_OTHER);
+    }
+}
+
+void qcow2_drop_empty_tables_locked(BDRVQcow2State *s)
+{
+    GHashTableIter iter;
+    gpointer key;
+
+    qb_mutex_assert_held(&s->lock);
+    if (!s->cleared) {
+        return;
+    }
+    g_hash_table_iter_init(&iter, s->cleared);
+    while (g_hash_table_iter_next(&iter, &key, NULL)) {
+        drop_if_empty_locked(s, GPOINTER_TO_SIZE(key) - 1);
+    }
+    g_clear_pointer(&s->cleared, g_hash_table_destroy);
+}
