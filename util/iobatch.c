@@ -221,6 +221,7 @@ static void run_in_threads(QbIoOp *ops, size_t n)
 
 /* ---- the batch ---- */
 
+#ifdef CONFIG_LIBAIO
 /* Kernel aio blocks in the submission unless the file is open for direct I/O. */
 static bool all_direct(const QbIoOp *ops, size_t n)
 {
@@ -237,6 +238,7 @@ static bool all_direct(const QbIoOp *ops, size_t n)
     }
     return true;
 }
+#endif
 
 static void run_in_engine(QbIoOp *ops, size_t n, QbAioMode mode)
 {

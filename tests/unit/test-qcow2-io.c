@@ -7,6 +7,7 @@
  *
  * SPDX-License-Identifier: MIT
  */
+#include "qb-config.h"
 #include "qcow2-image.h"
 
 /* --- the oracle --- */
@@ -25,7 +26,9 @@ static const Config configs[] = {
     {"c512", "cluster_size=512", 1 * MIB + 512, 512, .compressed = true},
     {"c4k", "cluster_size=4k", 2 * MIB, 4096, .compressed = true},
     {"c64k", "cluster_size=64k", MB4, 65536, .compressed = true},
+#ifdef CONFIG_ZSTD
     {"c64k-zstd", "cluster_size=64k,compression_type=zstd", MB4, 65536, .compressed = true},
+#endif
     {"c2m", "cluster_size=2M", 8 * MIB + 512, 2 * MIB, .compressed = true},
     {"c64k-backing", "cluster_size=64k", MB4, 65536, .backing = true, .compressed = true},
     {"c512-backing", "cluster_size=512", 1 * MIB, 512, .backing = true, .compressed = true},
