@@ -20,7 +20,7 @@
 
 typedef struct CheckArgs {
     const char *format, *cache, *repair, *output, *sandbox;
-    bool image_opts, force_share, quiet;
+    bool image_opts, force_share, quiet, progress;
     GPtrArray *objects;
 } CheckArgs;
 
@@ -33,6 +33,7 @@ static const ImgOption check_options[] = {
      "open the image while another process writes it"},
     {IMG_STRING, 0, "output", offsetof(CheckArgs, output), "FORMAT", "human or json"},
     {IMG_FLAG, 'q', "quiet", offsetof(CheckArgs, quiet), NULL, "print errors only"},
+    {IMG_FLAG, 'p', "progress", offsetof(CheckArgs, progress), NULL, "show progress"},
     IMG_SANDBOX_OPTION(CheckArgs),
     {IMG_LIST, 0, "object", offsetof(CheckArgs, objects), "OBJDEF", "object definition"},
     {IMG_END},
@@ -240,7 +241,7 @@ static int check_blk(BlockBackend *blk, const char *file, const CheckArgs *args,
 
     qb_progress_init(&progress, 0);
     opts.progress = &progress;
-    img_progress_start(&progress, false);
+    img_progress_start(&progress, args->progress && !args->quiet && !json);
     ok = run_check(blk_bs(blk), &opts, !json && !args->quiet, &result, &err);
     img_progress_end(ok);
     if (!ok) {
