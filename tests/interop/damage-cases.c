@@ -158,8 +158,9 @@ static void look_at_info(Session *s, RecFile *f)
     }
     BlockDriverInfo info;
     bdrv_get_info(blk_bs(blk), &info, NULL);
-    g_autoptr(json_t) specific = bdrv_get_specific_info(blk_bs(blk), NULL);
-    g_autoptr(GArray) snapshots = bdrv_snapshot_list(blk_bs(blk), NULL);
+    json_decref(bdrv_get_specific_info(blk_bs(blk), NULL));
+    GArray *snapshots = bdrv_snapshot_list(blk_bs(blk), NULL);
+    g_clear_pointer(&snapshots, g_array_unref);
     expect_unwritten(s, f, 0);
 }
 
@@ -536,7 +537,7 @@ static void run_cases(const Options *o, Shared *shared, _Atomic(uint64_t) *next)
 static bool parse_options(int argc, char **argv, Options *o)
 {
     gint64 cases = 0, random = 0, seed = 1, only = -1;
-    g_autofree char *base = NULL, *data = NULL, *sample = NULL;
+    g_autofree char *sample = NULL;
     GOptionEntry entries[] = {
         {"base", 0, 0, G_OPTION_ARG_STRING, &o->base, "backing file", NULL},
         {"data", 0, 0, G_OPTION_ARG_STRING, &o->data, "external data file", NULL},
