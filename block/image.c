@@ -128,7 +128,11 @@ static bool check_snapshots(const BlockDriverState *bs, bool has, GError **errp)
 
 bool bdrv_snapshot_create(BlockDriverState *bs, const char *name, GError **errp)
 {
-    if (!check_snapshots(bs, bs->drv->snapshot_create, errp) || !check_writable(bs, errp)) {
+    if (!bs->drv->snapshot_create) { /* in the field's words */
+        qb_error_set(errp, ENOTSUP, "%s", g_strerror(ENOTSUP));
+        return false;
+    }
+    if (!check_writable(bs, errp)) {
         return false;
     }
     BdrvHold h;

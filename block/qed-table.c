@@ -279,6 +279,18 @@ static int ensure_table(BlockDriverState *bs, uint64_t guest)
     return ret;
 }
 
+int qed_need_table(BlockDriverState *bs, uint64_t guest)
+{
+    BDRVQedState *s = qed_state(bs);
+    g_autoptr(QedPage) page = NULL;
+    uint64_t index = qed_l1_index(s, guest);
+    int ret = get_page(s, s->l1_offset, index, &page);
+    if (ret == 0 && !read_entry(s, page, page_pos(s, index))) {
+        ret = ensure_table(bs, guest);
+    }
+    return ret;
+}
+
 int qed_drop_table(BlockDriverState *bs, uint64_t l1_index)
 {
     BDRVQedState *s = qed_state(bs);

@@ -3,7 +3,7 @@
  *
  *     as a user: look up -> mapped -> write in place -> leave                        (plain)
  *                             '-- not mapped: leave, serialise the clusters, look up again
- *     allocate -> fill head and tail, write -> change the entries                    (serialised)
+ *     table, clusters -> fill head and tail, write -> change the entries             (serialised)
  *
  *     new clusters  |               |               |
  *     data                 [================)
@@ -216,7 +216,8 @@ static int take_space(WriteStep *w)
 static int64_t step_run(WriteStep *w)
 {
     const QedIo *io = w->io;
-    int ret = take_space(w);
+    int ret = qed_need_table(io->bs, w->cluster);
+    ret = ret < 0 ? ret : take_space(w);
     if (ret < 0) {
         return ret;
     }

@@ -236,6 +236,9 @@ int64_t qed_unmapped_by_l1(BlockDriverState *bs, uint64_t guest, uint64_t bytes)
  * 0 or -errno with nothing changed.
  */
 int qed_change(BlockDriverState *bs, uint64_t guest, uint64_t n, uint64_t first, uint64_t step);
+/* Makes the L2 table for @guest if there is none, so that it lies before what is allocated next, which may
+ * be cut off again. As qed_change(). */
+int qed_need_table(BlockDriverState *bs, uint64_t guest);
 /* Frees the L2 table of @l1_index, whose entries are all 0. Its guest range is serialised. */
 int qed_drop_table(BlockDriverState *bs, uint64_t l1_index);
 /* Sets one entry of the table at @table to 0 without freeing anything, for repair. */

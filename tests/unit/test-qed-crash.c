@@ -533,7 +533,7 @@ static void test_order(void)
     g_autoptr(BlockBackend) blk = open_image(&shapes[0], 0, BDRV_O_RDWR);
     assert_log(""); /* opening writes nothing */
     must(blk, (Request){'w', 0, 4096, 1});
-    assert_log("w. z. "); /* data, then an empty table */
+    assert_log("z. w. "); /* an empty table, data */
     must(blk, (Request){'f', 0, 0, 0});
     assert_log("F w1 w. F "); /* what they point to is stable; L1 and L2 follow */
     must(blk, (Request){'w', 0, 4096, 2});
