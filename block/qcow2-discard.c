@@ -247,6 +247,17 @@ static int64_t clear_step(Clear *c, uint64_t cluster, Qcow2L2Entry *entries)
     return n < 0 ? n : n << s->cluster_bits;
 }
 
+/* Who cuts all off wants the space in the end, and pays for few flushes: what waits costs memory by
+ * what is really mapped. Others would see the file grow. */
+static int relieve(const Clear *c)
+{
+    bool waits = c->mode == CLEAR_FULL && c->type == QCOW2_DISCARD_ALWAYS;
+    if (waits) {
+        return qcow2_cache_too_dirty(c->s->cache) ? qcow2_write_back(c->bs) : 0;
+    }
+    return qcow2_relieve(c->bs);
+}
+
 static int clear_all(Clear *c)
 {
     g_autofree Qcow2L2Entry *entries = g_try_new(Qcow2L2Entry, 2 * MAX_STEP);
@@ -260,7 +271,7 @@ static int clear_all(Clear *c)
             return (int)done;
         }
         cluster += (uint64_t)done;
-        int ret = qcow2_relieve(c->bs);
+        int ret = relieve(c);
         if (ret < 0) {
             return ret;
         }
@@ -293,7 +304,7 @@ static int clear_range(Clear *c, uint64_t guest, uint64_t bytes)
     if (ret < 0 || bytes == 0) {
         return ret;
     }
-    ret = qcow2_relieve(c->bs); /* what idles since earlier ones, before more comes */
+    ret = relieve(c); /* what waits since earlier ones, before more comes */
     if (ret < 0) {
         return ret;
     }

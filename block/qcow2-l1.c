@@ -265,6 +265,20 @@ void qcow2_l1_replace(BDRVQcow2State *s, uint64_t *be_entries, uint32_t size, ui
     qcow2_l1_free(fresh);
 }
 
+void qcow2_l1_shorten(BDRVQcow2State *s, uint32_t size)
+{
+    struct Qcow2L1 *l1 = s->l1;
+    QB_GUARD(&s->lock);
+
+    qb_rwlock_wrlock(&l1->lock);
+    for (uint32_t i = size; i < l1->size; i++) {
+        g_hash_table_remove(l1->tables, table_key(s, be64toh(l1->be[i])));
+        l1->be[i] = 0; /* the last sector is written as a whole */
+    }
+    l1->size = MIN(l1->size, size);
+    qb_rwlock_wrunlock(&l1->lock);
+}
+
 /* ---- flushing ---- */
 
 static bool append_piece(const struct Qcow2L1 *l1, size_t first, size_t end, GArray *pieces)

@@ -3,12 +3,14 @@
  *
  *   grow                                            shrink
  *   1 drop entries beyond the old end               1 flush: disk and memory agree
- *   2 zero the rest of the last cluster             2 header: size, dirty bit (v3)    <- done
- *   3 longer L1, longer data file                   3 full discard of what lies beyond; flush
- *   4 zero entries over a longer backing file       4 header: shorter L1, if that frees clusters
- *   5 preallocate                                   5 cut the image file, the data file
- *   6 flush                                         6 header: dirty bit off
- *   7 header: size                     <- done
+ *   2 zero the rest of the last cluster             2 header: size, shorter L1,
+ *   3 longer L1, longer data file                     dirty bit (v3)                  <- done
+ *   4 zero entries over a longer backing file       3 full discard of what lies beyond: entries of
+ *   5 preallocate                                     the boundary table, tables cut off
+ *   6 flush                                         4 free L1's spare clusters; flush
+ *   7 header: size, L1's length     <- done         5 free empty refcount blocks; flush
+ *                                                   6 cut the image file, the data file
+ *                                                   7 header: dirty bit off
  *
  * Invariants
  *  1. Nothing beyond the end of the disk is trusted: images shrunk by others still have bytes and
@@ -16,12 +18,14 @@
  *     caller allows that, as the backing file; never as what was cut off before.
  *  2. Growing happens at its header write: a crash before leaves the old size, plus clusters beyond
  *     the end that the next growth drops.  Shrinking happens at its first header write: a crash
- *     after it leaves clusters mapped beyond the end, which the next writable open (version 3, by
- *     the dirty bit), or the next growth or shrink (version 2), gives back.
+ *     after it leaves tables that nothing names, and clusters mapped beyond the end by the boundary
+ *     table.  The next writable open gives them back on version 3, by the dirty bit; on version 2
+ *     the former are leaks, and the latter go with the next change of the size.
  *  3. No cluster is given back before the size that makes it invisible is stable; the file is cut
  *     only when the entries that named its end are stably gone.
  *  4. Once a shrink is done, what fails in giving space back is a warning, and the dirty bit stays
- *     set.
+ *     set.  Memory's L1 may then be longer than the header says: the entries there are true, and the
+ *     next growth makes the header name them again.
  *
  * The core holds the range from the smaller size to infinity; a write below it may go on meanwhile.
  *
@@ -382,9 +386,12 @@ bool qcow2_fill_new(BlockDriverState *bs, PreallocMode prealloc, GError **errp)
 
 /* ---------------------------------------------------------------- grow */
 
+/* All is flushed: L1 is on disk as long as it is in memory. */
 static void set_size(Qcow2Header *h, void *opaque)
 {
-    h->size = *(const uint64_t *)opaque;
+    const Resize *r = opaque;
+    h->size = r->new_size;
+    h->l1_size = qcow2_l1_size(r->s);
 }
 
 /* All that can be done while nobody sees it. */
@@ -399,13 +406,12 @@ static bool prepare_growth(const Resize *r, uint64_t shown_end, GError **errp)
 /* From here on the node itself takes the new part for its own: zeroing there is not idle. */
 static bool fill_growth(const Resize *r, uint64_t shown_end, GError **errp)
 {
-    uint64_t size = r->new_size;
     bdrv_set_length(r->bs, (int64_t)r->new_size);
     if (check(hide_backing(r, shown_end), "Failed to zero out new area", errp) &&
         preallocate(r, errp) &&
         check(qcow2_flush(r->bs), "Failed to flush the image", errp) &&
-        check(qcow2_header_update(r->bs, set_size, &size, true), "Failed to update the image size",
-              errp)) {
+        check(qcow2_header_update(r->bs, set_size, (void *)r, true),
+              "Failed to update the image size", errp)) {
         return true;
     }
     (void)drop_stale_entries(r); /* if that fails too, the next growth does it */
@@ -423,16 +429,19 @@ static bool grow(const Resize *r, GError **errp)
 
 /* ---------------------------------------------------------------- shrink */
 
+static uint32_t shrunk_l1_size(const Resize *r)
+{
+    uint64_t needed = MAX(qcow2_size_to_l1(r->s, r->new_size), 1);
+    return (uint32_t)MIN(needed, qcow2_l1_size(r->s));
+}
+
 /* What step 2 writes: from now on the disk ends there, and somebody is at work (version 3). */
 static void begin_shrink(Qcow2Header *h, void *opaque)
 {
-    h->size = *(const uint64_t *)opaque;
+    const Resize *r = opaque;
+    h->size = r->new_size;
+    h->l1_size = shrunk_l1_size(r);
     h->incompatible |= h->version >= 3 ? QCOW2_INCOMPAT_DIRTY : 0;
-}
-
-static void set_l1_size(Qcow2Header *h, void *opaque)
-{
-    h->l1_size = *(const uint32_t *)opaque;
 }
 
 static uint64_t l1_bytes(const BDRVQcow2State *s, uint64_t entries)
@@ -440,29 +449,16 @@ static uint64_t l1_bytes(const BDRVQcow2State *s, uint64_t entries)
     return qb_align_up(entries * 8, s->cluster_size);
 }
 
-/* Gives up clusters of the L1 table that hold empty entries only. All is flushed. */
-static int shorten_l1(const Resize *r)
+/* Memory follows the header; what was beyond has been dropped. Free with the next flush. */
+static void shorten_l1(const Resize *r)
 {
     BDRVQcow2State *s = r->s;
-    uint32_t old_entries, entries = MAX(qcow2_size_to_l1(s, r->new_size), 1);
-    g_autofree uint64_t *be = qcow2_l1_dup_be(s, &old_entries);
-    uint64_t offset = qcow2_l1_table_offset(s);
-    if (l1_bytes(s, entries) >= l1_bytes(s, old_entries)) {
-        return 0;
+    uint32_t entries = shrunk_l1_size(r);
+    uint64_t keep = l1_bytes(s, entries), had = l1_bytes(s, qcow2_l1_size(s));
+    qcow2_l1_shorten(s, entries);
+    if (keep < had) {
+        qcow2_free_run(r->bs, qcow2_l1_table_offset(s) + keep, had - keep, QCOW2_DISCARD_ALWAYS);
     }
-    for (uint32_t i = entries; i < old_entries; i++) {
-        if (be[i]) {
-            return 0; /* an entry that could not be dropped */
-        }
-    }
-    int ret = qcow2_header_update(r->bs, set_l1_size, &entries, true);
-    if (ret < 0) {
-        return ret;
-    }
-    qcow2_l1_replace(s, g_steal_pointer(&be), entries, offset);
-    qcow2_free_run(r->bs, offset + l1_bytes(s, entries),
-                   l1_bytes(s, old_entries) - l1_bytes(s, entries), QCOW2_DISCARD_ALWAYS);
-    return 0;
 }
 
 static int discard_tail(const Resize *r)
@@ -483,14 +479,17 @@ static bool warn(int ret, const char *text)
     return ret >= 0;
 }
 
-/* Steps 3 to 5; false when something of it failed, which costs space only. */
+/* Steps 3 to 6; false when something of it failed, which costs space only. */
 static bool give_back(const Resize *r)
 {
-    bool ok = warn(discard_tail(r), "Failed to discard cropped clusters") &&
-              warn(qcow2_flush_all(r->bs), "Failed to discard cropped clusters") &&
-              warn(shorten_l1(r), "Failed to reduce the number of L2 tables") &&
+    if (!warn(discard_tail(r), "Failed to discard cropped clusters")) {
+        return false;
+    }
+    shorten_l1(r);
+    bool ok = warn(qcow2_flush(r->bs), "Failed to discard cropped clusters") &&
               warn(qcow2_refcount_shrink(r->bs), "Failed to discard unused refblocks") &&
-              warn(qcow2_flush_all(r->bs), "Failed to discard unused refblocks");
+              (qcow2_is_clean(r->s) ||
+               warn(qcow2_flush_all(r->bs), "Failed to discard unused refblocks"));
     if (!ok) {
         return false;
     }
@@ -505,13 +504,13 @@ static bool give_back(const Resize *r)
 
 static bool shrink(const Resize *r, GError **errp)
 {
-    uint64_t size = r->new_size;
     bool was_dirty = r->s->header.incompatible & QCOW2_INCOMPAT_DIRTY;
     if (r->prealloc != PREALLOC_MODE_OFF) {
         return fail(errp, EINVAL, "Preallocation can't be used for shrinking an image");
     }
-    if (!check(qcow2_flush(r->bs), "Failed to flush the image", errp) ||
-        !check(qcow2_header_update(r->bs, begin_shrink, &size, true),
+    int ret = qcow2_is_clean(r->s) ? 0 : qcow2_flush(r->bs);
+    if (!check(ret, "Failed to flush the image", errp) ||
+        !check(qcow2_header_update(r->bs, begin_shrink, (void *)r, true),
                "Failed to update the image size", errp)) {
         return false;
     }

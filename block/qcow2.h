@@ -436,6 +436,9 @@ uint64_t *qcow2_l1_dup_be(const BDRVQcow2State *s, uint32_t *ret_size);
 /* Makes room for @size entries: a new table in new clusters, to which the next flush switches.
  * @exact: no spare. The old clusters go to quarantine. Not under any lock. */
 int qcow2_l1_grow(BlockDriverState *bs, uint64_t size, bool exact);
+/* Forgets the entries from @size on, in memory; dirty ones below stay so. Who calls frees what they
+ * named, and the clusters they lay in. The header says so already. */
+void qcow2_l1_shorten(BDRVQcow2State *s, uint32_t size);
 /* Replaces the table by @be_entries (stolen) at @offset, as the header on disk already says; the old
  * table's clusters are the caller's to free. Whole node in the range lock. */
 void qcow2_l1_replace(BDRVQcow2State *s, uint64_t *be_entries, uint32_t size, uint64_t offset);
