@@ -19,13 +19,14 @@
  *                           growth by ftruncate; held across that one operation (block/file-io.c)
  *   9. leaf locks           in-flight table, quarantine list, worker pool queue, blkdebug rules,
  *                           range lock's own mutex, BlockBackend's counters, a file's flush rounds
- *                           and data extent
+ *                           and data extent, the one lock of a QED image (BDRVQedState.lock)
  *
  * A qcow2 flush is a turn, not a mutex: a flag under a leaf lock says that one runs, others wait for
  * the next round.  Nobody waits for it while holding 5..9 or announced in the in-flight table.
  *
- * Held across I/O, on purpose: the qcow2 header lock (BDRVQcow2State.header_lock, taken before 5, for
- * the one sector it writes), the file grow lock, and the graph change lock (locks of files).
+ * Held across I/O, on purpose: the header locks of qcow2 and QED (BDRVQcow2State.header_lock, taken
+ * before 5, and BDRVQedState.header_lock; for the one sector they write, QED's for a long name, too),
+ * the file grow lock, and the graph change lock (locks of files).
  *
  * SPDX-License-Identifier: MIT
  */
