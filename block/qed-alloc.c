@@ -3,22 +3,23 @@
  *
  *     unknown --first allocation: walk over all tables--> used set
  *
- *     free --qed_alloc()--> taken --entry--> in use --entry gone--> quarantine --flush, users left--> free
- *      ^                      |
- *      '------- undo ---------'
+ *     free --qed_alloc()--> taken --entry--> in use --entry gone--> quarantine
+ *      ^                      |                                        |
+ *      |------- undo ---------'                                        |
+ *      '------------------------ flush, users left --------------------'
  *
  * QED images keep no record of free space, so the set is built from the tables, which are the only
- * authority.  Whatever lies behind the last cluster in use is free as well; taking it makes the file
- * longer.  Other programs that append behind the end of the file are right, too: to them free
+ * authority.  Whatever lies behind the last cluster in use is free as well; taking it makes the
+ * file longer.  Other programs that append behind the end of the file are right, too: to them free
  * clusters are leaks.
  *
  * Invariants
- *  1. A cluster is in the used set from its allocation to its release; the set never misses one that
- *     a stable entry names (QED 2).
- *  2. While the set is built nothing is allocated or released, so entries only disappear: those that
- *     the walk missed are in quarantine, and all of that is used.
- *  3. A freed run waits until a flush that collected the change of its entry has ended, and until all
- *     users that began before the change have left.
+ *  1. A cluster is in the used set from its allocation to its release; the set never misses one
+ *     that a stable entry names (QED 2).
+ *  2. While the set is built nothing is allocated or released, so entries only disappear: those
+ *     that the walk missed are in quarantine, and all of that is used.
+ *  3. A freed run waits until a flush that collected the change of its entry has ended, and until
+ *     all users that began before the change have left.
  *  4. Tables that name a cluster twice, or no possible one, make the image corrupt: it is not known
  *     what is free, so nothing is written any more (QED 5).
  *

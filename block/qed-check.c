@@ -14,9 +14,9 @@
  *  1. A check without repair writes nothing.
  *  2. The need-check bit goes last, when all that was repaired is stable, nothing is left, and a
  *     shrink that may have been interrupted has been ended.
- *  3. A table that was seen already is not read again: what it refers to would all be counted twice.
- *     So a check ends, whatever the tables say, after the length of L1 and of as many tables as fit
- *     the file.
+ *  3. A table that was seen already is not read again: what it refers to would all be counted
+ *     twice. So a check ends, whatever the tables say, after the length of L1 and of as many
+ *     tables as fit the file.
  *
  * SPDX-License-Identifier: MIT
  */

@@ -8,8 +8,8 @@
  *     then             release what was freed in the generation
  *
  * Whatever the copies point to was written before they were taken, so it is stable before they are
- * written (QED 1).  The order among L1 and L2 does not matter: a new table is zero on the disk before
- * L1 can name it, and an entry of it points to stable data.
+ * written (QED 1).  The order among L1 and L2 does not matter: a new table is zero on the disk
+ * before L1 can name it, and an entry of it points to stable data.
  *
  * Invariants
  *  1. One flush at a time; those who come while one runs share the next one, which covers all that

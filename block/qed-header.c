@@ -8,11 +8,13 @@
  * disk could have 2^80 bytes, which no file offset reaches.
  *
  * Rules
- *  1. Unknown incompatible features are refused before anything whose meaning they may have changed.
+ *  1. Unknown incompatible features are refused before anything whose meaning they may have
+ *     changed.
  *  2. header_size 0 would let data be written over the header: refused.
  *  3. The L1 table lies inside the file as a whole.  A table of one cluster is as good as any.
  *
- * Not done: compat and autoclear features have no meaning here; who changes the image looks at them.
+ * Not done: compat and autoclear features have no meaning here; who changes the image looks at
+ * them.
  *
  * SPDX-License-Identifier: MIT
  */

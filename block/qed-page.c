@@ -14,8 +14,8 @@
  *  1. A page that is pinned or dirty stays in memory, so what it says and what the disk says differ
  *     only as long as it can be found.  Pieces on their way to the disk pin their page.
  *  2. A page that is gone is in no list: it is not written and not found, whoever still pins it.
- *  3. Nobody waits for a page while holding the lock for anything else; the cache grows over its limit
- *     rather than wait for someone to let go.
+ *  3. Nobody waits for a page while holding the lock for anything else; the cache grows over its
+ *     limit rather than wait for someone to let go.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -69,9 +69,8 @@ static void page_free(QedPage *page)
 }
 
 /* Takes it out of everything (invariant 2). */
-static void make_gone_locked(QedPage *page) QB_REQUIRES(page->s->lock)
+static void make_gone_locked(BDRVQedState *s, QedPage *page) QB_REQUIRES(s->lock)
 {
-    BDRVQedState *s = page->s;
     assert(page->state != PAGE_GONE);
     page->state = PAGE_GONE;
     g_hash_table_remove(s->pages.by_offset, &page->offset);
@@ -92,7 +91,7 @@ void qed_pages_free(BDRVQedState *s)
     }
     qb_mutex_lock(&s->lock);
     while (s->pages.lru.head) {
-        make_gone_locked(s->pages.lru.head->data);
+        make_gone_locked(s, s->pages.lru.head->data);
     }
     qb_mutex_unlock(&s->lock);
     g_clear_pointer(&s->pages.by_offset, g_hash_table_unref);
@@ -108,14 +107,14 @@ static void trim_locked(BDRVQedState *s) QB_REQUIRES(s->lock)
         QedPage *page = l->data;
         next = l->next;
         if (page->pins == 0 && !page->is_dirty) {
-            make_gone_locked(page);
+            make_gone_locked(s, page);
         }
     }
 }
 
 /* ---------------------------------------------------------------- pins */
 
-static void unpin_locked(QedPage *page) QB_REQUIRES(page->s->lock)
+static void unpin_locked(BDRVQedState *s, QedPage *page) QB_REQUIRES(s->lock)
 {
     assert(page->pins > 0);
     if (--page->pins == 0 && page->state == PAGE_GONE) {
@@ -126,8 +125,9 @@ static void unpin_locked(QedPage *page) QB_REQUIRES(page->s->lock)
 void qed_page_put(QedPage *page)
 {
     if (page) {
-        QB_GUARD(&page->s->lock);
-        unpin_locked(page);
+        BDRVQedState *s = page->s;
+        QB_GUARD(&s->lock);
+        unpin_locked(s, page);
     }
 }
 
@@ -144,7 +144,7 @@ static void load_locked(BDRVQedState *s, QedPage *page) QB_REQUIRES(s->lock)
     if (page->state == PAGE_LOADING && ret == 0) {
         page->state = PAGE_READY;
     } else if (page->state == PAGE_LOADING) {
-        make_gone_locked(page);
+        make_gone_locked(s, page);
     }
     qb_cond_broadcast(&s->changed);
 }
@@ -177,7 +177,7 @@ int qed_page_get(BDRVQedState *s, uint64_t offset, QedPage **ret)
     }
     int error = page->error;
     if (error < 0) {
-        unpin_locked(page);
+        unpin_locked(s, page);
         return error;
     }
     *ret = page;
@@ -217,7 +217,7 @@ void qed_pages_drop_locked(BDRVQedState *s, uint64_t offset, uint64_t bytes)
     for (uint64_t pos = offset; pos < offset + bytes; pos += s->page_bytes) {
         QedPage *page = g_hash_table_lookup(s->pages.by_offset, &pos);
         if (page) {
-            make_gone_locked(page);
+            make_gone_locked(s, page);
         }
     }
 }
@@ -243,9 +243,10 @@ bool qed_pages_too_dirty(BDRVQedState *s)
 }
 
 /* Runs of dirty sectors become pieces. */
-static void collect_page_locked(QedPage *page, GArray *pieces) QB_REQUIRES(page->s->lock)
+static void collect_page_locked(BDRVQedState *s, QedPage *page, GArray *pieces)
+    QB_REQUIRES(s->lock)
 {
-    size_t sectors = page->s->page_bytes / SECTOR;
+    size_t sectors = s->page_bytes / SECTOR;
     for (size_t i = 0; i < sectors; i++) {
         size_t first = i;
         while (i < sectors && page->dirty[i]) {
@@ -266,20 +267,21 @@ void qed_pages_collect_locked(BDRVQedState *s, GArray *pieces)
     qb_mutex_assert_held(&s->lock);
     for (guint i = 0; i < s->pages.dirty->len; i++) {
         QedPage *page = g_ptr_array_index(s->pages.dirty, i);
-        collect_page_locked(page, pieces);
+        collect_page_locked(s, page, pieces);
         page->is_dirty = false;
     }
     g_ptr_array_set_size(s->pages.dirty, 0);
 }
 
-static void make_dirty_again_locked(const QedPiece *piece) QB_REQUIRES(piece->page->s->lock)
+static void make_dirty_again_locked(BDRVQedState *s, const QedPiece *piece)
+    QB_REQUIRES(s->lock)
 {
     QedPage *page = piece->page;
     size_t first = (piece->offset - page->offset) / SECTOR;
     memset(page->dirty + first, 1, piece->bytes / SECTOR);
     if (!page->is_dirty) {
         page->is_dirty = true;
-        g_ptr_array_add(page->s->pages.dirty, page);
+        g_ptr_array_add(s->pages.dirty, page);
     }
 }
 
@@ -289,9 +291,9 @@ void qed_pages_return(BDRVQedState *s, GArray *pieces, bool failed)
     for (guint i = 0; i < pieces->len; i++) {
         const QedPiece *piece = &g_array_index(pieces, QedPiece, i);
         if (failed && piece->page->state == PAGE_READY) {
-            make_dirty_again_locked(piece);
+            make_dirty_again_locked(s, piece);
         }
-        unpin_locked(piece->page);
+        unpin_locked(s, piece->page);
         g_free(piece->data);
     }
     g_array_set_size(pieces, 0);

@@ -12,8 +12,8 @@
  *  2. No cluster below the hint is outside of the set.
  *  3. The end is looked for only after the highest cluster was removed.
  *
- * A search looks at one chunk after the other from the hint on.  A full terabyte of 64 KiB clusters has
- * 8192 of them.
+ * A search looks at one chunk after the other from the hint on.  A full terabyte of 64 KiB
+ * clusters has 8192 of them.
  *
  * SPDX-License-Identifier: MIT
  */

@@ -3,15 +3,16 @@
  *
  *     guest -> L1 page -> entry -> L2 page -> entries     both pages pinned: a Path
  *
- * A path is read without the lock (pages may have to be loaded), so it is checked once more when the
- * lock is held: it still holds when neither page is gone and the L1 entry still names that table.
+ * A path is read without the lock (pages may have to be loaded), so it is checked once more when
+ * the lock is held: it still holds when neither page is gone and the L1 entry still names that
+ * table.
  *
  * Invariants
  *  1. Entries are read and changed under the lock, on a path that holds.
  *  2. A table is zero on the disk before L1 names it in memory: the flush that writes the L1 entry
  *     begins with a barrier (QED 1), and entries of the table follow after that barrier as well.
- *  3. What an entry referred to is given to qed_free_locked() under the same hold of the lock in which
- *     the entry changes, so both are in one generation (QED 2).
+ *  3. What an entry referred to is given to qed_free_locked() under the same hold of the lock in
+ *     which the entry changes, so both are in one generation (QED 2).
  *  4. An entry that points to where no cluster can be is refused, whatever is asked for.
  *
  * Not done: a table whose entries became 0 one by one stays; it is freed when a range that contains

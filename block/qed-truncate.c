@@ -12,18 +12,18 @@
  *
  * Invariants
  *  1. Nothing beyond the end of the disk is trusted: what others cut off there does not come back.
- *  2. Growing happens at its header write: a crash before leaves the old size, and entries beyond it
- *     that the next growth drops.  Shrinking happens at its header write, which sets the need-check bit
- *     as well (QED 3): after a crash the next writable open ends it.  Where that is another program's,
- *     it finds nothing wrong, and clusters that no guest can see stay in use.
+ *  2. Growing happens at its header write: a crash before leaves the old size, and entries beyond
+ *     it that the next growth drops.  Shrinking happens at its header write, which sets the
+ *     need-check bit as well (QED 3): after a crash the next writable open ends it.  Where that is
+ *     another program's, it finds nothing wrong, and clusters that no guest can see stay in use.
  *  3. No cluster is given back before the size that hides it is stable.
  *  4. Once a shrink is done, failing to give space back is a warning.
  *
  * The core holds the range from the smaller size to infinity, and the whole node for empty.
  *
  * Emptying goes table by table as L1 says, without reading what they refer to: after it there is
- * nothing but the header and L1.  Each L1 sector written takes what it mapped out of the overlay, whose
- * backing file says the same: any part of it may survive a crash.
+ * nothing but the header and L1.  Each L1 sector written takes what it mapped out of the overlay,
+ * whose backing file says the same: any part of it may survive a crash.
  *
  * Not done: preallocation.
  *
@@ -71,7 +71,8 @@ static int zero_mapped_tail(BlockDriverState *bs, uint64_t guest)
     return bdrv_pwrite_zeroes(bs->file, (int64_t)m.host, (int64_t)bytes, 0);
 }
 
-/* The last cluster is not mapped, and a backing file would show behind the old end: it is copied. */
+/* The last cluster is not mapped, and a backing file would show behind the old end: it is
+ * copied. */
 static int hide_backing_in_tail(const Resize *r, uint64_t shown_end)
 {
     uint64_t end = MIN(qed_round_up(r->s, r->old_size), shown_end);
@@ -95,8 +96,8 @@ static int hide_backing_in_tail(const Resize *r, uint64_t shown_end)
 
 /* ---------------------------------------------------------------- grow */
 
-/* End of what the backing file would show in the grown part; old_size when it shows nothing. One that
- * the header names but that is not open may be of any length. */
+/* End of what the backing file would show in the grown part; old_size when it shows nothing. One
+ * that the header names but that is not open may be of any length. */
 static int backing_end(const Resize *r, uint64_t *ret)
 {
     BlockDriverState *bs = r->bs;
@@ -144,7 +145,7 @@ int qed_finish_shrink(BlockDriverState *bs)
 static int shrink(const Resize *r)
 {
     int ret = qed_flush(r->bs);
-    ret = ret < 0 ? ret : qed_know_space(r->bs); /* an inconsistent image is refused while it can be */
+    ret = ret < 0 ? ret : qed_know_space(r->bs); /* refuses while nothing has changed */
     ret = ret < 0 ? ret : qed_header_update(r->bs, set_size, (void *)r);
     if (ret < 0) {
         return ret;

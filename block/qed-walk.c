@@ -7,8 +7,9 @@
  *
  * Invariants
  *  1. Memory is bounded by one batch (16 MiB), however long tables claim to be.
- *  2. What pages in memory say goes over what the file says.  A page may be written back and dropped
- *     between the two; then an entry is seen as it was a moment ago, see qed_walk() in qed.h.
+ *  2. What pages in memory say goes over what the file says.  A page may be written back and
+ *     dropped between the two; then an entry is seen as it was a moment ago, see qed_walk() in
+ *     qed.h.
  *
  * SPDX-License-Identifier: MIT
  */

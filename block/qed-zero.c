@@ -7,8 +7,8 @@
  *     1                   1                       1                        0
  *     data                zeroed in place         0 or 1, cluster freed    0, cluster freed
  *
- * "0 or 1": 1 only where there is a backing file to hide.  A part of a cluster is zeroed in place where
- * the cluster is mapped, is left alone where it reads as zeroes anyway, and else is declined
+ * "0 or 1": 1 only where there is a backing file to hide.  A part of a cluster is zeroed in place
+ * where the cluster is mapped, is left alone where it reads as zeroes anyway, and else is declined
  * (-ENOTSUP), so that the core writes zeroes.
  *
  * Invariants
@@ -32,8 +32,8 @@ typedef struct Clear {
     int flags;       /* for zeroing in place */
 } Clear;
 
-/* The end of what may show through an entry 0. A backing file that is named but not open may be of any
- * length. */
+/* The end of what may show through an entry 0. A backing file that is named but not open may be of
+ * any length. */
 static int below_end(BlockDriverState *bs, uint64_t *ret)
 {
     if (!bs->backing) {
@@ -52,7 +52,7 @@ static bool is_backed(BlockDriverState *bs)
 
 /* ---------------------------------------------------------------- steps */
 
-/* Bytes from @guest on, at most @bytes, that are whole clusters; the last one of the disk counts. */
+/* Bytes from @guest on, at most @bytes, that are whole clusters; the last one of the disk is. */
 static uint64_t whole_clusters(const Clear *c, uint64_t guest, uint64_t bytes)
 {
     uint64_t end = guest + bytes;
@@ -131,8 +131,8 @@ static int64_t clear_run(const Clear *c, const QedMapping *m)
     }
 }
 
-/* Entries of [start, reached) have become 0: the table that ends there, if it does, and began in the
- * range is given back with its L1 entry. */
+/* Entries of [start, reached) have become 0: the table that ends there, if it does, and began in
+ * the range is given back with its L1 entry. */
 static int drop_whole_table(BDRVQedState *s, uint64_t start, uint64_t reached)
 {
     uint64_t span = UINT64_C(1) << (s->cluster_bits + s->table_bits);

@@ -7,8 +7,8 @@
  * Rules
  *  1. Nothing is written by an open that does not have to repair.  Unknown autoclear bits go before
  *     the first change.
- *  2. An image with the need-check bit is checked and repaired before anything may change it; one that
- *     cannot be repaired opens read-only.
+ *  2. An image with the need-check bit is checked and repaired before anything may change it; one
+ *     that cannot be repaired opens read-only.
  *  3. Read-only nodes never write, whatever the bits say.
  *
  * SPDX-License-Identifier: MIT

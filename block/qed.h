@@ -1,16 +1,16 @@
 /*
  * The QED driver's private header: a map of its rooms.
  *
- *     qed-header.c      bytes <-> struct, rules; pure          qed-header-io.c  the header on disk
- *     qed-page.c        pieces of tables in memory             qed-table.c      guest offset -> entry
- *     qed-space.c       a set of clusters; pure                qed-alloc.c      free space, freeing
- *     qed-flush.c       the order in which memory becomes disk
- *     qed-read.c qed-write.c qed-zero.c                        guest requests
- *     qed-walk.c qed-check.c                                   all tables in bulk; check and repair
- *     qed-create.c qed-truncate.c qed.c                        whole images
+ *     qed-header.c     bytes <-> struct, rules; pure     qed-header-io.c  the header on disk
+ *     qed-page.c       pieces of tables in memory        qed-table.c      guest offset -> entry
+ *     qed-space.c      a set of clusters; pure           qed-alloc.c      free space, freeing
+ *     qed-flush.c      the order in which memory becomes disk
+ *     qed-read.c, qed-write.c, qed-zero.c                guest requests
+ *     qed-walk.c, qed-check.c                            all tables in bulk; check and repair
+ *     qed-create.c, qed-truncate.c, qed.c                whole images
  *
- * The tables are the only authority on what is in use: there are no reference counts.  Free space is
- * what no table refers to, found by a walk over all tables before the first allocation.
+ * The tables are the only authority on what is in use: there are no reference counts.  Free space
+ * is what no table refers to, found by a walk over all tables before the first allocation.
  *
  * Invariants of a writable image (cited as "QED n"; docs/interop/qed.md explains them):
  *  1. A stable table entry points to something whose content is stable: an entry is written after
@@ -169,7 +169,8 @@ bool qed_needs_check(BDRVQedState *s);
 /* The gate in front of every change: 0, -EIO on an image that must not be changed (QED 5), or the
  * -errno of clearing unknown autoclear bits, which is done once. No lock held. */
 int qed_begin_change(BlockDriverState *bs);
-/* Writes another backing name ("" for none) and whether it is raw. ENOSPC: no room for the switch. */
+/* Writes another backing name ("" for none) and whether it is raw. ENOSPC: no room
+ * for the switch. */
 bool qed_change_backing_file(BlockDriverState *bs, const char *file, const char *fmt,
                              GError **errp);
 
@@ -177,8 +178,8 @@ bool qed_change_backing_file(BlockDriverState *bs, const char *file, const char 
 
 void qed_pages_init(BDRVQedState *s);
 void qed_pages_free(BDRVQedState *s); /* asserts that nothing is pinned; dirty ones are lost */
-/* Pins the page at file offset @offset (a multiple of page_bytes from the start of its table), reading
- * it if needed. Blocks: no lock held. 0 or -errno. */
+/* Pins the page at file offset @offset (a multiple of page_bytes from the start of its table),
+ * reading it if needed. Blocks: no lock held. 0 or -errno. */
 int qed_page_get(BDRVQedState *s, uint64_t offset, QedPage **ret);
 void qed_page_put(QedPage *page); /* NULL is fine; takes the lock */
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(QedPage, qed_page_put)
@@ -222,8 +223,8 @@ typedef struct QedMapping {
 } QedMapping;
 
 /* Maps [guest, +bytes) as far as one type and one host run go, over several tables if need be. The
- * caller is a user (below), or keeps all changes away. 0, -EINVAL on an entry that points outside the
- * file or into the header, or -errno of reading. Blocks. */
+ * caller is a user (below), or keeps all changes away. 0, -EINVAL on an entry that points outside
+ * the file or into the header, or -errno of reading. Blocks. */
 int qed_lookup(BlockDriverState *bs, uint64_t guest, uint64_t bytes, QedMapping *ret);
 /* The same for those who only want to know. */
 int qed_lookup_as_user(BlockDriverState *bs, uint64_t guest, uint64_t bytes, QedMapping *ret);
@@ -231,19 +232,20 @@ int qed_lookup_as_user(BlockDriverState *bs, uint64_t guest, uint64_t bytes, Qed
 int64_t qed_unmapped_by_l1(BlockDriverState *bs, uint64_t guest, uint64_t bytes);
 /*
  * Changes the entries of the @n clusters from @guest on, which lie in one page: the i-th becomes
- * @first + i * @step.  Frees the data clusters that lose their entry.  Makes the L2 table if there is
- * none, unless the entries become 0 anyway.  The guest range is serialised, no lock held, not a user.
- * 0 or -errno with nothing changed.
+ * @first + i * @step.  Frees the data clusters that lose their entry.  Makes the L2 table if there
+ * is none, unless the entries become 0 anyway.  The guest range is serialised, no lock held, not a
+ * user. 0 or -errno with nothing changed.
  */
 int qed_change(BlockDriverState *bs, uint64_t guest, uint64_t n, uint64_t first, uint64_t step);
-/* Makes the L2 table for @guest if there is none, so that it lies before what is allocated next, which may
- * be cut off again. As qed_change(). */
+/* Makes the L2 table for @guest if there is none, so that it lies before what is allocated next,
+ * which may be cut off again. As qed_change(). */
 int qed_need_table(BlockDriverState *bs, uint64_t guest);
 /* Frees the L2 table of @l1_index, whose entries are all 0. Its guest range is serialised. */
 int qed_drop_table(BlockDriverState *bs, uint64_t l1_index);
 /* Sets one entry of the table at @table to 0 without freeing anything, for repair. */
 int qed_clear_entry(BlockDriverState *bs, uint64_t table, uint64_t index);
-/* Is [offset, +bytes) behind the header and inside the file? Asks for the file's length if needed. */
+/* Is [offset, +bytes) behind the header and inside the file? Asks for the file's length if
+ * needed. */
 bool qed_in_file(BDRVQedState *s, uint64_t offset, uint64_t bytes);
 
 /* ======================= qed-space.c: a set of clusters; pure ======================= */
@@ -274,12 +276,12 @@ void qed_user_end(BDRVQedState *s, QedUser *u);
 /* Waits past all users there are. The caller is none and holds no lock. */
 void qed_wait_for_users(BDRVQedState *s);
 
-/* Finds out what is in use, unless that is known. 0, -EIO when the tables contradict each other (then
- * nothing may be changed: QED 5), or -errno of reading. Blocks: not a user, no lock held. */
+/* Finds out what is in use, unless that is known. 0, -EIO when the tables contradict each other
+ * (then nothing may be changed: QED 5), or -errno of reading. Blocks: not a user, no lock held. */
 int qed_know_space(BlockDriverState *bs);
-/* Takes between @min and *n clusters in one run: at @want (0: anywhere) if that is free and does not
- * make the file longer, else at the lowest place; *n becomes their number. Host offset or -errno. Nothing refers to them yet. Blocks:
- * not a user, no lock held. */
+/* Takes between @min and *n clusters in one run: at @want (0: anywhere) if that is free and does
+ * not make the file longer, else at the lowest place; *n becomes their number. Host offset or
+ * -errno. Nothing refers to them yet. Blocks: not a user, no lock held. */
 int64_t qed_alloc(BlockDriverState *bs, uint64_t want, uint64_t min, uint64_t *n);
 /* Gives back what qed_alloc() returned and nothing ever referred to. */
 void qed_alloc_undo(BlockDriverState *bs, uint64_t offset, uint64_t n);
@@ -320,8 +322,8 @@ typedef struct QedWalker {
     int (*l1_error)(uint64_t l1_index, int error, void *opaque); /* a part of L1 is not readable */
     void *opaque;
 } QedWalker;
-/* Calls @w for all of L1. Entries change only from data to something else meanwhile, and such changes
- * may be missed. */
+/* Calls @w for all of L1. Entries change only from data to something else meanwhile, and such
+ * changes may be missed. */
 int qed_walk(BlockDriverState *bs, const QedWalker *w);
 
 /* ======================= requests ======================= */
@@ -363,9 +365,9 @@ int qed_write_guest(const QedIo *io, BdrvRequest *req, uint64_t guest, uint64_t 
 int qed_pwrite_zeroes(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes,
                       int flags);
 int qed_pdiscard(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes);
-/* Makes all entries from cluster-aligned @guest on 0, to the end of what the tables can map, and gives
- * back tables of which nothing is left. What was never mapped costs a look at L1. From @guest on the
- * range is serialised. 0 or -errno. */
+/* Makes all entries from cluster-aligned @guest on 0, to the end of what the tables can map, and
+ * gives back tables of which nothing is left. What was never mapped costs a look at L1. From
+ * @guest on the range is serialised. 0 or -errno. */
 int qed_drop_beyond(BlockDriverState *bs, uint64_t guest);
 /* Makes [guest, +bytes), whole clusters, read as zeroes even where a backing file is below it. */
 int qed_hide_range(BlockDriverState *bs, uint64_t guest, uint64_t bytes);

@@ -1,5 +1,6 @@
 /*
- * QED images and power loss: what is on the disk at any moment is sound, and holds what was flushed.
+ * QED images and power loss: what is on the disk at any moment is sound, and holds what was
+ * flushed.
  *
  *   session   random writes, zeroes, discards and flushes.  Power is lost after each event on the
  *             disk, with and without the unflushed sectors: no corruption, and each sector reads as

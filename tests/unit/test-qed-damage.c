@@ -1,7 +1,7 @@
 /*
  * Damaged QED images: one field at a time has a hostile value.  Whatever it is, opening, looking,
- * reading, checking and writing end in good order, nothing unharmed is lost, and what a repair leaves
- * behind is found sound or is not written to.
+ * reading, checking and writing end in good order, nothing unharmed is lost, and what a repair
+ * leaves behind is found sound or is not written to.
  *
  * SPDX-License-Identifier: MIT
  */

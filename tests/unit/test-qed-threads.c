@@ -1,7 +1,7 @@
 /*
  * QED images under many threads: each owns some clusters, interleaved with those of the others, and
- * writes, zeroes, discards and reads them, while one flushes.  All share tables, the free space and the
- * end of the file.
+ * writes, zeroes, discards and reads them, while one flushes.  All share tables, the free space
+ * and the end of the file.
  *
  * SPDX-License-Identifier: MIT
  */
