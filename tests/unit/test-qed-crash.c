@@ -253,7 +253,7 @@ static void session_crash_at(const Session *s, GArray *log, guint n, GRand *toss
 static void test_session(gconstpointer shape)
 {
     g_autoptr(GRand) rand = g_rand_new_with_seed((guint32)g_test_rand_int());
-    for (int turn = 0; turn < 3; turn++) {
+    for (int turn = 0; turn < 2; turn++) {
         g_auto(Session) s = {.shape = shape};
         qb_mutex_init(&s.image.lock);
         session_prepare(&s);
