@@ -52,6 +52,7 @@ typedef struct FileDataCache {
     /* guarded by lock */
     FileDataExtent list[FILE_DATA_EXTENTS]; /* sorted, none touches the next */
     unsigned n, victim;
+    int64_t begins;   /* data begins here, behind the hole found last; -1: not known */
     uint64_t changes; /* holes made so far */
 } FileDataCache;
 

@@ -9,6 +9,9 @@
  *      file    |  hole  |######## data ########|   hole   |######|
  *                       start <-- asked at     end
  *
+ * Of a hole only its end is remembered, where data begins: so a walk over a sparse file asks twice for
+ * each hole and the data behind it.
+ *
  * Only data is remembered, never holes.  "Data" that another process has punched meanwhile is still
  * a true answer, if not the best one; a "hole" that another process has filled would lose its data.
  *
@@ -38,6 +41,7 @@
 void file_data_cache_init(FileDataCache *c)
 {
     qb_mutex_init(&c->lock);
+    c->begins = -1;
 }
 
 void file_data_cache_destroy(FileDataCache *c)
@@ -49,6 +53,7 @@ void file_data_cache_drop(FileDataCache *c)
 {
     QB_GUARD(&c->lock);
     c->n = 0;
+    c->begins = -1;
     c->changes++;
 }
 
@@ -67,13 +72,29 @@ static unsigned begun_before(const FileDataCache *c, int64_t offset)
     return low;
 }
 
-/* End of the remembered extent if @offset is in one, else 0; *changes is for cache_store(). */
-static int64_t cache_find(FileDataCache *c, int64_t offset, uint64_t *changes)
+/* What is remembered of a place. */
+typedef struct Known {
+    int64_t end;      /* data up to there; 0: not known */
+    bool begins;      /* data begins there */
+    uint64_t changes; /* for cache_store() */
+} Known;
+
+static Known cache_find(FileDataCache *c, int64_t offset)
 {
     QB_GUARD(&c->lock);
     unsigned i = begun_before(c, offset);
-    *changes = c->changes;
-    return i > 0 && offset < c->list[i - 1].end ? c->list[i - 1].end : 0;
+    return (Known){
+        .end = i > 0 && offset < c->list[i - 1].end ? c->list[i - 1].end : 0,
+        .begins = offset == c->begins,
+        .changes = c->changes,
+    };
+}
+
+/* A hole that was found ends at @offset. */
+static void cache_store_begin(FileDataCache *c, int64_t offset, uint64_t changes)
+{
+    QB_GUARD(&c->lock);
+    c->begins = c->changes == changes ? offset : c->begins;
 }
 
 static void remove_extents(FileDataCache *c, unsigned first, unsigned end)
@@ -116,11 +137,11 @@ typedef struct FileExtent {
     bool data;
 } FileExtent;
 
-/* Asks the file system. Holes that reach the end of the file have no end. */
-static FileExtent find_extent(int fd, int64_t offset)
+/* Asks the file system, @is_data: for the end only. Holes that reach the end of the file have none. */
+static FileExtent find_extent(int fd, int64_t offset, bool is_data)
 {
     FileExtent all_data = {.end = INT64_MAX, .data = true};
-    off64_t data = lseek(fd, offset, SEEK_DATA);
+    off64_t data = is_data ? offset : lseek(fd, offset, SEEK_DATA);
     if (data < 0) {
         return errno == ENXIO ? (FileExtent){.end = INT64_MAX, .data = false} : all_data;
     }
@@ -136,14 +157,15 @@ static FileExtent find_extent(int fd, int64_t offset)
 
 static FileExtent look_up(BDRVFileState *s, int64_t offset)
 {
-    uint64_t changes;
-    int64_t end = cache_find(&s->data, offset, &changes);
-    if (end) {
-        return (FileExtent){.end = end, .data = true};
+    Known known = cache_find(&s->data, offset);
+    if (known.end) {
+        return (FileExtent){.end = known.end, .data = true};
     }
-    FileExtent e = find_extent(s->fd, offset);
-    if (e.data && e.end != INT64_MAX) {
-        cache_store(&s->data, offset, e.end, changes);
+    FileExtent e = find_extent(s->fd, offset, known.begins);
+    if (e.end != INT64_MAX && e.data) {
+        cache_store(&s->data, offset, e.end, known.changes);
+    } else if (e.end != INT64_MAX) {
+        cache_store_begin(&s->data, e.end, known.changes);
     }
     return e;
 }

@@ -64,8 +64,14 @@ static int merged(const Look *look, LookFn *fn, void *opaque, BdrvStatus *ret)
 
 /* --- one layer --- */
 
+/* Where a chain walk ends: before @base, or with it. */
+typedef struct ChainEnd {
+    BlockDriverState *base; /* below filters; NULL: where the chain ends */
+    bool include_base;
+} ChainEnd;
+
 static int look_at_layer(const Look *look, void *opaque, BdrvStatus *ret);
-static int through_chain(const Look *look, BlockDriverState *base, BdrvStatus *ret);
+static int look_through_chain(const Look *look, void *opaque, BdrvStatus *ret);
 
 /* Drivers without an answer: all is data. */
 static void assume_data(const Look *look, BdrvStatus *ret)
@@ -106,8 +112,8 @@ static int ask_driver(const Look *look, BdrvStatus *ret)
     return 0;
 }
 
-/* What the file below says of the place that @ret names, shortened to as much as it says one thing
- * of. */
+/* What the file below says of the place that @ret names, shortened to as much as one look there
+ * tells: merging is for the outermost. */
 static int ask_below(BdrvStatus *ret, BdrvStatus *below)
 {
     int64_t length = bdrv_getlength(ret->host_node);
@@ -123,7 +129,8 @@ static int ask_below(BdrvStatus *ret, BdrvStatus *below)
         .bs = ret->host_node, .offset = ret->host_offset, .precise = true,
         .bytes = MIN(ret->bytes, length - ret->host_offset),
     };
-    int err = through_chain(&look, NULL, below);
+    ChainEnd end = {0};
+    int err = look_through_chain(&look, &end, below);
     ret->bytes = MIN(ret->bytes, below->bytes);
     return err;
 }
@@ -217,12 +224,6 @@ static int look_at_layer(const Look *look, void *opaque, BdrvStatus *ret)
 
 /* --- a chain --- */
 
-/* Where a chain walk ends: before @base, or with it. */
-typedef struct ChainEnd {
-    BlockDriverState *base; /* below filters; NULL: where the chain ends */
-    bool include_base;
-} ChainEnd;
-
 static ChainEnd chain_end(BlockDriverState *base, bool include_base)
 {
     return (ChainEnd){.base = base ? bdrv_skip_filters(base) : NULL, .include_base = include_base};
@@ -267,16 +268,11 @@ static int look_through_chain(const Look *look, void *opaque, BdrvStatus *ret)
     return 0;
 }
 
-static int through_chain(const Look *look, BlockDriverState *base, BdrvStatus *ret)
-{
-    ChainEnd end = chain_end(base, false);
-    return merged(look, look_through_chain, &end, ret);
-}
-
 /* --- entries --- */
 
 typedef struct Inquiry {
     Look look;
+    bool once; /* do not look whether what follows is the same */
     LookFn *fn;
     void *opaque;
 } Inquiry;
@@ -294,7 +290,7 @@ static int inquire(const Inquiry *q, BdrvStatus *ret)
         return 0;
     }
     look.bytes = MIN(look.bytes, length - look.offset);
-    int err = merged(&look, q->fn, q->opaque, ret);
+    int err = q->once ? q->fn(&look, q->opaque, ret) : merged(&look, q->fn, q->opaque, ret);
     if (err == 0 && look.offset + ret->bytes == length) {
         ret->flags |= BDRV_BLOCK_EOF;
     }
@@ -322,6 +318,17 @@ int bdrv_block_status(BlockDriverState *bs, int64_t offset, int64_t bytes, BdrvS
     BDRV_GRAPH_GUARD();
     Inquiry q = {
         .look = {.bs = bs, .offset = offset, .bytes = bytes, .precise = true},
+        .fn = look_at_layer,
+    };
+    return counted_inquiry(&q, ret);
+}
+
+int bdrv_block_status_step(BlockDriverState *bs, int64_t offset, int64_t bytes, BdrvStatus *ret)
+{
+    BDRV_GRAPH_GUARD();
+    Inquiry q = {
+        .look = {.bs = bs, .offset = offset, .bytes = bytes, .precise = true},
+        .once = true,
         .fn = look_at_layer,
     };
     return counted_inquiry(&q, ret);

@@ -26,6 +26,7 @@
 #include "block/qcow2-io-int.h"
 
 #define CHUNK_ENTRIES 128 /* copied out of a table at a time */
+#define FIRST_CHUNK 8
 #define CHUNK_BYTES (CHUNK_ENTRIES * 16)
 #define ALLOC_BITS(bitmap) ((uint32_t)(bitmap))
 #define ZERO_BITS(bitmap) ((uint32_t)((bitmap) >> QCOW2_SUBCLUSTERS))
@@ -405,7 +406,8 @@ static int lookup_in_chunk(Lookup *l, Qcow2Table *t)
     uint64_t guest = lookup_pos(l);
     unsigned index = qcow2_l2_index(s, guest);
     uint64_t cluster = qcow2_start_of_cluster(s, guest);
-    size_t wanted = (size_t)MIN(qcow2_size_to_clusters(s, l->end - cluster), CHUNK_ENTRIES);
+    size_t most = l->m.bytes ? CHUNK_ENTRIES : FIRST_CHUNK; /* runs are short, or long */
+    size_t wanted = (size_t)MIN(qcow2_size_to_clusters(s, l->end - cluster), most);
     size_t n = copy_entries(s, t, index, MIN(wanted, s->l2_entries - index), e);
     if (!table_is_current(s, t, qcow2_l1_index(s, guest))) {
         return QCOW2_STALE;

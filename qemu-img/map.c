@@ -105,7 +105,7 @@ static bool continues(const MapRow *row, const MapRow *next)
 static int first_answer(BlockDriverState *bs, int64_t offset, int64_t bytes, BdrvStatus *st)
 {
     for (int depth = 0; bs; depth++) {
-        int ret = bdrv_block_status(bs, offset, bytes, st);
+        int ret = bdrv_block_status_step(bs, offset, bytes, st);
         st->depth = depth;
         if (ret < 0 || st->bytes == 0 || (st->flags & (BDRV_BLOCK_DATA | BDRV_BLOCK_ZERO))) {
             return ret;

@@ -92,6 +92,9 @@ typedef struct BdrvStatus {
  * ZERO says that there is nothing below, or that what is below is too short. *ret is set on success
  * only, here and below. */
 int bdrv_block_status(BlockDriverState *bs, int64_t offset, int64_t bytes, BdrvStatus *ret);
+/* The same, but what follows the extent may be of the same kind: for those who go over a node step by
+ * step and merge themselves. Merging needs a look at what is behind, which they would take again. */
+int bdrv_block_status_step(BlockDriverState *bs, int64_t offset, int64_t bytes, BdrvStatus *ret);
 /* Through the chain: @base excluded (NULL: to the end of the chain). Short backing files read as
  * zeroes beyond their end, decided (ALLOCATED) by the layer above. */
 int bdrv_block_status_above(BlockDriverState *bs, BlockDriverState *base, int64_t offset,

@@ -506,9 +506,9 @@ static void test_status_backwards(TestDir *t, gconstpointer root)
 static void test_status_many(TestDir *t, gconstpointer root)
 {
     enum { N = FILE_DATA_EXTENTS + 50, STEP = 128 * 1024 };
-    make_file(t->file, (int64_t)N * STEP, 0);
+    make_file(t->file, (int64_t)(N + 1) * STEP, 0);
     BlockDriverState *bs = node_open_ok(t->file, RDWR);
-    for (int64_t i = 0; i < N; i++) {
+    for (int64_t i = 0; i <= N; i++) {
         g_assert_cmpint(node_write(bs, i * STEP, STEP / 2, 1, 0), ==, 0);
     }
     for (int64_t i = 0; i < 3 * N; i++) {
@@ -516,6 +516,24 @@ static void test_status_many(TestDir *t, gconstpointer root)
         expect_status(bs, at, STEP, BDRV_BLOCK_DATA, STEP / 2);
         expect_status(bs, at + STEP / 2, STEP, BDRV_BLOCK_ZERO, STEP / 2);
         g_assert_cmpuint(file_state(bs)->data.n, <=, FILE_DATA_EXTENTS);
+    }
+    node_close(bs);
+}
+
+/* A walk asks once where a hole ends and once where the data behind it do; holes of our own are seen. */
+static void test_status_walk(TestDir *t, gconstpointer root)
+{
+    make_file(t->file, 4 * MIB, 0);
+    BlockDriverState *bs = node_open_ok(t->file, RDWR);
+    g_assert_cmpint(node_write(bs, MIB, MIB, 1, 0), ==, 0);
+    g_assert_cmpint(node_write(bs, 3 * MIB, MIB, 1, 0), ==, 0);
+    expect_status(bs, 0, 4 * MIB, BDRV_BLOCK_ZERO, MIB);
+    g_assert_cmpint(file_state(bs)->data.begins, ==, MIB);
+    expect_status(bs, MIB, 3 * MIB, BDRV_BLOCK_DATA, MIB);
+    expect_status(bs, 2 * MIB, 2 * MIB, BDRV_BLOCK_ZERO, MIB);
+    g_assert_cmpint(file_state(bs)->data.begins, ==, 3 * MIB);
+    if (bs->drv->pwrite_zeroes(bs, NULL, 3 * MIB, 512 * KIB, BDRV_REQ_MAY_UNMAP) == 0) {
+        expect_status(bs, 3 * MIB, MIB, BDRV_BLOCK_ZERO, 512 * KIB);
     }
     node_close(bs);
 }
@@ -915,6 +933,7 @@ int main(int argc, char **argv)
     add("status-after-changes", test_status_after_changes);
     add("status-backwards", test_status_backwards);
     add("status-many-extents", test_status_many);
+    add("status-walk", test_status_walk);
     add("status-units", test_status_units);
     add("grow-race", test_grow_race);
     add("truncate", test_truncate);
