@@ -41,14 +41,21 @@ static uint64_t fresh_bytes(const BDRVQcow2State *s, const Qcow2FreshWrite *w)
     return (uint64_t)w->n << s->cluster_bits;
 }
 
-/* Whole clusters of one table of an image that needs no relief first. */
+/* An image that can take an allocation now: nothing to be written first, neither the dirty bit nor
+ * what waits too long already. */
+static bool is_ready(BDRVQcow2State *s)
+{
+    bool may_begin = !s->lazy_refcounts || atomic_load(&s->lazy_dirty);
+    return may_begin && !s->has_data_file && s->data_file->bs->drv->map
+           && !qcow2_cache_too_dirty(s->cache) && !qcow2_quarantine_full(s);
+}
+
+/* Whole clusters of one table. */
 static bool is_candidate(BDRVQcow2State *s, uint64_t guest, uint64_t bytes)
 {
     uint64_t n = bytes >> s->cluster_bits;
     return !qcow2_offset_into_cluster(s, guest | bytes) && n > 0 && n <= MAX_CLUSTERS
-           && n <= s->l2_entries - qcow2_l2_index(s, guest) && !s->has_data_file
-           && s->data_file->bs->drv->map && !qcow2_cache_too_dirty(s->cache)
-           && !qcow2_quarantine_full(s);
+           && n <= s->l2_entries - qcow2_l2_index(s, guest) && is_ready(s);
 }
 
 /* Names no host cluster, not even one to keep. */

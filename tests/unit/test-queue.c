@@ -123,6 +123,25 @@ static void test_fresh(gconstpointer create_opts)
     image_expect(blk, 512 * KIB, 64 * KIB, 4);
 }
 
+/* The dirty bit is on the disk before anything is allocated: a worker puts it there. */
+static void test_fresh_lazy(void)
+{
+    image_create("l", "size=1M,lazy_refcounts=on");
+    BlockBackend *first = image_open_rw("l");
+    image_write(first, 0, 64 * KIB, 1); /* makes the table */
+    blk_unref(first);
+    g_autoptr(BlockBackend) blk = image_open_rw("l");
+    image_expect(blk, 0, 64 * KIB, 1);
+    BlkQueue *q = blk_queue_new(blk);
+    g_assert_cmpint(write_by_queue(q, 64 * KIB, 64 * KIB, 2, 0), ==, 0);
+    g_assert_cmpuint(blk_queue_stats(q).workers, ==, 1);
+    g_assert_cmpint(write_by_queue(q, 128 * KIB, 64 * KIB, 3, 0), ==, 0);
+    g_assert_cmpuint(blk_queue_stats(q).workers, ==, 1);
+    blk_queue_free(q);
+    g_clear_pointer(&blk, blk_unref);
+    image_check("l");
+}
+
 /* The mapping of a write that did not happen leaves nothing behind. */
 static void test_fresh_undone(void)
 {
@@ -534,6 +553,7 @@ int main(int argc, char **argv)
     g_test_add_data_func("/queue/fresh/plain", "size=1M", test_fresh);
     g_test_add_data_func("/queue/fresh/small", "size=1M,cluster_size=8k", test_fresh);
     g_test_add_data_func("/queue/fresh/subclusters", "size=1M,extended_l2=on", test_fresh);
+    g_test_add_func("/queue/fresh/lazy", test_fresh_lazy);
     g_test_add_func("/queue/fresh/undone", test_fresh_undone);
     g_test_add_func("/queue/scattered", test_scattered);
     g_test_add_func("/queue/workers", test_workers);
