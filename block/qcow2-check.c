@@ -205,8 +205,39 @@ static void check_no_table(Qcow2Check *c)
     }
 }
 
+/* A number that no snapshot has as its ID; *next: the one to give out, 0: not known yet. */
+static char *fresh_id(Qcow2Check *c, uint64_t *next)
+{
+    if (!*next) {
+        g_autofree char *first = qcow2_snapshot_next_id(c->s->snapshots);
+        *next = g_ascii_strtoull(first, NULL, 10);
+    }
+    return g_strdup_printf("%" PRIu64, (*next)++);
+}
+
+/* Nobody could name the second of two snapshots with one ID. */
+static void check_id(Qcow2Check *c, Qcow2Snapshot *sn, GHashTable *ids, uint64_t *next)
+{
+    if (g_hash_table_add(ids, g_strdup(sn->id))) {
+        return;
+    }
+    bool repair = c->fix & BDRV_FIX_ERRORS;
+    g_autofree char *id = repair ? fresh_id(c, next) : NULL;
+    qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "snapshot-id",
+                       c->s->header.snapshots_offset, "%s snapshot %s (%s): another has this ID%s%s",
+                       repair ? "Repairing" : "ERROR", sn->id, sn->name,
+                       repair ? "; it is now " : "", repair ? id : "");
+    c->snapshot_faults++;
+    if (repair) {
+        g_free(sn->id);
+        sn->id = g_steal_pointer(&id);
+    }
+}
+
 static void check_snapshot_table(Qcow2Check *c)
 {
+    g_autoptr(GHashTable) ids = g_hash_table_new_full(g_str_hash, g_str_equal, g_free, NULL);
+    uint64_t next_id = 0;
     if (!c->s->header.nb_snapshots) {
         check_no_table(c);
     }
@@ -217,6 +248,7 @@ static void check_snapshot_table(Qcow2Check *c)
     }
     for (guint i = 0; i < n; i++) {
         check_extra_data(c, i, &g_array_index(list, Qcow2Snapshot, i));
+        check_id(c, &g_array_index(list, Qcow2Snapshot, i), ids, &next_id);
     }
     c->snapshots_broken = c->snapshot_faults > 0;
 }

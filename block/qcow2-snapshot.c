@@ -67,7 +67,7 @@ static int end_change_of_counts(BlockDriverState *bs)
 
 /* ---------------------------------------------------------------- a new entry */
 
-static char *next_id(const GArray *snapshots)
+char *qcow2_snapshot_next_id(const GArray *snapshots)
 {
     uint64_t max = 0;
     for (guint i = 0; i < snapshots->len; i++) {
@@ -82,7 +82,7 @@ static Qcow2Snapshot new_entry(const BDRVQcow2State *s, const char *name)
     struct timespec now;
     clock_gettime(CLOCK_REALTIME, &now);
     return (Qcow2Snapshot){
-        .id = next_id(s->snapshots),
+        .id = qcow2_snapshot_next_id(s->snapshots),
         .name = g_strdup(name),
         .date_sec = (uint32_t)now.tv_sec,
         .date_nsec = (uint32_t)now.tv_nsec,

@@ -813,6 +813,8 @@ bool qcow2_make_empty(BlockDriverState *bs, GError **errp);
 void qcow2_snapshot_clear(Qcow2Snapshot *sn);
 /* An empty array that frees what it holds. */
 GArray *qcow2_snapshots_new(void);
+/* An ID that none of @snapshots has: the largest number plus one. Newly allocated. */
+char *qcow2_snapshot_next_id(const GArray *snapshots);
 /* Deep copy. */
 GArray *qcow2_snapshots_dup(const GArray *snapshots);
 /* Pure: one entry of the table from @len bytes at @buf; *ret_bytes: its length without padding.
