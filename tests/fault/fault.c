@@ -181,8 +181,9 @@ static bool peer_agrees(const Recording *r, char **ret_why)
         return true;
     }
     g_autofree char *path = g_strdup_printf("/dev/shm/qb-fault-%d", (int)getpid());
-    g_autofree char *name = g_strdup_printf("json:{\"driver\": \"qcow2\", \"backing\": null, "
-                                            "\"file.filename\": \"%s\"}", path);
+    g_autofree char *name =
+        g_strdup_printf("json:{\"driver\": \"%s\", \"backing\": null, \"file.filename\": \"%s\"}",
+                        r->world->kind->flags & KIND_QED ? "qed" : "qcow2", path);
     g_autofree char *said = NULL;
     int status = -1;
     char *argv[] = {(char *)PEER, (char *)"check", name, NULL};

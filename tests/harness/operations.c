@@ -137,6 +137,13 @@ static bool run_compressed(World *w)
     return world_close(w);
 }
 
+#define NO_COMPRESSION (KIND_DATA_FILE | KIND_NO_DISCARD | KIND_QED)
+
+static bool can_compress(const World *w)
+{
+    return !(w->kind->flags & NO_COMPRESSION);
+}
+
 void operation_random_request(World *w, GRand *rand)
 {
     unsigned c = w->kind->cluster;
@@ -154,7 +161,7 @@ void operation_random_request(World *w, GRand *rand)
         break;
     case 3:
         world_discard(w, at / c * c, c);
-        world_write_flags(w, at / c * c, c, BDRV_REQ_COMPRESSED);
+        world_write_flags(w, at / c * c, c, can_compress(w) ? BDRV_REQ_COMPRESSED : 0);
         break;
     default:
         world_write(w, at, n);
@@ -478,24 +485,24 @@ const Operation operations[] = {
     {"zero", "guest", NULL, run_zero, 0, 0, NULL},
     {"discard", "guest", NULL, run_discard, 0, 0, NULL},
     {"discard-all", "guest", NULL, run_discard_all, 0, 0, NULL},
-    {"compressed-write", "guest", NULL, run_compressed, 0, KIND_DATA_FILE | KIND_NO_DISCARD, NULL},
-    {"random-1", "guest", NULL, run_random1, 0, KIND_DATA_FILE | KIND_NO_DISCARD, NULL},
-    {"random-2", "guest", NULL, run_random2, 0, KIND_DATA_FILE | KIND_NO_DISCARD, NULL},
+    {"compressed-write", "guest", NULL, run_compressed, 0, NO_COMPRESSION, NULL},
+    {"random-1", "guest", NULL, run_random1, 0, 0, NULL},
+    {"random-2", "guest", NULL, run_random2, 0, 0, NULL},
     {"new-refcount-block", "guest", fill_block, run_new_block, 0, 0, " 512 "},
     {"grow-refcount-table", "guest", NULL, run_grow_table, 0, 0, " 512 "},
     {"grow", "image", NULL, run_grow, 0, KIND_FIXED, NULL},
     {"shrink", "image", NULL, run_shrink, 0, KIND_FIXED, NULL},
     {"shrink-grow", "image", NULL, run_shrink_grow, 0, KIND_FIXED, NULL},
-    {"snapshot-create", "image", NULL, run_snapshot_create, 0, KIND_NO_SHARING | KIND_DATA_FILE,
+    {"snapshot-create", "image", NULL, run_snapshot_create, 0, KIND_NO_SHARING | KIND_DATA_FILE | KIND_QED,
      NULL},
     {"snapshot-delete", "image", NULL, run_snapshot_delete, KIND_SNAPSHOT, 0, NULL},
     {"snapshot-apply", "image", NULL, run_snapshot_apply, KIND_SNAPSHOT, 0, NULL},
     {"make-empty", "image", NULL, run_make_empty, OVER, 0, NULL},
-    {"repair-leaks", "image", damage, run_repair, 0, 0, NULL},
-    {"repair-dirty", "image", damage_dirty, run_repair, 0, KIND_V2, NULL},
-    {"repair-at-open", "image", damage_dirty, run_write, 0, KIND_V2, NULL},
-    {"amend-width", "verb", NULL, run_amend_width, 0, KIND_V2, NULL},
-    {"amend-narrow", "verb", NULL, run_amend_narrow, 0, KIND_V2, NULL},
+    {"repair-leaks", "image", damage, run_repair, 0, KIND_QED, NULL},
+    {"repair-dirty", "image", damage_dirty, run_repair, 0, KIND_V2 | KIND_QED, NULL},
+    {"repair-at-open", "image", damage_dirty, run_write, 0, KIND_V2 | KIND_QED, NULL},
+    {"amend-width", "verb", NULL, run_amend_width, 0, KIND_V2 | KIND_QED, NULL},
+    {"amend-narrow", "verb", NULL, run_amend_narrow, 0, KIND_V2 | KIND_QED, NULL},
     {"amend-upgrade", "verb", NULL, run_amend_upgrade, KIND_V2, 0, NULL},
     {"amend-downgrade", "verb", NULL, run_amend_downgrade, 0, 0,
      " v3 64k odd lazy compressed snapshot backing backing-raw backing-snapshot "},
@@ -505,7 +512,7 @@ const Operation operations[] = {
     {"convert-into", "verb", make_other, run_convert_into, 0, 0, NULL},
     {"convert", "verb", NULL, run_convert, 0, 0, NULL},
     {"convert-compressed", "verb", NULL, run_convert_compressed, 0, 0, NULL},
-    {"create", "verb", NULL, run_create, 0, KIND_DATA_FILE, NULL},
+    {"create", "verb", NULL, run_create, 0, KIND_DATA_FILE | KIND_QED, NULL},
 };
 
 const unsigned nb_operations = G_N_ELEMENTS(operations);

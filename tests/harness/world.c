@@ -165,9 +165,13 @@ void world_views_at(const World *w, uint64_t time, View *views)
 static const char *const disk_of_view[VIEWS] = {"top", "base", "other", "top", "top"};
 static const char *const snapshot_of_view[VIEWS] = {[VIEW_SNAP0] = "s0", [VIEW_SNAP1] = "s1"};
 
-static bool is_raw(const World *w, ViewId view)
+static const char *format_of(const World *w, ViewId view)
 {
-    return view == VIEW_BASE && w->kind->flags & KIND_RAW_BASE;
+    bool top = !strcmp(disk_of_view[view], "top");
+    if (top && w->kind->flags & KIND_QED) {
+        return "qed";
+    }
+    return view == VIEW_BASE && w->kind->flags & KIND_RAW_BASE ? "raw" : "qcow2";
 }
 
 /* The options of the node "file" below a format. */
@@ -189,7 +193,7 @@ char *world_options(const World *w, ViewId view)
     bool data = top && w->kind->flags & KIND_DATA_FILE;
     g_autofree char *file = file_options(w, view);
     return g_strdup_printf("driver=%s,discard=unmap,%s%s%s",
-                           is_raw(w, view) ? "raw" : "qcow2", file,
+                           format_of(w, view), file,
                            data ? ",data-file.driver=test-disk,data-file.disk=data" : "",
                            top && w->more ? w->more : "");
 }
@@ -367,10 +371,11 @@ static void create_with_data_file(World *w)
 
 static void create_base(World *w)
 {
-    bool raw = w->kind->flags & KIND_RAW_BASE;
+    const char *format = format_of(w, VIEW_BASE);
     g_autofree char *command =
-        g_strdup_printf("create -q -f %s %s test-disk:base %u", raw ? "raw" : "qcow2",
-                        raw ? "" : "-o cluster_size=4k", w->kind->sectors * ORACLE_SECTOR);
+        g_strdup_printf("create -q -f %s %s test-disk:base %u", format,
+                        !strcmp(format, "qcow2") ? "-o cluster_size=4k" : "",
+                        w->kind->sectors * ORACLE_SECTOR);
     must(w, world_verb(w, command));
     g_autofree char *why = NULL;
     g_autofree uint8_t *buf = g_malloc((size_t)w->kind->sectors * ORACLE_SECTOR);
@@ -387,10 +392,10 @@ static void create_base(World *w)
 
 static void create_top(World *w)
 {
-    bool raw = w->kind->flags & KIND_RAW_BASE, over = w->kind->flags & KIND_BACKING;
+    bool over = w->kind->flags & KIND_BACKING;
     g_autofree char *command =
-        g_strdup_printf("create -q -f qcow2 %s%s -o %s test-disk:top %u",
-                        over ? "-b test-disk:base -F " : "", over ? (raw ? "raw" : "qcow2") : "",
+        g_strdup_printf("create -q -f %s %s%s -o %s test-disk:top %u", format_of(w, VIEW_TOP),
+                        over ? "-b test-disk:base -F " : "", over ? format_of(w, VIEW_BASE) : "",
                         w->kind->create, w->kind->sectors * ORACLE_SECTOR);
     must(w, world_verb(w, command));
 }
@@ -546,7 +551,7 @@ static bool judge_image(const World *w, ViewId view, bool exact, bool *ret_snaps
 {
     g_autoptr(BlockBackend) blk =
         world_open_view(w, view, BDRV_O_RDWR | BDRV_O_RESIZE, ret_why);
-    if (!blk || (!is_raw(w, view) && !check_image(w, blk, exact, ret_why)) ||
+    if (!blk || (strcmp(format_of(w, view), "raw") && !check_image(w, blk, exact, ret_why)) ||
         !oracle_check(&w->view[view].oracle, blk, ret_why)) {
         return false;
     }

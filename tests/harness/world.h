@@ -28,6 +28,7 @@ typedef enum KindFlags {
                                  clusters */
     KIND_NO_DISCARD = 1 << 7, /* discards do nothing: version 2 over a base */
     KIND_FIXED = 1 << 8,      /* cannot be resized: version 2 with snapshots */
+    KIND_QED = 1 << 9,        /* the other format: no snapshots, nothing compressed or amended */
 } KindFlags;
 
 typedef struct Kind {

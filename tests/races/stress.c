@@ -120,7 +120,7 @@ static void do_discard(Worker *w, unsigned first, unsigned n)
 static void do_compressed(Worker *w, unsigned first, unsigned n)
 {
     unsigned c = w->arena->world->kind->cluster;
-    if (w->arena->world->kind->flags & KIND_DATA_FILE) {
+    if (w->arena->world->kind->flags & (KIND_DATA_FILE | KIND_QED)) {
         return;
     }
     do_discard(w, first, c);
@@ -246,7 +246,7 @@ static void brawl(Arena *a, guint32 seed)
     Worker workers[WORKERS];
     pthread_t snapshots, resizes;
     unsigned flags = a->world->kind->flags;
-    bool snapshot = !(flags & (KIND_NO_SHARING | KIND_DATA_FILE | KIND_V2));
+    bool snapshot = !(flags & (KIND_NO_SHARING | KIND_DATA_FILE | KIND_V2 | KIND_QED));
     bool resize = !(flags & KIND_FIXED);
     a->running = WORKERS;
     for (unsigned i = 0; i < WORKERS; i++) {
@@ -294,7 +294,9 @@ static void expect_sound(Arena *a)
     BdrvCheckOptions check = {0};
     g_assert_true(bdrv_check(blk_bs(blk), &check, &result, NULL));
     g_assert_cmpuint(result.corruptions, ==, 0);
-    g_assert_cmpuint(result.leaks, ==, 0);
+    if (!(a->world->kind->flags & KIND_QED)) { /* which has no counts: what is free looks leaked */
+        g_assert_cmpuint(result.leaks, ==, 0);
+    }
     expect_legal(a, blk, NULL);
 }
 
@@ -367,7 +369,7 @@ int main(int argc, char **argv)
     for (int round = 0; round < opts.rounds; round++) {
         for (unsigned k = 0; k < nb_kinds; k++) {
             if (!opts.only || g_pattern_match_simple(opts.only, kinds[k].name)) {
-                bool few = (round + (int)k) % 2;
+                bool few = (round + (int)k) % 2 && !(kinds[k].flags & KIND_QED);
                 run_round(&kinds[k], few ? ",l2-cache-size=4096,refcount-cache-size=4096" : "",
                           (guint32)(opts.seed + round * 1000));
             }

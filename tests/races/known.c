@@ -1,0 +1,228 @@
+/*
+ * Known races, made to happen: breakpoints of blkdebug hold a request at a named point while another
+ * one does what must not disturb it.
+ *
+ *      racer  --> ... --> event "X": held      main thread: the other request, a picture of the
+ *                            |                              disk as a power loss would leave it
+ *                         resumed --> done
+ *
+ * A write against discard and reuse of its cluster, the discard of a preallocated zero cluster
+ * under a writer, and a freed compressed cluster are in tests/unit/test-qcow2-requests.c.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include <stdlib.h>
+
+#include "block/qcow2.h"
+#include "tests/harness/operations.h"
+#include "util/pool.h"
+#include "util/thread.h"
+
+typedef struct Racer {
+    pthread_t thread;
+    World *world;
+    unsigned first, n; /* written with @value; n 0: a flush */
+    unsigned value;
+} Racer;
+
+static void *race(void *opaque)
+{
+    Racer *r = opaque;
+    BlockBackend *blk = r->world->blk;
+    if (!r->n) {
+        g_assert_cmpint(blk_flush(blk), ==, 0);
+        return NULL;
+    }
+    g_autofree uint8_t *buf = g_malloc((size_t)r->n * ORACLE_SECTOR);
+    oracle_fill(buf, r->first, r->n, r->value);
+    g_assert_cmpint(blk_pwrite(blk, (int64_t)r->first * ORACLE_SECTOR,
+                               (int64_t)r->n * ORACLE_SECTOR, buf, 0), ==, 0);
+    return NULL;
+}
+
+static void start(Racer *r)
+{
+    if (r->n) {
+        world_mark_write(r->world, VIEW_TOP, r->first, r->n, r->value);
+    }
+    g_assert_true(qb_thread_start(&r->thread, "racer", race, r));
+}
+
+/* Starts it, and waits until it is held at @event. */
+static void start_until(Racer *r, const char *event)
+{
+    BlockDriverState *bs = blk_bs(r->world->blk);
+    g_assert_cmpint(bdrv_debug_breakpoint(bs, event, "A"), ==, 0);
+    start(r);
+    for (int i = 0; i < 20000 && !bdrv_debug_is_suspended(bs, "A"); i++) {
+        g_usleep(500);
+    }
+    g_assert_true(bdrv_debug_is_suspended(bs, "A"));
+}
+
+static void finish(Racer *r)
+{
+    g_assert_cmpint(bdrv_debug_resume(blk_bs(r->world->blk), "A"), ==, 0);
+    pthread_join(r->thread, NULL);
+}
+
+static World *open_world(const char *kind, const char *more)
+{
+    World *w = world_new(kind_find(kind));
+    w->debug = true;
+    w->more = more;
+    g_assert_true(world_open(w));
+    return w;
+}
+
+static void expect(World *w, bool exact)
+{
+    g_autofree char *why = NULL;
+    if (!world_judge(w, exact, &why)) {
+        g_error("%s", why);
+    }
+}
+
+/* The disks with all that was written until now, and what they may show: what a crash leaves. */
+typedef struct Picture {
+    DiskImage image[DISKS_MAX];
+    View *view;
+} Picture;
+
+static Picture take_picture(const World *w)
+{
+    Picture p = {.view = world_views_dup(w->view)};
+    for (unsigned i = 0; i < disk_count(); i++) {
+        p.image[i] = disk_save(i);
+    }
+    return p;
+}
+
+/* Opening an image waits for requests that are held, hence pictures are judged afterwards. */
+static void judge_picture(World *w, Picture *p)
+{
+    World crashed = {.kind = w->kind, .view = p->view};
+    for (unsigned i = 0; i < disk_count(); i++) {
+        disk_load(i, &p->image[i]);
+        disk_image_clear(&p->image[i]);
+    }
+    expect(&crashed, false);
+    world_views_free(p->view);
+}
+
+/* Without a leak. @p: NULL, or a picture to be judged after the last. */
+static void close_world(World *w, Picture *p)
+{
+    g_assert_true(world_close(w));
+    w->debug = false;
+    w->more = NULL;
+    expect(w, true);
+    if (p) {
+        judge_picture(w, p);
+    }
+    world_free(w);
+}
+
+/* Two writes that each fill a part of the same new cluster: one copies, the other finds it there. */
+static void test_cow_against_cow(const void *data)
+{
+    World *w = open_world(data, NULL);
+    unsigned c = w->kind->cluster, cluster = 3 * c; /* not there yet */
+    Racer first = {.world = w, .first = cluster, .n = 1, .value = 50};
+    Racer second = {.world = w, .first = cluster + c - 1, .n = 1, .value = 51};
+    start_until(&first, "write_aio");
+    start(&second);
+    g_usleep(20000);
+    finish(&first);
+    pthread_join(second.thread, NULL);
+    close_world(w, NULL); /* no leak: one cluster for both */
+}
+
+/* The data of a new cluster are not written yet when somebody flushes: nothing may name it. */
+static void test_flush_against_write(const void *data)
+{
+    World *w = open_world(data, NULL);
+    unsigned c = w->kind->cluster;
+    Racer writer = {.world = w, .first = 3 * c, .n = c, .value = 50};
+    start_until(&writer, "write_aio");
+    world_write(w, 7 * c, c);
+    g_assert_cmpint(blk_flush(w->blk), ==, 0);
+    Picture p = take_picture(w);
+    finish(&writer);
+    close_world(w, &p);
+}
+
+/* Entries change while a flush stands between its barrier and the old tables: what it writes is
+ * what it copied, and what came later waits for the next one. */
+static void test_update_against_flush(const void *data)
+{
+    World *w = open_world(data, NULL);
+    unsigned c = w->kind->cluster;
+    Racer flusher = {.world = w};
+    world_write(w, 3 * c, c);
+    start_until(&flusher, "l2_update");
+    world_write(w, 7 * c, c);
+    world_discard(w, 8 * c, 4 * c);
+    world_write(w, 11 * c, c);
+    world_write(w, 15 * c, c);
+    Picture p = take_picture(w);
+    finish(&flusher);
+    close_world(w, &p);
+}
+
+/* What an overwrite freed while a flush was under way is not what the next write gets. */
+static void test_compressed_overwrite_against_flush(const void *data)
+{
+    World *w = open_world(data, NULL);
+    unsigned c = w->kind->cluster;
+    Racer flusher = {.world = w};
+    world_write(w, 0, c);
+    world_write(w, c, c);
+    start_until(&flusher, "l2_update");
+    for (unsigned i = 0; i < 4; i++) {
+        world_write(w, (3 + 4 * i) * c, c);
+    }
+    Picture p = take_picture(w);
+    finish(&flusher);
+    close_world(w, &p);
+}
+
+/* A table is being loaded while others come and push everything out of the cache. */
+static void test_eviction_against_load(const void *data)
+{
+    World *w = open_world(data, ",l2-cache-size=1024,refcount-cache-size=1024");
+    unsigned c = w->kind->cluster, tables = w->kind->sectors / 64;
+    Racer writer = {.world = w, .first = 64, .n = c, .value = 50};
+    g_assert_cmpuint(tables, >, 2);
+    start_until(&writer, "l2_load");
+    for (unsigned i = 2; i < tables; i++) {
+        world_write(w, 64 * i, c);
+    }
+    g_assert_cmpint(blk_flush(w->blk), ==, 0);
+    finish(&writer);
+    close_world(w, NULL);
+}
+
+int main(int argc, char **argv)
+{
+    static const char *const names[] = {"v3", "v2", "512", "64k", "ext", "snapshot", "backing"};
+    g_test_init(&argc, &argv, NULL);
+    disk_init();
+    for (size_t i = 0; i < G_N_ELEMENTS(names); i++) {
+        g_autofree char *flush = g_strdup_printf("/known/flush-write/%s", names[i]);
+        g_autofree char *update = g_strdup_printf("/known/update-flush/%s", names[i]);
+        g_test_add_data_func(flush, names[i], test_flush_against_write);
+        g_test_add_data_func(update, names[i], test_update_against_flush);
+    }
+    g_test_add_data_func("/known/cow-cow/v3", "v3", test_cow_against_cow);
+    g_test_add_data_func("/known/cow-cow/64k", "64k", test_cow_against_cow);
+    g_test_add_data_func("/known/cow-cow/backing", "backing", test_cow_against_cow);
+    g_test_add_data_func("/known/cow-cow/ext", "backing-ext", test_cow_against_cow);
+    g_test_add_data_func("/known/compressed", "compressed",
+                         test_compressed_overwrite_against_flush);
+    g_test_add_data_func("/known/eviction", "512", test_eviction_against_load);
+    int ret = g_test_run();
+    qb_pools_shutdown();
+    disk_done();
+    return ret;
+}
