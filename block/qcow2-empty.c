@@ -38,6 +38,7 @@ typedef struct Blob {
     Qcow2HostRun l1, table;
     GArray *blocks;        /* uint64_t: host offsets */
     GArray *indices;       /* uint64_t: which entry of the table names which of them */
+    uint64_t *entries;     /* the table in host order; NULL: not written yet */
 } Blob;
 
 static void blob_init(Blob *b, BlockDriverState *bs, Qcow2RefMap *kept)
@@ -53,6 +54,7 @@ static void blob_clear(Blob *b)
 {
     g_array_free(b->blocks, true);
     g_array_free(b->indices, true);
+    g_free(b->entries);
 }
 
 #define BLOB_AUTO __attribute__((cleanup(blob_clear))) Blob
@@ -267,15 +269,18 @@ static int write_blocks(const Blob *b)
     return ret;
 }
 
-static int write_table(const Blob *b)
+/* Kept for memory, too: after the switch nothing may fail (invariant 5). */
+static int write_table(Blob *b)
 {
     g_autofree uint64_t *be = g_try_malloc0(b->table.bytes);
-    if (!be) {
+    b->entries = g_try_malloc0(b->table.bytes);
+    if (!be || !b->entries) {
         return -ENOMEM;
     }
     for (guint i = 0; i < b->blocks->len; i++) {
         uint64_t index = g_array_index(b->indices, uint64_t, i);
-        be[index] = htobe64(g_array_index(b->blocks, uint64_t, i));
+        b->entries[index] = g_array_index(b->blocks, uint64_t, i);
+        be[index] = htobe64(b->entries[index]);
     }
     return bdrv_pwrite(b->bs->file, (int64_t)b->table.offset, (int64_t)b->table.bytes, be, 0);
 }
@@ -302,20 +307,15 @@ static int install_blob(Blob *b)
 }
 
 /* Memory becomes what the header says by now. Nobody allocates meanwhile: the whole node is held. */
-static int adopt_blob(const Blob *b)
+static void adopt_blob(Blob *b)
 {
     BDRVQcow2State *s = b->s;
     uint32_t size = new_l1_size(s);
-    g_autoptr(GError) err = NULL;
     qcow2_l1_replace(s, g_new0(uint64_t, size), size, b->l1.offset);
     qcow2_inflight_wait(s, qcow2_inflight_seq(s)); /* invariant 2 */
     qcow2_cache_poison(s->cache, 0, QCOW2_MAX_HOST_OFFSET);
     qcow2_quarantine_forget(s);
-    if (!qcow2_refcount_reload(b->bs, &err)) {
-        atomic_store(&s->corrupt, true); /* nobody can allocate without refcounts */
-        return qb_error_to_errno(err);
-    }
-    return 0;
+    qcow2_refcount_adopt(b->bs, g_steal_pointer(&b->entries));
 }
 
 /* ---------------------------------------------------------------- space */
@@ -400,23 +400,23 @@ static void count_blob(Blob *b, void (*change)(Blob *b, const Qcow2HostRun *run)
 
 /* Step 5: the dropped clusters are free by now, so a structure may find room before them. The one
  * there is stays in use until the switch, and is not counted by the new one. */
-static int move_to_front(Blob *b)
+static void move_to_front(Blob *b)
 {
     BLOB_AUTO front;
     blob_init(&front, b->bs, b->map);
     count_blob(b, uncount_run);
     if (take_blob(&front) == 0) {
         if (blob_end(&front) < blob_end(b) && install_blob(&front) == 0) {
-            return adopt_blob(&front);
+            adopt_blob(&front);
+            return;
         }
         give_blob(&front);
     }
     count_blob(b, count_run);
-    return 0;
 }
 
-/* 1: empty, as small as can be; 0: not possible in this way, nothing was changed; or -errno. */
-static int switch_to_smallest(BlockDriverState *bs)
+/* Empty, as small as can be; false: not possible in this way, nothing was changed. */
+static bool switch_to_smallest(BlockDriverState *bs)
 {
     uint64_t used_end = atomic_load(&qcow2_state(bs)->file_end);
     g_autoptr(Qcow2RefMap) kept = has_unknown_owners(qcow2_state(bs)) ? NULL
@@ -424,18 +424,16 @@ static int switch_to_smallest(BlockDriverState *bs)
     BLOB_AUTO b;
     blob_init(&b, bs, kept);
     if (!kept || take_blob(&b) < 0) {
-        return 0;
+        return false;
     }
     if (install_blob(&b) < 0) {
         give_blob(&b);
-        return 0;
+        return false;
     }
-    int ret = adopt_blob(&b);
-    ret = ret < 0 ? ret : move_to_front(&b);
-    if (ret == 0) {
-        give_space_back(&b, used_end);
-    }
-    return ret < 0 ? ret : 1;
+    adopt_blob(&b);
+    move_to_front(&b);
+    give_space_back(&b, used_end);
+    return true;
 }
 
 /* ---------------------------------------------------------------- in place */
@@ -454,9 +452,8 @@ static int clear_l1(BlockDriverState *bs)
 static int drop_everything(BlockDriverState *bs)
 {
     int ret = clear_l1(bs);
-    ret = ret < 0 ? ret : switch_to_smallest(bs);
-    if (ret != 0) {
-        return MIN(ret, 0);
+    if (ret < 0 || switch_to_smallest(bs)) {
+        return ret;
     }
     ret = qcow2_refcount_shrink(bs);
     ret = ret < 0 ? ret : qcow2_flush_all(bs);
@@ -473,8 +470,7 @@ bool qcow2_make_empty(BlockDriverState *bs, GError **errp)
         return false;
     }
     int ret = qcow2_is_clean(s) ? 0 : qcow2_flush_all(bs);
-    ret = ret < 0 ? ret : switch_to_smallest(bs);
-    if (ret == 0) {
+    if (ret == 0 && !switch_to_smallest(bs)) {
         ret = drop_everything(bs);
     }
     if (ret < 0) {

@@ -146,22 +146,10 @@ static uint64_t table_bytes(const BDRVQcow2State *s)
     return valid ? bytes : 0;
 }
 
-/* A header that names more table than the file holds names nothing there: the rest stays zero. The
- * claim itself is bounded by the header's validation. */
-bool qcow2_refcount_init(BlockDriverState *bs, GError **errp)
+/* @entries (stolen) is the table that the header names, of @bytes. */
+static void set_table(BDRVQcow2State *s, uint64_t *entries, uint64_t bytes)
 {
-    BDRVQcow2State *s = qcow2_state(bs);
-    uint64_t bytes = table_bytes(s);
-
-    s->reftable.dirty = g_array_new(FALSE, FALSE, sizeof(uint64_t)); /* also when this fails */
-    s->reftable.blocks = g_hash_table_new(NULL, NULL);               /* likewise */
-    if (!init_file_end(bs, errp)) {
-        return false;
-    }
-    s->reftable.entries = read_entries(bs, s->header.reftable_offset, bytes, errp);
-    if (!s->reftable.entries) {
-        return false;
-    }
+    s->reftable.entries = entries;
     s->reftable.nb_entries = bytes / sizeof(uint64_t);
     s->reftable.offset = s->header.reftable_offset;
     s->reftable.clusters = s->header.reftable_clusters;
@@ -170,7 +158,30 @@ bool qcow2_refcount_init(BlockDriverState *bs, GError **errp)
     s->look_from = s->blind_growth = 0;
     note_blocks(s);
     index_missing_blocks(s);
-    return true;
+}
+
+static void new_sets(BDRVQcow2State *s)
+{
+    s->reftable.dirty = g_array_new(FALSE, FALSE, sizeof(uint64_t));
+    s->reftable.blocks = g_hash_table_new(NULL, NULL);
+}
+
+/* A header that names more table than the file holds names nothing there: the rest stays zero. The
+ * claim itself is bounded by the header's validation. */
+bool qcow2_refcount_init(BlockDriverState *bs, GError **errp)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    uint64_t bytes = table_bytes(s);
+
+    new_sets(s); /* also when this fails */
+    if (!init_file_end(bs, errp)) {
+        return false;
+    }
+    uint64_t *entries = read_entries(bs, s->header.reftable_offset, bytes, errp);
+    if (entries) {
+        set_table(s, entries, bytes);
+    }
+    return entries != NULL;
 }
 
 void qcow2_refcount_close(BlockDriverState *bs)
@@ -185,7 +196,7 @@ void qcow2_refcount_close(BlockDriverState *bs)
     s->reftable.nb_entries = 0;
 }
 
-bool qcow2_refcount_reload(BlockDriverState *bs, GError **errp)
+static void forget(BlockDriverState *bs)
 {
     BDRVQcow2State *s = qcow2_state(bs);
 
@@ -193,7 +204,21 @@ bool qcow2_refcount_reload(BlockDriverState *bs, GError **errp)
     qcow2_free_index_free(s->free_index);
     s->free_index = qcow2_free_index_new();
     s->look_from = 0;
+}
+
+bool qcow2_refcount_reload(BlockDriverState *bs, GError **errp)
+{
+    forget(bs);
     return qcow2_refcount_init(bs, errp);
+}
+
+void qcow2_refcount_adopt(BlockDriverState *bs, uint64_t *entries)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+
+    forget(bs);
+    new_sets(s);
+    set_table(s, entries, table_bytes(s));
 }
 
 /* ---- finding blocks ---- */

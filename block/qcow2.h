@@ -566,6 +566,9 @@ bool qcow2_is_refblock(BDRVQcow2State *s, uint64_t offset, uint64_t bytes);
 void qcow2_refcount_close(BlockDriverState *bs);
 /* Forgets what is in memory and reads again (after repair or rebuild). Node quiesced. */
 bool qcow2_refcount_reload(BlockDriverState *bs, GError **errp);
+/* The same without reading: @entries (stolen, host order) is the table that the header names since
+ * just now. Cannot fail. */
+void qcow2_refcount_adopt(BlockDriverState *bs, uint64_t *entries);
 
 /*
  * Allocation: counts become 1 in memory at once; nothing on disk refers to the clusters yet.  First fit
