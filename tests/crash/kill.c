@@ -6,8 +6,8 @@
  *               fork --> checker: opens the file, checks it, compares with the marks
  *               and so on, with the image as it is now
  *
- * What had reached the kernel survives, what the writer had in memory does not: the oracle is that of
- * a crash.  The parent itself never uses the block layer, so that its children start without
+ * What had reached the kernel survives, what the writer had in memory does not: the oracle is that
+ * of a crash.  The parent itself never uses the block layer, so that its children start without
  * threads.
  *
  * SPDX-License-Identifier: MIT
@@ -98,8 +98,9 @@ static int check_image(World *w, guint32 seed)
 
 static int make_image(World *w, guint32 seed)
 {
-    g_autofree char *command = g_strdup_printf("create -q -f qcow2 -o %s %s/top %u", w->kind->create,
-                                               w->dir, w->kind->sectors * ORACLE_SECTOR);
+    g_autofree char *command =
+        g_strdup_printf("create -q -f qcow2 -o %s %s/top %u", w->kind->create, w->dir,
+                        w->kind->sectors * ORACLE_SECTOR);
     return verb_run(command, NULL);
 }
 

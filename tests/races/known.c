@@ -1,6 +1,6 @@
 /*
- * Known races, made to happen: breakpoints of blkdebug hold a request at a named point while another
- * one does what must not disturb it.
+ * Known races, made to happen: breakpoints of blkdebug hold a request at a named point while
+ * another one does what must not disturb it.
  *
  *      racer  --> ... --> event "X": held      main thread: the other request, a picture of the
  *                            |                              disk as a power loss would leave it
@@ -123,7 +123,7 @@ static void close_world(World *w, Picture *p)
     world_free(w);
 }
 
-/* Two writes that each fill a part of the same new cluster: one copies, the other finds it there. */
+/* Two writes that fill a part each of the same new cluster: one copies, the other finds it. */
 static void test_cow_against_cow(const void *data)
 {
     World *w = open_world(data, NULL);
