@@ -277,15 +277,18 @@ static int for_each_part(BDRVQcow2State *s, const Qcow2HostRun *runs, size_t n, 
     return 0;
 }
 
-int qcow2_update_refcounts(BlockDriverState *bs, Qcow2HostRun *runs, size_t n, int delta)
+int qcow2_judge_refcounts(BlockDriverState *bs, Qcow2HostRun *runs, size_t n, int delta)
 {
-    BDRVQcow2State *s = qcow2_state(bs);
-    int ret;
-
     assert(delta != 0);
     qsort(runs, n, sizeof(*runs), compare_runs);
-    ret = for_each_part(s, runs, n, delta, judge_part);
-    return ret < 0 ? ret : for_each_part(s, runs, n, delta, change_part);
+    return for_each_part(qcow2_state(bs), runs, n, delta, judge_part);
+}
+
+int qcow2_update_refcounts(BlockDriverState *bs, Qcow2HostRun *runs, size_t n, int delta)
+{
+    int ret = qcow2_judge_refcounts(bs, runs, n, delta);
+
+    return ret < 0 ? ret : for_each_part(qcow2_state(bs), runs, n, delta, change_part);
 }
 
 /* ---- the end of what is used ---- */

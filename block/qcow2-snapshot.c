@@ -3,7 +3,7 @@
  * qcow2-snapshot-table.c.)
  *
  *   create                                          delete
- *   1 flush; collect the tree                       1 flush; collect the snapshot's tree
+ *   1 flush; collect the tree, judge its counts     1 flush; collect the snapshot's tree
  *   2 dirty bit, stable (version 3)                 2 dirty bit, stable (version 3)
  *   3 COPIED off everywhere; past all writers       3 table without it; header            <- done
  *     [version 2: flush]                            4 free the tree and its L1, flush
@@ -12,7 +12,7 @@
  *                                      <- done
  *
  * Invariants (besides invariants 0 to 8 of the driver)
- *  1. Overflow of any count in the whole tree is found before the first count changes.
+ *  1. Overflow of any count in the whole tree is found before anything changes.
  *  2. COPIED is off before a count becomes 2 and comes back after it is 1 again: on version 2,
  *     which has no dirty bit, a crash shows at most "COPIED clear, count 1".
  *  3. Whoever looked an entry up while it was COPIED has finished writing before the snapshot
@@ -196,6 +196,18 @@ static bool may_create(BlockDriverState *bs, const char *name, GError **errp)
     return true;
 }
 
+/* Users know the first line. */
+static bool fail_for_counts(const BDRVQcow2State *s, int err, GError **errp)
+{
+    fail_errno(errp, err);
+    if (err == -EINVAL) {
+        qb_error_add_hint(errp, "Some clusters have as many references as refcounts of %u bits can"
+                                " count; 'qemu-img amend -o refcount_bits=N' makes them wider.",
+                          1u << s->refcount_order);
+    }
+    return false;
+}
+
 bool qcow2_snapshot_create(BlockDriverState *bs, const char *name, GError **errp)
 {
     BDRVQcow2State *s = qcow2_state(bs);
@@ -208,6 +220,10 @@ bool qcow2_snapshot_create(BlockDriverState *bs, const char *name, GError **errp
     ret = ret < 0 ? ret : qcow2_tree_collect(bs, NULL, tree);
     if (ret < 0) {
         return fail_errno(errp, ret);
+    }
+    ret = qcow2_counts_have_room(bs, tree);
+    if (ret < 0) {
+        return fail_for_counts(s, ret, errp);
     }
     Qcow2Snapshot sn = new_entry(s, name);
     if (create_entry(&c, &sn, errp)) {

@@ -181,8 +181,12 @@ void qcow2_runs_difference(const BDRVQcow2State *s, const GArray *from, const GA
     }
 }
 
-/* Those of @list that are met @times times. */
-static int change_counts_of(BlockDriverState *bs, const GArray *list, int64_t times, int delta)
+/* Judges or changes counts; see qcow2.h. */
+typedef int CountsFn(BlockDriverState *bs, Qcow2HostRun *runs, size_t n, int delta);
+
+/* Calls @fn for those of @list that are met @times times. */
+static int with_counts_of(BlockDriverState *bs, const GArray *list, int64_t times, int delta,
+                          CountsFn *fn)
 {
     g_autoptr(GArray) runs = g_array_new(false, false, sizeof(Qcow2HostRun));
     for (guint i = 0; i < list->len; i++) {
@@ -191,7 +195,12 @@ static int change_counts_of(BlockDriverState *bs, const GArray *list, int64_t ti
             g_array_append_val(runs, ((Qcow2HostRun){st->start, st->end - st->start}));
         }
     }
-    return runs->len ? qcow2_update_refcounts(bs, (Qcow2HostRun *)runs->data, runs->len, delta) : 0;
+    return runs->len ? fn(bs, (Qcow2HostRun *)runs->data, runs->len, delta) : 0;
+}
+
+static int change_counts_of(BlockDriverState *bs, const GArray *list, int64_t times, int delta)
+{
+    return with_counts_of(bs, list, times, delta, qcow2_update_refcounts);
 }
 
 /* The greatest delta below @limit in @list; 0: none. */
@@ -203,6 +212,16 @@ static int64_t next_lower(const GArray *list, int64_t limit)
         most = delta < limit ? MAX(most, delta) : most;
     }
     return most;
+}
+
+int qcow2_counts_have_room(BlockDriverState *bs, const GArray *runs)
+{
+    g_autoptr(GArray) list = stretches(qcow2_state(bs), NULL, runs);
+    int ret = 0;
+    for (int64_t n = next_lower(list, INT64_MAX); n > 0 && ret == 0; n = next_lower(list, n)) {
+        ret = n > INT_MAX ? -EINVAL : with_counts_of(bs, list, n, (int)n, qcow2_judge_refcounts);
+    }
+    return ret;
 }
 
 int qcow2_change_counts(BlockDriverState *bs, const GArray *runs, int sign)

@@ -609,6 +609,8 @@ int qcow2_count_run(BlockDriverState *bs, uint64_t offset, uint64_t bytes, uint6
  * (image marked corrupt) of any cluster is found before the first change. Runs are sorted in place.
  * May block. Only for whole-node operations and quarantine release. */
 int qcow2_update_refcounts(BlockDriverState *bs, Qcow2HostRun *runs, size_t n, int delta);
+/* Would that fail? Changes nothing but the order of @runs. */
+int qcow2_judge_refcounts(BlockDriverState *bs, Qcow2HostRun *runs, size_t n, int delta);
 /* End of the last host cluster with a count > 0, in bytes. May block. */
 int qcow2_last_used_end(BlockDriverState *bs, uint64_t *ret);
 /* What a flush writes of the refcount table: dirty entries' sectors, or all of it at its new place (then
@@ -772,6 +774,8 @@ void qcow2_runs_difference(const BDRVQcow2State *s, const GArray *from, const GA
  * underflow leave everything as it was. In memory; whole node in the range lock, no flush under
  * way. */
 int qcow2_change_counts(BlockDriverState *bs, const GArray *runs, int sign);
+/* Is there room for one more in all of @runs? -EINVAL if not. Changes nothing. */
+int qcow2_counts_have_room(BlockDriverState *bs, const GArray *runs);
 /* Frees every run through quarantine, flushing now and then. 0 or -errno of a flush (the rest
  * leaks). */
 int qcow2_free_runs(BlockDriverState *bs, const GArray *runs, Qcow2DiscardType type);
