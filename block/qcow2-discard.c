@@ -1,18 +1,20 @@
 /*
  * Discard and zero: guest ranges that lose their content.
  *
- *   entry was                    zero, keep        zero, unmap / discard     full discard
- *   unallocated, nothing below   as it is          as it is                  as it is
- *   unallocated                  plain zero        plain zero                as it is
- *   plain zero                   as it is          as it is                  0
- *   zero with host cluster       as it is          plain zero, freed         0, freed
- *   data                         zero flag set     plain zero, freed         0, freed
- *   compressed                   plain zero, freed plain zero, freed         0, freed
+ *                                                  zero, unmap / discard
+ *   entry was                    zero, keep        not backed   may be backed    full discard
+ *   unallocated                  as it is, or      as it is     plain zero       as it is
+ *                                plain zero (1)
+ *   plain zero                   as it is          0            as it is         0
+ *   zero with host cluster       as it is          0, freed     plain zero, f.   0, freed
+ *   data                         zero flag set     0, freed     plain zero, f.   0, freed
+ *   compressed                   plain zero, freed 0, freed     plain zero, f.   0, freed
  *
- * "Plain zero" is 0 on version 2 (only without a backing file, else the request is declined) and
- * where the creator vouched that there will never be a backing file.  discard-no-unref turns
- * "unmap" into "keep" followed by a hole in the file.  A part of an extended L2 cluster changes its
- * bits only.
+ * (1) Where the backing file may show.  An image may be backed when it has a backing file, when its
+ * header names one, or when the creator of the node says that one will come (BDRV_O_BACKING_LATER);
+ * see qcow2_may_be_backed().  Version 2 has no zero flag: there all is 0 where the image is not
+ * backed, and declined where it may be.  discard-no-unref turns "unmap" into "keep" followed by a
+ * hole in the file.  A part of an extended L2 cluster changes its bits only.
  *
  *     step:  skip what L1 does not map | drop a table that is cleared whole | load, change, link
  *
@@ -70,8 +72,8 @@ static bool covers_all(const Clear *c, uint64_t mask)
 /* The whole entry becomes 0 where it reads zero then anyhow. */
 static bool clears_to_nothing(const Clear *c)
 {
-    bool never_backed = c->s->may_unallocate && c->below_end == 0;
-    return c->mode == CLEAR_FULL || c->s->version < 3 || (c->mode == CLEAR_UNMAP && never_backed);
+    bool unallocates = c->mode == CLEAR_UNMAP && !qcow2_may_be_backed(c->bs);
+    return c->mode == CLEAR_FULL || c->s->version < 3 || unallocates;
 }
 
 static Qcow2L2Entry cleared_entry(const Clear *c)
@@ -120,8 +122,8 @@ static int new_entry(const Clear *c, Qcow2L2Entry e, uint64_t cluster, Qcow2L2En
     bool all = covers_all(c, mask), compressed = qcow2_entry_is_compressed(e);
     bool releases = compressed || (c->mode == CLEAR_UNMAP && qcow2_entry_has_host(s, e));
     *ret = e;
-    if (c->mode == CLEAR_FULL) {
-        *ret = cleared_entry(c);
+    if (c->mode == CLEAR_FULL || (all && clears_to_nothing(c))) {
+        *ret = (Qcow2L2Entry){0};
     } else if (all && releases) {
         *ret = cleared_entry(c);
     } else if (compressed) {
@@ -360,7 +362,7 @@ int qcow2_discard_clusters(BlockDriverState *bs, uint64_t guest, uint64_t bytes,
     BDRVQcow2State *s = qcow2_state(bs);
     bool to_zero = how == QCOW2_DISCARD_TO_ZERO;
     assert(qcow2_offset_into_cluster(s, guest) == 0);
-    if (to_zero && s->version < 3 && bs->backing) {
+    if (to_zero && s->version < 3 && qcow2_may_be_backed(bs)) {
         return 0; /* version 2 cannot say "zero" over a backing file; a discard is advice */
     }
     if (to_zero && s->data_file_raw) {
@@ -384,7 +386,7 @@ int qcow2_zero_clusters(BlockDriverState *bs, uint64_t guest, uint64_t bytes, in
 {
     BDRVQcow2State *s = qcow2_state(bs);
     bool unmap = flags & BDRV_REQ_MAY_UNMAP;
-    if (s->version < 3 && bs->backing) {
+    if (s->version < 3 && qcow2_may_be_backed(bs)) {
         return -ENOTSUP;
     }
     if (s->data_file_raw) {

@@ -175,7 +175,7 @@ int qcow2_backing_bytes(BlockDriverState *bs, uint64_t guest, uint64_t bytes, ui
 int qcow2_backing_end(BlockDriverState *bs, uint64_t *ret)
 {
     if (!bs->backing) {
-        *ret = *bdrv_backing_name(bs) ? UINT64_MAX : 0;
+        *ret = qcow2_may_be_backed(bs) ? UINT64_MAX : 0;
         return 0;
     }
     int64_t length = bdrv_getlength(bs->backing->bs);

@@ -45,7 +45,7 @@ typedef enum BdrvOpenFlags {
     BDRV_O_CHECK = 1 << 5,        /* for check: tolerate what check can repair, do not auto-repair */
     BDRV_O_COPY_ON_READ = 1 << 6, /* reads fill the overlay */
     BDRV_O_PROTOCOL = 1 << 7,     /* filename names a protocol node, no format probing */
-    BDRV_O_NO_BACKING_ZERO = 1 << 8, /* creator vouches that the node never gets a backing file */
+    BDRV_O_BACKING_LATER = 1 << 8, /* will get a backing file: what is zero must be said to be */
     BDRV_O_AIO_NATIVE = 1 << 9,   /* files run batches by the kernel's aio where no option "aio" ... */
     BDRV_O_AIO_THREADS = 1 << 10, /* ... says otherwise; or by threads */
     BDRV_O_NO_NAMES = 1 << 12,    /* open nothing that an image names: no backing, no data file */

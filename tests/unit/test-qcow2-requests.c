@@ -26,17 +26,17 @@ static const Case state_table[] = {
     {UNALLOCATED, ZERO_UNMAP, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_UNALLOCATED},
     {UNALLOCATED, DISCARD, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_UNALLOCATED},
     {PLAIN, ZERO_KEEP, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
-    {PLAIN, ZERO_UNMAP, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
-    {PLAIN, DISCARD, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
+    {PLAIN, ZERO_UNMAP, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
+    {PLAIN, DISCARD, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
     {ALLOC, ZERO_KEEP, QCOW2_ZERO_ALLOC, QCOW2_ZERO_ALLOC, QCOW2_ZERO_ALLOC},
-    {ALLOC, ZERO_UNMAP, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
-    {ALLOC, DISCARD, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
+    {ALLOC, ZERO_UNMAP, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
+    {ALLOC, DISCARD, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
     {DATA, ZERO_KEEP, QCOW2_ZERO_ALLOC, QCOW2_ZERO_ALLOC, QCOW2_ZERO_ALLOC},
-    {DATA, ZERO_UNMAP, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
-    {DATA, DISCARD, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
+    {DATA, ZERO_UNMAP, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
+    {DATA, DISCARD, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
     {STREAM, ZERO_KEEP, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN},
-    {STREAM, ZERO_UNMAP, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN},
-    {STREAM, DISCARD, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN},
+    {STREAM, ZERO_UNMAP, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN},
+    {STREAM, DISCARD, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN},
 };
 
 static void write_compressed(BlockBackend *blk, int64_t offset, int64_t bytes, int value, int want)
@@ -244,11 +244,11 @@ static void test_zero_part(void)
     image_check("image");
 }
 
-/* The creator vouches that nothing will ever be below: what is discarded is simply not there. */
+/* Nothing is below: what is discarded is simply not there. */
 static void test_unallocated_again(void)
 {
     image_create("image", "size=1M,cluster_size=512");
-    BlockBackend *blk = image_open("image", "discard=unmap", BDRV_O_RDWR | BDRV_O_NO_BACKING_ZERO);
+    BlockBackend *blk = image_open("image", "discard=unmap", BDRV_O_RDWR);
     image_write(blk, 0, 64 * KIB, 1);
     g_assert_cmpint(blk_pdiscard(blk, 512, 512), ==, 0);
     g_assert_cmphex(image_entry(blk, 512).entry, ==, 0);
@@ -261,6 +261,35 @@ static void test_unallocated_again(void)
     image_expect(blk, 32 * KIB, 32 * KIB, 0);
     blk_unref(blk);
     image_check("image");
+}
+
+/* A backing file will come: what reads as zeroes says so, also where nothing was allocated. */
+static void check_backing_later(int flags)
+{
+    BlockBackend *blk = image_open("image", "discard=unmap", BDRV_O_RDWR | flags);
+    bool version2 = image_state(blk)->version < 3;
+    image_write(blk, 0, 2 * C, 1);
+    g_assert_cmpint(blk_pdiscard(blk, 0, C), ==, 0);
+    image_expect(blk, 0, C, version2 ? 1 : 0); /* a discard is advice */
+    g_assert_cmpint(blk_pwrite_zeroes(blk, C, 2 * C, BDRV_REQ_MAY_UNMAP), ==, 0);
+    image_expect(blk, C, 2 * C, 0);
+    for (uint64_t at = 0; at < 3 * C; at += C) {
+        Qcow2ClusterType want = version2 ? QCOW2_NORMAL : QCOW2_ZERO_PLAIN;
+        g_assert_cmpint(image_type(blk, at), ==, want);
+    }
+    blk_unref(blk);
+    image_check("image");
+}
+
+static void test_backing_later(void)
+{
+    static const char *const shapes[] = {"size=1M", "size=1M,compat=0.10", "size=1M,extended_l2=on"};
+    for (size_t i = 0; i < G_N_ELEMENTS(shapes); i++) {
+        image_create("image", shapes[i]);
+        check_backing_later(BDRV_O_BACKING_LATER);
+    }
+    create_over_base("size=1M"); /* named, but not attached */
+    check_backing_later(BDRV_O_NO_BACKING);
 }
 
 /* A full discard of all that a table maps gives the table back, too. */
@@ -857,6 +886,7 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-requests/unchanged-is-not-written", test_unchanged_is_not_written);
     g_test_add_func("/qcow2-requests/zero-part", test_zero_part);
     g_test_add_func("/qcow2-requests/unallocated-again", test_unallocated_again);
+    g_test_add_func("/qcow2-requests/backing-later", test_backing_later);
     g_test_add_func("/qcow2-requests/table-dropped", test_table_dropped);
     g_test_add_func("/qcow2-requests/write-zero-alloc-against-discard",
                     test_write_zero_alloc_against_discard);
