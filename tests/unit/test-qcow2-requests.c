@@ -25,9 +25,9 @@ static const Case state_table[] = {
     {UNALLOCATED, ZERO_KEEP, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_UNALLOCATED},
     {UNALLOCATED, ZERO_UNMAP, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_UNALLOCATED},
     {UNALLOCATED, DISCARD, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_UNALLOCATED},
-    {PLAIN, ZERO_KEEP, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
-    {PLAIN, ZERO_UNMAP, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
-    {PLAIN, DISCARD, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
+    {PLAIN, ZERO_KEEP, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN},
+    {PLAIN, ZERO_UNMAP, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN},
+    {PLAIN, DISCARD, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN},
     {ALLOC, ZERO_KEEP, QCOW2_ZERO_ALLOC, QCOW2_ZERO_ALLOC, QCOW2_ZERO_ALLOC},
     {ALLOC, ZERO_UNMAP, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
     {ALLOC, DISCARD, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_ZERO_ALLOC},
@@ -52,14 +52,13 @@ static void put_state(BlockBackend *blk, int64_t offset, Before before)
     case UNALLOCATED:
         return;
     case STREAM:
+    case PLAIN:
         write_compressed(blk, offset, C, 3, 0);
-        return;
+        break;
     default:
         image_write(blk, offset, C, 3);
     }
-    if (before == PLAIN) {
-        g_assert_cmpint(blk_pdiscard(blk, offset, C), ==, 0);
-    } else if (before == ALLOC) {
+    if (before == PLAIN || before == ALLOC) { /* a stream is released, a cluster kept */
         g_assert_cmpint(blk_pwrite_zeroes(blk, offset, C, 0), ==, 0);
     }
 }
