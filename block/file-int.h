@@ -2,7 +2,7 @@
  * The file drivers' private map: one state, five rooms.
  *
  *   file-posix.c    driver "file": options, open, close, reopen, limits, length
- *   file-io.c       read, write, FUA, flush, batches, copy_range, the bottom of the fast lane
+ *   file-io.c       read, write, FUA, flush, batches, the bottom of the fast lane
  *   file-status.c   where data is (block status), zero and discard, growing by zeroes
  *   file-create.c   truncate with preallocation, create
  *   file-locks.c    image locks that other processes see
@@ -110,6 +110,7 @@ bool file_reopen_prepare(BDRVReopenState *state, GError **errp);
 void file_reopen_commit(BDRVReopenState *state);
 void file_reopen_abort(BDRVReopenState *state);
 void file_refresh_limits(BlockDriverState *bs);
+int64_t file_getlength(BlockDriverState *bs); /* file_length() */
 int64_t file_get_allocated_size(BlockDriverState *bs);
 /* Length of a regular file, block device or seekable character device, or -errno. */
 int64_t file_length(const BDRVFileState *s);
@@ -128,8 +129,6 @@ int file_run_batch(BlockDriverState *bs, BdrvBatchOp *ops, size_t n);
 int file_flush(BlockDriverState *bs);
 /* As file_flush(), whatever cache.no-flush says: what was written before the call is stable. */
 int file_make_stable(BDRVFileState *s);
-int file_copy_range(BlockDriverState *src, int64_t src_offset, BlockDriverState *dst,
-                    int64_t dst_offset, int64_t bytes);
 int file_map(BlockDriverState *bs, BlkQueue *queue, BdrvMapIntent intent, int64_t offset,
              int64_t bytes, BdrvMapping *mapping);
 int file_map_done(BlockDriverState *bs, BlkQueue *queue, BdrvMapping *mapping, int result);
@@ -188,5 +187,33 @@ uint32_t host_device_sector_size(int fd);
 bool host_device_is_read_only(int fd);
 int host_device_zero(BDRVFileState *s, int64_t offset, int64_t bytes, int flags);
 int host_device_discard(BDRVFileState *s, int64_t offset, int64_t bytes);
+
+/* --- the drivers' tables --- */
+
+/* What both drivers have in common. */
+#define FILE_DRIVER_COMMON                                                                         \
+    .instance_size = sizeof(BDRVFileState),                                                        \
+    .needs_filename = true,                                                                        \
+    .close = file_close,                                                                           \
+    .reopen_prepare = file_reopen_prepare,                                                         \
+    .reopen_commit = file_reopen_commit,                                                           \
+    .reopen_abort = file_reopen_abort,                                                             \
+    .check_perm = file_check_perm,                                                                 \
+    .set_perm = file_set_perm,                                                                     \
+    .abort_perm = file_abort_perm,                                                                 \
+    .refresh_limits = file_refresh_limits,                                                         \
+    .preadv = file_preadv,                                                                         \
+    .pwritev = file_pwritev,                                                                       \
+    .pwrite_zeroes = file_pwrite_zeroes,                                                           \
+    .pdiscard = file_pdiscard,                                                                     \
+    .block_status = file_block_status,                                                             \
+    .flush = file_flush,                                                                           \
+    .run_batch = file_run_batch,                                                                   \
+    .supported_write_flags = BDRV_REQ_FUA,                                                         \
+    .supported_zero_flags = BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK,                             \
+    .map = file_map,                                                                               \
+    .map_done = file_map_done,                                                                     \
+    .getlength = file_getlength,                                                                   \
+    .get_allocated_file_size = file_get_allocated_size
 
 #endif

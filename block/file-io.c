@@ -377,57 +377,6 @@ int file_run_batch(BlockDriverState *bs, BdrvBatchOp *ops, size_t n)
     return first;
 }
 
-/* --- copying inside the kernel --- */
-
-/* EINVAL also stands for ranges of one file that overlap; giving up then costs speed only. */
-static bool means_cannot_copy(int err)
-{
-    return err == EXDEV || err == EOPNOTSUPP || err == ENOSYS || err == EINVAL || err == ETXTBSY;
-}
-
-static int copy_all(BDRVFileState *src, int64_t src_offset, BDRVFileState *dst, int64_t dst_offset,
-                    int64_t bytes)
-{
-    while (bytes > 0) {
-        off64_t from = src_offset, to = dst_offset;
-        ssize_t n = copy_file_range(src->fd, &from, dst->fd, &to, (size_t)bytes, 0);
-        if (n == 0) {
-            return -ENOTSUP; /* the source ends here: the caller knows what follows */
-        }
-        if (n < 0 && means_cannot_copy(errno)) {
-            atomic_store(&dst->lacks.copy_range, true);
-            return -ENOTSUP;
-        }
-        if (n < 0 && errno != EINTR) {
-            return -errno;
-        }
-        n = MAX(n, 0);
-        src_offset += n;
-        dst_offset += n;
-        bytes -= n;
-    }
-    return 0;
-}
-
-int file_copy_range(BlockDriverState *src, int64_t src_offset, BlockDriverState *dst,
-                    int64_t dst_offset, int64_t bytes)
-{
-    if (src->drv->copy_range != dst->drv->copy_range) {
-        return -ENOTSUP;
-    }
-    BDRVFileState *to = file_state(dst);
-    if (atomic_load(&to->lacks.copy_range)) {
-        return -ENOTSUP;
-    }
-    bool grows = write_enter(to, dst_offset + bytes);
-    int ret = copy_all(file_state(src), src_offset, to, dst_offset, bytes);
-    file_note_change(to);
-    write_leave(to, dst_offset + bytes, grows, ret);
-    /* Copying on a file system that shares blocks may turn data of the target into a hole. */
-    file_data_cache_drop(&to->data);
-    return ret;
-}
-
 /* --- the bottom of the fast lane --- */
 
 /* Growing writes hold the grow lock, as those of file_pwritev() do; the queue's thread may, since it has
@@ -455,6 +404,7 @@ int file_map(BlockDriverState *bs, BlkQueue *queue, BdrvMapIntent intent, int64_
         .fd = s->fd, .host_offset = offset, .bytes = bytes,
         .direct = s->direct, .kernel_aio = s->aio != QB_AIO_THREADS,
         .lacks_nowait = intent == BDRV_MAP_READ ? &s->lacks.nowait_read : &s->lacks.nowait_write,
+        .lacks_copy = &s->lacks.copy_range,
     };
     mapping->bytes += bytes;
     return 0;
@@ -466,6 +416,9 @@ int file_map_done(BlockDriverState *bs, BlkQueue *queue, BdrvMapping *mapping, i
     const BdrvMapLayer *layer = &mapping->layer[mapping->depth];
     if (layer->req.type == BDRV_TRACKED_WRITE) {
         file_note_change(s);
+    }
+    if (mapping->copied) { /* sharing blocks may have turned data into a hole */
+        file_data_cache_drop(&s->data);
     }
     write_leave(s, layer->end, layer->token != NULL, result);
     return result;

@@ -503,7 +503,7 @@ int64_t file_length(const BDRVFileState *s)
     return st.st_size; /* 0 for character devices */
 }
 
-static int64_t file_getlength(BlockDriverState *bs)
+int64_t file_getlength(BlockDriverState *bs)
 {
     return file_length(file_state(bs));
 }
@@ -520,33 +520,10 @@ int64_t file_get_allocated_size(BlockDriverState *bs)
 const BlockDriver bdrv_file = {
     .format_name = "file",
     .protocol_name = "file",
-    .instance_size = sizeof(BDRVFileState),
-    .needs_filename = true,
+    FILE_DRIVER_COMMON,
     .parse_filename = file_parse_filename,
     .open = file_open,
-    .close = file_close,
-    .reopen_prepare = file_reopen_prepare,
-    .reopen_commit = file_reopen_commit,
-    .reopen_abort = file_reopen_abort,
-    .check_perm = file_check_perm,
-    .set_perm = file_set_perm,
-    .abort_perm = file_abort_perm,
-    .refresh_limits = file_refresh_limits,
     .create_opts = file_create_opts,
     .create = file_create,
-    .preadv = file_preadv,
-    .pwritev = file_pwritev,
-    .pwrite_zeroes = file_pwrite_zeroes,
-    .pdiscard = file_pdiscard,
-    .block_status = file_block_status,
-    .flush = file_flush,
-    .run_batch = file_run_batch,
-    .copy_range = file_copy_range,
-    .supported_write_flags = BDRV_REQ_FUA,
-    .supported_zero_flags = BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK,
-    .map = file_map,
-    .map_done = file_map_done,
-    .getlength = file_getlength,
     .truncate = file_truncate,
-    .get_allocated_file_size = file_get_allocated_size,
 };

@@ -128,11 +128,6 @@ static bool device_open(BlockDriverState *bs, json_t *options, int flags, GError
     return file_open_common(bs, options, true, errp);
 }
 
-static int64_t device_getlength(BlockDriverState *bs)
-{
-    return file_length(file_state(bs));
-}
-
 static bool check_device_size(int64_t length, int64_t size, GError **errp)
 {
     if (length < 0) {
@@ -149,7 +144,7 @@ static bool check_device_size(int64_t length, int64_t size, GError **errp)
 static bool device_truncate(BlockDriverState *bs, int64_t offset, bool exact, PreallocMode prealloc,
                             bool zero_new, GError **errp)
 {
-    int64_t length = device_getlength(bs);
+    int64_t length = file_getlength(bs);
     if (prealloc != PREALLOC_MODE_OFF) {
         qb_error_set(errp, ENOTSUP, "Unsupported preallocation mode '%s'",
                      prealloc_mode_names[prealloc]);
@@ -212,34 +207,11 @@ static const QbOptDesc device_create_opts[] = {
 const BlockDriver bdrv_host_device = {
     .format_name = "host_device",
     .protocol_name = "host_device",
-    .instance_size = sizeof(BDRVFileState),
-    .needs_filename = true,
+    FILE_DRIVER_COMMON,
     .probe_device = device_probe,
     .parse_filename = device_parse_filename,
     .open = device_open,
-    .close = file_close,
-    .reopen_prepare = file_reopen_prepare,
-    .reopen_commit = file_reopen_commit,
-    .reopen_abort = file_reopen_abort,
-    .check_perm = file_check_perm,
-    .set_perm = file_set_perm,
-    .abort_perm = file_abort_perm,
-    .refresh_limits = file_refresh_limits,
     .create_opts = device_create_opts,
     .create = device_create,
-    .preadv = file_preadv,
-    .pwritev = file_pwritev,
-    .pwrite_zeroes = file_pwrite_zeroes,
-    .pdiscard = file_pdiscard,
-    .block_status = file_block_status,
-    .flush = file_flush,
-    .run_batch = file_run_batch,
-    .copy_range = file_copy_range,
-    .supported_write_flags = BDRV_REQ_FUA,
-    .supported_zero_flags = BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK,
-    .map = file_map,
-    .map_done = file_map_done,
-    .getlength = device_getlength,
     .truncate = device_truncate,
-    .get_allocated_file_size = file_get_allocated_size,
 };

@@ -131,6 +131,7 @@ static int map_next(QueueSlot *slot)
     BdrvMapIntent intent = is_write(slot) ? BDRV_MAP_WRITE : BDRV_MAP_READ;
     map->n = map->layers = map->depth = 0;
     map->bytes = 0;
+    map->copied = false;
     slot->ext = 0;
     slot->ext_done = 0;
     int ret = bdrv_map(blk_root(slot->queue->blk), slot->queue, intent,

@@ -17,6 +17,8 @@
  * 2. After the first error, or a signal, no new unit is handed out; turns are still passed on, so
  *    no worker waits for ever.
  *
+ * With -C the data of a unit go from file to file inside the kernel, where files and formats let them.
+ *
  * Not done here: opening, creating and judging; convert.c does.
  *
  * SPDX-License-Identifier: MIT
@@ -344,15 +346,37 @@ static bool has_failed(Engine *e)
     return e->failed;
 }
 
+/* Copies without data passing through here. A unit may span several sources. */
+static int offload_unit(const ConvertPlan *plan, const Unit *u)
+{
+    int64_t offset = u->offset, end = u->offset + u->bytes;
+
+    while (offset < end) {
+        ConvertSource *src = source_at(plan, offset);
+        int64_t n = MIN(end, src->start + src->size) - offset;
+        int ret = blk_copy_range(src->blk, offset - src->start, plan->target, offset, n);
+        if (ret < 0) {
+            img_error("error while copying at byte %" PRId64 " of '%s' to '%s': %s",
+                      offset - src->start, src->name, plan->target_name, g_strerror(-ret));
+            return ret;
+        }
+        offset += n;
+    }
+    return 0;
+}
+
 static void copy_unit(Engine *e, const Unit *u, uint8_t *buf)
 {
     const ConvertPlan *plan = e->plan;
-    int ret = u->kind == UNIT_DATA ? read_unit(plan, u, buf) : 0;
+    bool reads = u->kind == UNIT_DATA && !plan->copy_offload;
+    int ret = reads ? read_unit(plan, u, buf) : 0;
 
     wait_turn(e, u);
     if (ret == 0 && !has_failed(e)) {
-        if (u->kind == UNIT_DATA) {
+        if (reads) {
             ret = write_data(plan, u, buf);
+        } else if (u->kind == UNIT_DATA) {
+            ret = offload_unit(plan, u);
         } else if (u->kind == UNIT_ZERO) {
             ret = write_zeroes(plan, u->offset, u->bytes);
         }

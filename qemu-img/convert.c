@@ -379,7 +379,7 @@ int img_convert(int argc, char **argv)
     g_autofree char *options = args.options;
     ConvertPlan plan = {.compress = args.compress, .out_of_order = args.out_of_order,
                         .salvage = args.salvage, .quiet = args.quiet,
-                        .rate_limit = args.rate_limit};
+                        .copy_offload = args.copy_offload, .rate_limit = args.rate_limit};
     if (img_asks_for_option_help(options)) {
         return img_print_option_help(target_format(&args), last_operand(operands));
     }

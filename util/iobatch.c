@@ -170,6 +170,33 @@ ssize_t qb_io_nowait(const QbIoOp *op, _Atomic(bool) *lacks)
     return transfer_flags(op, 0);
 }
 
+/* ---- inside the kernel ---- */
+
+/* EINVAL also stands for ranges of one file that overlap; giving up then costs speed only. */
+static bool means_cannot_copy(int err)
+{
+    return err == EXDEV || err == EOPNOTSUPP || err == ENOSYS || err == EINVAL || err == ETXTBSY;
+}
+
+int qb_io_copy(int src, int64_t src_offset, int dst, int64_t dst_offset, int64_t bytes)
+{
+    while (bytes > 0) {
+        off64_t from = src_offset, to = dst_offset;
+        ssize_t n = copy_file_range(src, &from, dst, &to, (size_t)bytes, 0);
+        if (n == 0 || (n < 0 && means_cannot_copy(errno))) {
+            return -ENOTSUP;
+        }
+        if (n < 0 && errno != EINTR) {
+            return -errno;
+        }
+        n = n > 0 ? n : 0;
+        src_offset += n;
+        dst_offset += n;
+        bytes -= n;
+    }
+    return 0;
+}
+
 /* ---- threads ---- */
 
 /* On the stack of the caller, who waits for the group. */

@@ -55,6 +55,9 @@ int blk_flush(BlockBackend *blk);
 bool blk_truncate(BlockBackend *blk, int64_t offset, bool exact, PreallocMode prealloc,
                   bool zero_new, GError **errp);
 int blk_run_batch(BlockBackend *blk, BdrvBatchOp *ops, size_t n);
+/* As bdrv_copy_range(). */
+int blk_copy_range(BlockBackend *src, int64_t src_offset, BlockBackend *dst, int64_t dst_offset,
+                   int64_t bytes);
 int blk_save_vmstate(BlockBackend *blk, IoVector *qiov, int64_t pos);
 int blk_load_vmstate(BlockBackend *blk, IoVector *qiov, int64_t pos);
 bool blk_make_empty(BlockBackend *blk, GError **errp);

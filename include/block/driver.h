@@ -97,6 +97,7 @@ typedef struct BdrvMapExtent {
     bool direct;         /* of fd: O_DIRECT */
     bool kernel_aio;     /* the kernel's asynchronous I/O may be used, not threads only */
     _Atomic(bool) *lacks_nowait; /* for qb_io_nowait(); lives as long as the mapping */
+    _Atomic(bool) *lacks_copy;   /* the kernel cannot copy into this file; lives as long, too */
     int64_t host_offset; /* in fd */
     int64_t bytes;
 } BdrvMapExtent;
@@ -115,6 +116,7 @@ typedef struct BdrvMapping {
     int64_t bytes;     /* covered in all; the rest is mapped by another call */
     BdrvMapLayer layer[BDRV_MAP_MAX_LAYERS]; /* in the order of the calls of bdrv_map() */
     unsigned layers;
+    bool copied;       /* a write: done by copying inside the kernel, which may make holes */
     unsigned depth;    /* in callbacks: the driver's own layer is layer[depth] */
 } BdrvMapping;
 
@@ -189,8 +191,6 @@ struct BlockDriver {
      * below a format that has this callback: its order is the driver's (design: one barrier, then ...). */
     int (*flush)(BlockDriverState *bs);
     int (*run_batch)(BlockDriverState *bs, BdrvBatchOp *ops, size_t n); /* NULL: the core loops */
-    int (*copy_range)(BlockDriverState *src, int64_t src_offset, BlockDriverState *dst,
-                      int64_t dst_offset, int64_t bytes);
     unsigned supported_write_flags; /* FUA: else the core flushes after the write */
     unsigned supported_zero_flags;
 

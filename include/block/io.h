@@ -43,6 +43,10 @@ int bdrv_pwrite_sync(BdrvChild *child, int64_t offset, int64_t bytes, const void
 int bdrv_pwrite_zeroes(BdrvChild *child, int64_t offset, int64_t bytes, int flags);
 /* Advisory: heads and tails that the driver cannot do are left alone; -ENOTSUP never escapes. */
 int bdrv_pdiscard(BdrvChild *child, int64_t offset, int64_t bytes);
+/* Copies between nodes, by the kernel where it can; for any range and length. Zeroes are copied as data.
+ * The ranges must not overlap in one node. */
+int bdrv_copy_range(BdrvChild *src, int64_t src_offset, BdrvChild *dst, int64_t dst_offset,
+                    int64_t bytes);
 /* Makes all writes that have returned stable, down to the last protocol node. */
 int bdrv_flush(BlockDriverState *bs);
 /* New length. @exact: -ENOTSUP rather than a longer node. @prealloc of the grown part.

@@ -37,7 +37,7 @@
 #include "block/block-backend.h"
 #include "block/driver.h"
 
-/* Maps the start of the range. Users zero @mapping's n, bytes, layers and depth; drivers pass theirs.
+/* Maps the start of the range. Users zero all of @mapping but its arrays; drivers pass theirs.
  * @queue may be NULL. 0, or -EAGAIN, or another -errno that a worker would meet as well. */
 int bdrv_map(BdrvChild *child, BlkQueue *queue, BdrvMapIntent intent, int64_t offset,
              int64_t bytes, BdrvMapping *mapping);

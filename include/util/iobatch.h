@@ -46,6 +46,10 @@ int qb_io_run(QbIoOp *ops, size_t n, QbAioMode mode);
 /* One blocking transfer with the same rules. @offset + length must fit int64_t. */
 int qb_io_one(QbIoKind kind, int fd, uint64_t offset, const struct iovec *iov, int niov);
 
+/* Copies between files inside the kernel. 0, -ENOTSUP when it cannot do it for these files (a part may
+ * be copied by then), or another -errno. A source that ends early is -ENOTSUP as well. */
+int qb_io_copy(int src, int64_t src_offset, int dst, int64_t dst_offset, int64_t bytes);
+
 /*
  * The part of a transfer that needs no waiting for the device: the bytes done, 0 at the end of a file,
  * -EAGAIN for none, or another -errno.  *@lacks is set when the file system does not take the question

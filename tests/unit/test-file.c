@@ -326,8 +326,6 @@ static void test_flush_only_changes(TestDir *t, gconstpointer root)
     expect_barrier(bs, true);
     truncate_ok(bs, 4096, PREALLOC_MODE_OFF);
     expect_barrier(bs, true);
-    (void)bs->drv->copy_range(bs, 0, bs, 2048, 1024);
-    expect_barrier(bs, true);
     g_assert_cmpint(node_write(bs, 0, 512, 2, BDRV_REQ_FUA), ==, 0);
     expect_barrier(bs, false);
     node_close(bs);
@@ -758,24 +756,6 @@ static void test_batch_error(TestDir *t, gconstpointer root)
     node_close(bs);
 }
 
-static void test_copy_range(TestDir *t, gconstpointer root)
-{
-    g_autofree char *other = g_build_filename(t->dir, "other", NULL);
-    make_file(t->file, MIB, 2);
-    make_file(other, 0, 0);
-    BlockDriverState *src = node_open_ok(t->file, RDONLY), *dst = node_open_ok(other, RDWR);
-    int ret = src->drv->copy_range(src, 0, dst, 4096, MIB);
-    g_assert_true(ret == 0 || ret == -ENOTSUP);
-    if (ret == 0) {
-        g_assert_cmpint(dst->drv->getlength(dst), ==, MIB + 4096);
-        g_assert_cmpint(node_read_byte(dst, 4096, MIB), ==, 2);
-        g_assert_cmpint(src->drv->copy_range(src, MIB, dst, 0, 4096), ==, -ENOTSUP);
-        g_assert_cmpint(src->drv->copy_range(src, 0, dst, 0, 4096), ==, 0);
-    }
-    node_close(src);
-    node_close(dst);
-}
-
 static void test_map(TestDir *t, gconstpointer root)
 {
     make_file(t->file, MIB, 2);
@@ -943,7 +923,6 @@ int main(int argc, char **argv)
     add("no-space", test_no_space);
     add("batch", test_batch);
     add("batch-error", test_batch_error);
-    add("copy-range", test_copy_range);
     add("map", test_map);
     add("create", test_create);
     add("create-errors", test_create_errors);
