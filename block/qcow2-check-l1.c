@@ -1,5 +1,5 @@
 /*
- * Check: an active L1 table that claims more entries than it can have.
+ * Check: an active L1 table that claims more entries than it can have, or fewer than the disk needs.
  *
  *      header says   [ needed by the disk | ...................................... ]
  *      the file has  [ needed by the disk | zeroes | another structure | ...
@@ -13,6 +13,9 @@
  * Invariants
  *   1. Entries that the disk needs are never cut off.
  *   2. As long as the header is not repaired nothing that the rest may refer to is taken for free.
+ *
+ * Fewer than needed, and nothing else where the missing ones must be: then they are still there, and
+ * the number alone is wrong.
  *
  * Guest data it may run into are looked for only if the entries in question are not all zero, which is
  * rare: that takes reading the tables once more.
@@ -98,31 +101,72 @@ static bool rest_is_zero(const Qcow2Check *c, uint64_t first)
     return !any;
 }
 
-void qcow2_check_l1_length(Qcow2Check *c)
+/* How many entries there is room for. */
+static uint64_t room(const Qcow2Check *c, uint64_t needed)
 {
     const BDRVQcow2State *s = c->s;
     uint64_t begin = s->header.l1_offset, end = c->nb_clusters << s->cluster_bits;
-    uint64_t needed = qcow2_size_to_l1(s, s->header.size);
-    if (needed >= c->l1_size || begin >= end) {
-        return;
+    uint64_t known = MIN(needed, c->l1_size);
+    if (begin >= end) {
+        return 0;
     }
     bound_by_refcounts(c, begin, &end);
     bound_by_snapshots(c, begin, &end);
-    bound_by_tables(c, begin, needed, &end);
-    if (!rest_is_zero(c, needed)) {
-        bound_by_data(c, begin, needed, &end);
+    bound_by_tables(c, begin, known, &end);
+    if (needed > c->l1_size || !rest_is_zero(c, needed)) {
+        bound_by_data(c, begin, known, &end);
     }
-    uint64_t fits = MAX(needed, (end - begin) / sizeof(uint64_t));
-    if (fits >= c->l1_size) {
+    return (end - begin) / sizeof(uint64_t);
+}
+
+/* The table is to be of @entries. */
+static void resized(Qcow2Check *c, uint64_t entries)
+{
+    c->l1_size = (uint32_t)entries;
+    c->l1_resized = true;
+    c->incomplete |= !(c->fix & BDRV_FIX_ERRORS);
+}
+
+static void check_too_long(Qcow2Check *c, uint64_t needed)
+{
+    uint64_t fits = MAX(needed, room(c, needed));
+    if (c->s->header.l1_offset >= c->nb_clusters << c->s->cluster_bits || fits >= c->l1_size) {
         return;
     }
-    qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "l1-too-long", begin,
+    qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "l1-too-long", c->s->header.l1_offset,
                        "ERROR active L1 table of %" PRIu32
                        " entries reaches into other structures: there is room for %" PRIu64,
                        c->l1_size, fits);
-    c->l1_size = (uint32_t)fits;
-    c->l1_too_long = true;
-    c->incomplete |= !(c->fix & BDRV_FIX_ERRORS);
+    resized(c, fits);
+}
+
+static void check_too_short(Qcow2Check *c, uint64_t needed)
+{
+    uint64_t *be = NULL, offset = c->s->header.l1_offset;
+    qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "l1-too-short", offset,
+                       "ERROR active L1 table of %" PRIu32 " entries is too short for the disk: "
+                       "%" PRIu64 " are needed",
+                       c->l1_size, needed);
+    if (offset && needed <= MIN(room(c, needed), QCOW2_MAX_L1_BYTES / sizeof(uint64_t))) {
+        be = qcow2_read_l1(c->bs, offset, (uint32_t)needed, "Active L1 table", NULL);
+    }
+    if (be) {
+        g_free(c->be_l1);
+        c->be_l1 = be;
+        resized(c, needed);
+    } else {
+        c->incomplete = true; /* what the rest refers to is not known */
+    }
+}
+
+void qcow2_check_l1_length(Qcow2Check *c)
+{
+    uint64_t needed = qcow2_size_to_l1(c->s, c->s->header.size);
+    if (needed < c->l1_size) {
+        check_too_long(c, needed);
+    } else if (needed > c->l1_size) {
+        check_too_short(c, needed);
+    }
 }
 
 static void set_l1_size(Qcow2Header *h, void *opaque)
@@ -131,9 +175,9 @@ static void set_l1_size(Qcow2Header *h, void *opaque)
     h->l1_size = c->l1_size;
 }
 
-bool qcow2_check_shorten_l1(Qcow2Check *c)
+bool qcow2_check_resize_l1(Qcow2Check *c)
 {
-    if (!c->l1_too_long) {
+    if (!c->l1_resized) {
         return true;
     }
     int ret = qcow2_header_update(c->bs, set_l1_size, c, true);
@@ -144,9 +188,9 @@ bool qcow2_check_shorten_l1(Qcow2Check *c)
                            "ERROR setting the length of the L1 table: %s", g_strerror(-ret));
         return false;
     }
-    c->l1_too_long = false;
+    c->l1_resized = false;
     qcow2_check_mark_fixed(c, BDRV_FINDING_CORRUPTION, 1);
-    qcow2_check_report(c, BDRV_FINDING_INFO, true, "l1-too-long", c->s->header.l1_offset,
+    qcow2_check_report(c, BDRV_FINDING_INFO, true, "l1-resized", c->s->header.l1_offset,
                        "Repairing active L1 table: it has %" PRIu32 " entries now", c->l1_size);
     return true;
 }

@@ -4,7 +4,7 @@
  *   snapshot table -> references -> refcounts -> COPIED flags -> snapshot table, header bits
  *
  *     qcow2-check-refs.c     who refers to which host cluster: header, L1s, snapshots, crypto area
- *     qcow2-check-l1.c         an active L1 that is too long
+ *     qcow2-check-l1.c         an active L1 that is too long or too short
  *     qcow2-check-l2.c         L2 tables, each read once however many L1s name it
  *     qcow2-check-scan.c       those in which nothing is odd, on all cores
  *     qcow2-check-fixes.c      entries that a repair rewrites
@@ -377,7 +377,7 @@ static bool repair_errors(Qcow2Check *c)
     if (!change_bits(c, QCOW2_INCOMPAT_DIRTY, 0, "set the dirty bit")) {
         return false;
     }
-    if (!qcow2_check_shorten_l1(c)) {
+    if (!qcow2_check_resize_l1(c)) {
         return false;
     }
     qcow2_check_release_structure(c);

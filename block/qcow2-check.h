@@ -138,7 +138,7 @@ typedef struct Qcow2Check {
     Qcow2RefMap *map;
     uint64_t *be_l1;         /* active L1 as on disk */
     uint32_t l1_size;        /* entries that are looked at */
-    bool l1_too_long;        /* the header says more */
+    bool l1_resized;         /* the header says another number */
     GArray *tables;          /* Qcow2CheckTable: active ones in L1 order, others by offset */
     guint nb_active_tables;
     GHashTable *table_index; /* offset -> position in tables, while they are collected */
@@ -199,10 +199,11 @@ bool qcow2_check_count(Qcow2Check *c, uint64_t offset, uint64_t bytes, uint64_t 
 
 /* ======================= qcow2-check-l1.c: the length of the active L1 ======================= */
 
-/* Reports an L1 table that runs into another structure; c->l1_size is what it can have. */
+/* Reports an L1 table that runs into another structure, or is too short for the disk; c->l1_size and
+ * c->be_l1 are what it can be. */
 void qcow2_check_l1_length(Qcow2Check *c);
 /* Writes that to the header, stable on return. False when it could not be written. */
-bool qcow2_check_shorten_l1(Qcow2Check *c);
+bool qcow2_check_resize_l1(Qcow2Check *c);
 
 /* ======================= qcow2-check-l2.c: L2 entries ======================= */
 

@@ -247,7 +247,7 @@ static uint64_t needed_l1_entries(const Qcow2Header *h)
     return (h->size >> shift) + ((h->size & ((UINT64_C(1) << shift) - 1)) != 0);
 }
 
-static bool validate_l1(const Qcow2Header *h, GError **errp)
+static bool validate_l1(const Qcow2Header *h, bool for_check, GError **errp)
 {
     if (h->l1_size > QCOW2_MAX_L1_BYTES / 8) {
         return fail(errp, EFBIG, "Active L1 table too large");
@@ -259,7 +259,7 @@ static bool validate_l1(const Qcow2Header *h, GError **errp)
     if (needed > INT32_MAX || h->size > INT64_MAX) {
         return fail(errp, EFBIG, "Image is too big");
     }
-    if (h->l1_size < needed) {
+    if (h->l1_size < needed && !for_check) {
         return fail(errp, EINVAL, "L1 table is too small");
     }
     return true;
@@ -269,7 +269,7 @@ bool qcow2_header_validate(const Qcow2Header *h, bool for_check, GError **errp)
 {
     return qcow2_header_validate_layout(h, errp) && validate_features(h, errp) &&
            validate_reftable(h, for_check, errp) && validate_snapshot_table(h, for_check, errp) &&
-           validate_l1(h, errp);
+           validate_l1(h, for_check, errp);
 }
 
 /* ---------------------------------------------------------------- extensions */

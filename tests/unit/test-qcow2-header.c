@@ -191,9 +191,9 @@ static const Rule rules[] = {
     {"Active L1 table offset invalid", EINVAL, false,
      {.l1_offset = UINT64_C(0x8000000000000000)}},
     {NULL, 0, false, {.l1_offset = ZERO, .l1_size = (uint32_t)ZERO, .size = ZERO}},
-    {"L1 table is too small", EINVAL, false, {.l1_size = 1}},
-    {"L1 table is too small", EINVAL, false, {.size = (1 << 30) + 1}},
-    {"L1 table is too small", EINVAL, false,
+    {"L1 table is too small", EINVAL, true, {.l1_size = 1}},
+    {"L1 table is too small", EINVAL, true, {.size = (1 << 30) + 1}},
+    {"L1 table is too small", EINVAL, true,
      {.incompatible = QCOW2_INCOMPAT_EXTL2}}, /* half as many entries per table */
     {NULL, 0, false, {.incompatible = QCOW2_INCOMPAT_EXTL2, .l1_size = 4}},
     {"Image is too big", EFBIG, false, {.size = UINT64_C(1) << 62}},
