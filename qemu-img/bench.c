@@ -298,8 +298,9 @@ static int bench_image(BlockBackend *blk, const BenchPlan *plan)
         return 1;
     }
     memset(buf, plan->write ? plan->pattern : 0, bytes);
-    g_autofree BenchSlot *slots = make_slots(&b, buf);
+    BenchSlot *slots = make_slots(&b, buf);
     int status = measure(&b);
+    g_free(slots);
     blk_queue_free(b.queue);
     return status;
 }

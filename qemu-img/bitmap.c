@@ -220,6 +220,7 @@ int img_bitmap(int argc, char **argv)
     }
     g_autoptr(GPtrArray) objects = args.objects;
     g_autoptr(GArray) owned = args.actions;
+    (void)owned; /* for its end only */
     if (!check_usage(&args, operands) || !img_check_open_args(args.format, args.image_opts) ||
         !parse_granularity(args.granularity, &target.granularity) || !img_check_objects(objects)) {
         return 1;

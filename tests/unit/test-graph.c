@@ -445,6 +445,9 @@ static void test_drain_waits(void)
     g_assert_true(qb_thread_start(&t1, "reader", read_once, &first));
     wait_inside(l);
     g_assert_true(qb_thread_start(&td, "drainer", drain_once, &d));
+    while (atomic_load(&bs->quiesce) == 0) {
+        usleep(1000);
+    }
     usleep(20000);
     g_assert_false(atomic_load(&d.done));
     g_assert_cmpuint(atomic_load(&bs->quiesce), ==, 1);
@@ -452,8 +455,10 @@ static void test_drain_waits(void)
     pthread_join(td, NULL);
     g_assert_true(atomic_load(&first.done));
     g_assert_true(qb_thread_start(&t2, "reader", read_once, &second));
+    while (!atomic_load(&second.begun)) {
+        usleep(1000);
+    }
     usleep(20000);
-    g_assert_true(atomic_load(&second.begun));
     g_assert_false(atomic_load(&second.done));
     bdrv_drained_end(d.bs);
     pthread_join(t1, NULL);
