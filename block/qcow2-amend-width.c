@@ -369,17 +369,12 @@ static bool follow_header(Width *w, GError **errp)
     return true;
 }
 
-static void clear_dirty(Qcow2Header *h, void *opaque)
-{
-    h->incompatible &= ~QCOW2_INCOMPAT_DIRTY;
-}
-
 /* What failed before the switch. What cannot be given back leaks, the dirty bit stays. */
 static void undo(Width *w, bool maybe_named)
 {
     give_back(w, maybe_named);
     if (qcow2_flush_all(w->bs) == 0 && w->s->version >= 3) {
-        (void)qcow2_header_update(w->bs, clear_dirty, NULL, true);
+        (void)qcow2_set_incompatible(w->bs, 0, QCOW2_INCOMPAT_DIRTY);
     }
 }
 

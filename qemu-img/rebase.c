@@ -376,7 +376,8 @@ static int rebase_image(const char *file, const RebaseArgs *args)
     bool backed = args->backing && *args->backing;
     /* What the new backing file must not show is written as zeroes, even where nothing is below. */
     ImgOpen how = {.format = args->format, .image_opts = args->image_opts, .cache = args->cache,
-                   .flags = BDRV_O_RDWR | BDRV_O_RESIZE | (args->unsafe ? BDRV_O_NO_BACKING : 0) |
+                   .flags = BDRV_O_RDWR | BDRV_O_RESIZE |
+                            (args->unsafe ? BDRV_O_NO_BACKING | BDRV_O_NO_IO : 0) |
                             (backed ? BDRV_O_BACKING_LATER : 0)};
     BlockBackend *image;
     bool ok;

@@ -560,7 +560,7 @@ static void crash_at(const Trial *t, const GArray *log, guint n, GRand *toss)
     assert_survived(t, SCRATCH);
 }
 
-/* Sector 0 changes alone and whole; the rest of cluster 0 by whoever changes names or extensions. */
+/* Sector 0 changes alone and whole; the rest of cluster 0 only with names and extensions. */
 static void assert_header_writes(const Trial *t, const GArray *log)
 {
     Qcow2Header h;
