@@ -273,10 +273,20 @@ static int in_long_pieces(BdrvChild *child, BdrvTransfer t, BdrvRequestType type
     return ret;
 }
 
+/* All that was zeroed becomes stable at once, not piece by piece. */
+static int flush_after_zeroes(BdrvChild *child)
+{
+    BDRV_GRAPH_GUARD();
+    return bdrv_flush(child->bs);
+}
+
 int bdrv_pwrite_zeroes(BdrvChild *child, int64_t offset, int64_t bytes, int flags)
 {
+    bool flush = (flags & BDRV_REQ_FUA) && bytes > PIECE_MAX;
     BdrvTransfer t = {.offset = offset, .bytes = bytes, .flags = flags};
-    return in_long_pieces(child, t, BDRV_TRACKED_ZERO, run_zeroes);
+    t.flags &= flush ? ~BDRV_REQ_FUA : ~0;
+    int ret = in_long_pieces(child, t, BDRV_TRACKED_ZERO, run_zeroes);
+    return ret == 0 && flush ? flush_after_zeroes(child) : ret;
 }
 
 int bdrv_pdiscard(BdrvChild *child, int64_t offset, int64_t bytes)

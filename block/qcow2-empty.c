@@ -39,6 +39,9 @@ typedef struct Blob {
     GArray *blocks;        /* uint64_t: host offsets */
     GArray *indices;       /* uint64_t: which entry of the table names which of them */
     uint64_t *entries;     /* the table in host order; NULL: not written yet */
+    /* Where @map says all there is to say of what is free, the allocator is not asked: */
+    Qcow2RefMap *avoid;    /* the structure in use; NULL: ask the allocator */
+    uint64_t hint, limit;  /* clusters to look at */
 } Blob;
 
 static void blob_init(Blob *b, BlockDriverState *bs, Qcow2RefMap *kept)
@@ -55,6 +58,7 @@ static void blob_clear(Blob *b)
     g_array_free(b->blocks, true);
     g_array_free(b->indices, true);
     g_free(b->entries);
+    qcow2_refmap_free(b->avoid);
 }
 
 #define BLOB_AUTO __attribute__((cleanup(blob_clear))) Blob
@@ -90,18 +94,50 @@ static int judge_run(const Blob *b, const Qcow2HostRun *run)
     return qcow2_check_overlap(b->bs, QCOW2_OL_NONE, run->offset, run->bytes);
 }
 
+/* The first @n free clusters in a row below the limit; host offset. Runs may be longer than what one
+ * refcount block counts, which the allocator would only append. */
+static int64_t find_run(Blob *b, uint64_t n)
+{
+    uint64_t run = 0;
+    for (uint64_t i = b->hint; i < b->limit; i++) {
+        bool busy = qcow2_refmap_count(b->map, i) || qcow2_refmap_count(b->avoid, i);
+        run = busy ? 0 : run + 1;
+        if (run == n) {
+            b->hint = n == 1 ? i + 1 : b->hint;
+            return (int64_t)((i + 1 - n) << b->s->cluster_bits);
+        }
+    }
+    return -ENOSPC;
+}
+
+static int64_t find_or_alloc(Blob *b, bool whole, uint64_t *bytes)
+{
+    if (!b->avoid) {
+        return whole ? qcow2_alloc_clusters(b->bs, *bytes) : qcow2_alloc_run(b->bs, 0, bytes);
+    }
+    *bytes = whole ? *bytes : b->s->cluster_size;
+    return find_run(b, *bytes >> b->s->cluster_bits);
+}
+
+static void undo_run(Blob *b, const Qcow2HostRun *run)
+{
+    if (!b->avoid) {
+        qcow2_alloc_undo(b->bs, run->offset, run->bytes);
+    }
+}
+
 /* Up to @bytes in one run, all of them with @whole. 0 or -errno. */
 static int take_run(Blob *b, uint64_t bytes, bool whole, Qcow2HostRun *ret)
 {
     uint64_t got = qb_align_up(bytes, b->s->cluster_size);
-    int64_t offset = whole ? qcow2_alloc_clusters(b->bs, got) : qcow2_alloc_run(b->bs, 0, &got);
+    int64_t offset = find_or_alloc(b, whole, &got);
     if (offset < 0) {
         return (int)offset;
     }
     Qcow2HostRun run = {(uint64_t)offset, got};
     int err = judge_run(b, &run);
     if (err < 0) {
-        qcow2_alloc_undo(b->bs, run.offset, run.bytes);
+        undo_run(b, &run);
         return err;
     }
     count_run(b, &run);
@@ -113,7 +149,7 @@ static void give_run(Blob *b, Qcow2HostRun *run)
 {
     if (run->bytes) {
         uncount_run(b, run);
-        qcow2_alloc_undo(b->bs, run->offset, run->bytes);
+        undo_run(b, run);
         run->bytes = 0;
     }
 }
@@ -405,8 +441,14 @@ static void move_to_front(Blob *b)
     BLOB_AUTO front;
     blob_init(&front, b->bs, b->map);
     count_blob(b, uncount_run);
+    front.limit = (blob_end(b) >> b->s->cluster_bits) - 1; /* at least a cluster nearer */
+    front.avoid = qcow2_refmap_new(1);
+    Blob busy = {
+        .s = b->s, .map = front.avoid, .l1 = b->l1, .table = b->table, .blocks = b->blocks,
+    };
+    count_blob(&busy, count_run);
     if (take_blob(&front) == 0) {
-        if (blob_end(&front) < blob_end(b) && install_blob(&front) == 0) {
+        if (install_blob(&front) == 0) {
             adopt_blob(&front);
             return;
         }

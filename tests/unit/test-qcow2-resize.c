@@ -1,0 +1,193 @@
+/*
+ * What shrinking and emptying cost and leave: barriers, bytes of the file, places of clusters.  That
+ * they survive crashes and errors is tested in test-qcow2-ops.c.
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#include "qcow2-rec.h"
+
+enum { C = 64 * KIB, CAPACITY = 160 * MIB };
+
+/* Guest clusters of @blk, @n of them in an order that is not that of the disk. */
+static void write_scattered(BlockBackend *blk, int n)
+{
+    for (int i = 0; i < n; i++) {
+        image_write(blk, (int64_t)(i * 7 % n) * 16 * C, C, 1 + i % 200);
+    }
+}
+
+/* Flushes since rec_start() that had something to do: the others the file driver leaves out. */
+static unsigned barriers(const RecFile *f)
+{
+    unsigned n = 0;
+    bool written = false;
+    for (guint i = 0; i < f->log->len; i++) {
+        RecKind kind = g_array_index(f->log, RecOp, i).kind;
+        n += kind == REC_FLUSH && written;
+        written = kind == REC_WRITE || (written && kind != REC_FLUSH);
+    }
+    return n;
+}
+
+static void shrink(BlockBackend *blk, int64_t size)
+{
+    GError *err = NULL;
+    bool ok = blk_truncate(blk, size, true, PREALLOC_MODE_OFF, false, &err);
+    g_assert_no_error(err);
+    g_assert_true(ok);
+}
+
+static void make_empty(BlockBackend *blk)
+{
+    GError *err = NULL;
+    bool ok = blk_make_empty(blk, &err);
+    g_assert_no_error(err);
+    g_assert_true(ok);
+}
+
+/* Barriers of one operation on an image with much more in it than quarantine likes to hold. */
+static void test_shrink_barriers(void)
+{
+    static const int64_t sizes[] = {512, 8 * MIB, 600 * MIB, 1000 * MIB};
+    for (size_t i = 0; i < G_N_ELEMENTS(sizes); i++) {
+        RecFile *f = rec_image_new("a", "size=2G", CAPACITY);
+        BlockBackend *blk = rec_open_rw(f);
+        write_scattered(blk, 1600);
+        g_assert_cmpint(blk_flush(blk), ==, 0);
+        rec_start(f);
+        shrink(blk, sizes[i]);
+        blk_unref(blk);
+        g_assert_cmpuint(barriers(f), <=, 6);
+        rec_check(f, false);
+        rec_file_free(f);
+    }
+}
+
+static void test_empty_barriers(void)
+{
+    RecFile *f = rec_image_new("a", "size=2G", CAPACITY);
+    BlockBackend *blk = rec_open_rw(f);
+    write_scattered(blk, 1600);
+    g_assert_cmpint(blk_flush(blk), ==, 0);
+    rec_start(f);
+    make_empty(blk);
+    g_assert_cmpuint(barriers(f), <=, 6);
+    g_assert_cmpint(bdrv_getlength(blk_bs(blk)->file->bs), ==, 4 * C);
+    image_expect(blk, 0, MIB, 0);
+    image_write(blk, 5 * MIB, C, 9);
+    image_expect(blk, 5 * MIB, C, 9);
+    blk_unref(blk);
+    rec_check(f, false);
+    rec_file_free(f);
+}
+
+/* Header, table, block, L1, in whatever clusters: all that an empty image needs, and at the front. */
+static void check_emptied(const char *opts, int64_t clusters, int64_t written)
+{
+    RecFile *f = rec_image_new("a", opts, CAPACITY);
+    BlockBackend *blk = rec_open_rw(f);
+    int64_t cluster_size = image_state(blk)->cluster_size;
+    image_write(blk, 0, written, 5);
+    make_empty(blk);
+    g_assert_cmpint(bdrv_getlength(blk_bs(blk)->file->bs), ==, clusters * cluster_size);
+    image_expect(blk, 0, written, 0);
+    blk_unref(blk);
+    rec_check(f, false);
+    rec_file_free(f);
+}
+
+static void test_empty_is_smallest(void)
+{
+    check_emptied("size=1G", 4, 8 * MIB);
+    check_emptied("size=1G,compat=0.10", 4, 8 * MIB);
+    check_emptied("size=1G,refcount_bits=1", 4, 8 * MIB);
+    check_emptied("size=1G,extended_l2=on", 4, 8 * MIB);
+    check_emptied("size=1G,cluster_size=2M", 4, 8 * MIB);
+    /* 32768 entries of L1 in 512 clusters, three blocks of 256 counts */
+    check_emptied("size=1G,cluster_size=512", 512 + 1 + 1 + 3, 4 * MIB);
+}
+
+/* A snapshot stays where it is, and its clusters are the image's alone afterwards. */
+static void test_empty_keeps_snapshot(void)
+{
+    GError *err = NULL;
+    RecFile *f = rec_image_new("a", "size=64M", CAPACITY);
+    BlockBackend *blk = rec_open_rw(f);
+    image_write(blk, 0, 2 * MIB, 1);
+    g_assert_true(bdrv_snapshot_create(blk_bs(blk), "s", &err));
+    image_write(blk, MIB, 20 * MIB, 2);
+    make_empty(blk);
+    g_assert_cmpint(bdrv_getlength(blk_bs(blk)->file->bs), <=, 4 * MIB);
+    image_expect(blk, 0, 21 * MIB, 0);
+    g_assert_true(bdrv_snapshot_apply(blk_bs(blk), "s", &err));
+    image_expect(blk, 0, 2 * MIB, 1);
+    image_expect(blk, 2 * MIB, MIB, 0);
+    blk_unref(blk);
+    rec_check(f, false);
+    rec_file_free(f);
+}
+
+/* No room for anything new: L1 is cleared in place. */
+static void test_empty_without_room(void)
+{
+    RecFile *f = rec_image_new("a", "size=64M", CAPACITY);
+    BlockBackend *blk = rec_open_rw(f);
+    image_write(blk, 0, 4 * MIB, 1);
+    blk_unref(blk);
+    f->capacity = (size_t)f->length;
+    blk = rec_open_rw(f);
+    make_empty(blk);
+    g_assert_cmpint(bdrv_getlength(blk_bs(blk)->file->bs), ==, 4 * C);
+    image_expect(blk, 0, 4 * MIB, 0);
+    blk_unref(blk);
+    rec_check(f, false);
+    f->capacity = CAPACITY;
+    rec_file_free(f);
+}
+
+/* Neither the table of a range that goes, nor one for a range that never was, is written. */
+static void test_shrink_writes_no_tables(void)
+{
+    RecFile *f = rec_image_new("a", "size=1T", CAPACITY);
+    BlockBackend *blk = rec_open_rw(f);
+    unsigned before = f->count[REC_WRITE];
+    int64_t length = f->length;
+    shrink(blk, 1 * MIB);
+    g_assert_cmpuint(f->count[REC_WRITE] - before, <=, 4);
+    g_assert_cmpint(f->length, <=, length);
+    g_assert_cmpuint(image_state(blk)->header.l1_size, ==, 1);
+    blk_unref(blk);
+    rec_check(f, false);
+    rec_file_free(f);
+}
+
+/* What was cut off does not come back. */
+static void test_grow_reads_zero(void)
+{
+    RecFile *f = rec_image_new("a", "size=8M", CAPACITY);
+    BlockBackend *blk = rec_open_rw(f);
+    image_write(blk, 0, 8 * MIB, 3);
+    shrink(blk, MIB + 512);
+    shrink(blk, 8 * MIB);
+    image_expect(blk, 0, MIB + 512, 3);
+    image_expect(blk, MIB + 512, 7 * MIB - 512, 0);
+    blk_unref(blk);
+    rec_check(f, false);
+    rec_file_free(f);
+}
+
+int main(int argc, char **argv)
+{
+    g_test_init(&argc, &argv, NULL);
+    rec_setup();
+    g_test_add_func("/qcow2-resize/shrink-barriers", test_shrink_barriers);
+    g_test_add_func("/qcow2-resize/shrink-writes-no-tables", test_shrink_writes_no_tables);
+    g_test_add_func("/qcow2-resize/grow-reads-zero", test_grow_reads_zero);
+    g_test_add_func("/qcow2-resize/empty-barriers", test_empty_barriers);
+    g_test_add_func("/qcow2-resize/empty-is-smallest", test_empty_is_smallest);
+    g_test_add_func("/qcow2-resize/empty-keeps-snapshot", test_empty_keeps_snapshot);
+    g_test_add_func("/qcow2-resize/empty-without-room", test_empty_without_room);
+    int ret = g_test_run();
+    image_teardown();
+    return ret;
+}
