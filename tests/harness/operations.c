@@ -15,6 +15,7 @@
 #include <string.h>
 
 #include "block/qcow2.h"
+#include "util/thread.h"
 
 /* ---------------------------------------------------------------- guest */
 
@@ -193,6 +194,60 @@ static bool run_random2(World *w)
 static bool run_open_close(World *w)
 {
     return world_open(w) && world_close(w);
+}
+
+/* ---------------------------------------------------------------- several threads */
+
+#define THREADS 3
+
+typedef struct Part {
+    pthread_t thread;
+    World world;
+    guint32 seed;
+} Part;
+
+/* Requests of one thread to its own sectors; cluster and tables at their ends are shared. */
+static void *run_part(void *opaque)
+{
+    Part *p = opaque;
+    World *w = &p->world;
+    unsigned c = w->kind->cluster;
+    g_autoptr(GRand) rand = g_rand_new_with_seed(p->seed);
+    for (unsigned i = 0; i < 14; i++) {
+        unsigned n = (unsigned)g_rand_int_range(rand, 1, (gint32)(2 * c + 1));
+        unsigned at = w->own_first +
+                      (unsigned)g_rand_int_range(rand, 0, (gint32)(w->own_n - 2 * c));
+        if (i % 5 == 4) {
+            world_flush(w);
+        } else if (i % 7 == 3) {
+            world_zero(w, at, n, BDRV_REQ_MAY_UNMAP);
+        } else {
+            world_write(w, at, n);
+        }
+    }
+    return NULL;
+}
+
+/* Flushes begin and end while others write. */
+static bool run_threads(World *w)
+{
+    Part parts[THREADS];
+    unsigned own = w->kind->sectors / THREADS;
+    if (!world_open(w)) {
+        return false;
+    }
+    disk_set_jitter(true);
+    for (unsigned i = 0; i < THREADS; i++) {
+        parts[i] = (Part){.world = world_part(w, i * own, own), .seed = i};
+        parts[i].world.value += 20 * i;
+        g_assert_true(qb_thread_start(&parts[i].thread, "part", run_part, &parts[i]));
+    }
+    for (unsigned i = 0; i < THREADS; i++) {
+        pthread_join(parts[i].thread, NULL);
+        world_part_end(w, &parts[i].world);
+    }
+    disk_set_jitter(false);
+    return world_close(w);
 }
 
 /* ---------------------------------------------------------------- growing tables */
@@ -488,6 +543,7 @@ const Operation operations[] = {
     {"compressed-write", "guest", NULL, run_compressed, 0, NO_COMPRESSION, NULL},
     {"random-1", "guest", NULL, run_random1, 0, 0, NULL},
     {"random-2", "guest", NULL, run_random2, 0, 0, NULL},
+    {"threads", "guest", NULL, run_threads, 0, 0, NULL},
     {"new-refcount-block", "guest", fill_block, run_new_block, 0, 0, " 512 "},
     {"grow-refcount-table", "guest", NULL, run_grow_table, 0, 0, " 512 "},
     {"grow", "image", NULL, run_grow, 0, KIND_FIXED, NULL},

@@ -82,14 +82,19 @@ void oracle_doubt_all(Oracle *o)
     o->doubt_size = o->other_sectors != o->sectors;
 }
 
-void oracle_settle(Oracle *o)
+void oracle_settle_part(Oracle *o, unsigned first, unsigned n)
 {
-    o->other_sectors = o->doubt_size ? o->other_sectors : o->sectors;
-    for (unsigned i = 0; i < o->sectors; i++) {
+    for (unsigned i = first; i < first + n && i < o->sectors; i++) {
         if (!o->doubt[i]) {
             o->allowed[i] = UINT64_C(1) << o->now[i];
         }
     }
+}
+
+void oracle_settle(Oracle *o)
+{
+    o->other_sectors = o->doubt_size ? o->other_sectors : o->sectors;
+    oracle_settle_part(o, 0, o->sectors);
 }
 
 void oracle_fill(uint8_t *buf, unsigned first, unsigned n, unsigned value)

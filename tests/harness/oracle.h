@@ -41,6 +41,8 @@ void oracle_doubt(Oracle *o, unsigned first, unsigned n);
 /* Of all sectors, and of the size. */
 void oracle_doubt_all(Oracle *o);
 void oracle_settle(Oracle *o);
+/* Of some sectors only, and not of the size. */
+void oracle_settle_part(Oracle *o, unsigned first, unsigned n);
 /* What @blk shows, which must be legal, is what the disk has from now on. */
 bool oracle_learn(Oracle *o, BlockBackend *blk, char **ret_why);
 /* Is everything that @blk shows legal? *ret_why (newly allocated) says what is not. */

@@ -22,6 +22,7 @@
 
 #include "tests/harness/verbs.h"
 #include "util/error.h"
+#include "util/thread.h"
 
 typedef enum Change {
     MARK_WRITE,
@@ -30,6 +31,7 @@ typedef enum Change {
     MARK_APPEAR,
     MARK_VANISH,
     MARK_SETTLE,
+    MARK_SETTLE_PART,
     MARK_DOUBT,
     MARK_DOUBT_ALL,
 } Change;
@@ -81,6 +83,9 @@ static void apply_mark(View *views, const Mark *m)
     case MARK_SETTLE:
         settle(v);
         break;
+    case MARK_SETTLE_PART:
+        oracle_settle_part(&v->oracle, m->first, m->n);
+        break;
     case MARK_DOUBT:
         oracle_doubt(&v->oracle, m->first, m->n);
         break;
@@ -90,8 +95,12 @@ static void apply_mark(View *views, const Mark *m)
     }
 }
 
+/* The views and marks of all worlds: threads share those that are parts of one. */
+static QbMutex marks_lock = QB_MUTEX_INIT;
+
 static void mark(World *w, Mark m)
 {
+    QB_GUARD(&marks_lock);
     apply_mark(w->view, &m);
     if (w->marks) {
         m.time = disk_tick();
@@ -249,6 +258,25 @@ bool world_close(World *w)
     return ret == 0;
 }
 
+World world_part(const World *w, unsigned first, unsigned n)
+{
+    World part = *w;
+    part.own_first = first;
+    part.own_n = n;
+    part.failed = 0;
+    part.why = NULL;
+    return part;
+}
+
+void world_part_end(World *w, World *part)
+{
+    w->failed += part->failed;
+    if (!w->why) {
+        w->why = g_steal_pointer(&part->why);
+    }
+    g_free(part->why);
+}
+
 /* ---------------------------------------------------------------- requests */
 
 static int note_ret(World *w, int ret, const char *what)
@@ -316,7 +344,8 @@ int world_flush(World *w)
 {
     int ret = note_ret(w, blk_flush(w->blk), "flush");
     if (ret == 0) {
-        mark(w, (Mark){.change = MARK_SETTLE, .view = VIEW_TOP});
+        mark(w, (Mark){.change = w->own_n ? MARK_SETTLE_PART : MARK_SETTLE, .view = VIEW_TOP,
+                       .first = w->own_first, .n = w->own_n});
     }
     return ret;
 }

@@ -7,7 +7,8 @@
  *      marks   what was done to the views, with times on the disks' clock, so that the oracles
  *              can be had as they were at any time
  *
- * Everything that changes an oracle goes through a mark.  Not for several threads.
+ * Everything that changes an oracle goes through a mark.  Several threads may make requests, each
+ * with a copy of the world that has sectors of its own (world_part()); else not for several threads.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -67,6 +68,8 @@ typedef struct World {
     const char *dir;  /* images are files there (kinds without a base); NULL: disks in memory */
     bool debug;       /* blkdebug stands below the top */
     unsigned value;   /* the last one written */
+    unsigned own_first, own_n; /* sectors that a thread has for itself: a flush settles them only;
+                                  0: all */
     GArray *marks;    /* NULL: not kept */
     unsigned failed;  /* requests that gave an error */
     void (*at_close)(struct World *w); /* called by world_close() first; may be NULL */
@@ -85,6 +88,11 @@ BlockBackend *world_open_view(const World *w, ViewId view, int flags, char **ret
 bool world_open(World *w);
 /* Flushes and closes it. */
 bool world_close(World *w);
+
+/* A copy for a thread that uses only the sectors [first, first + n) until world_part_end(). */
+World world_part(const World *w, unsigned first, unsigned n);
+/* Its failures become those of @w. */
+void world_part_end(World *w, World *part);
 
 /* --- requests to the top, in sectors; 0 or -errno --- */
 int world_write(World *w, unsigned first, unsigned n);
