@@ -160,6 +160,35 @@ static int write_header_locked(BDRVQcow2State *s, const Qcow2Header *h, bool syn
     return qcow2_header_write_sector_locked(s, sector, old, sync);
 }
 
+/* Stores only fields that changed: whoever owns another one (a resize its size, a flush the place of
+ * its tables) reads it without header_lock, and must not meet a store of the same value. */
+static void take_changes(Qcow2Header *to, const Qcow2Header *from)
+{
+#define TAKE(field)                                                                                \
+    if (to->field != from->field) {                                                                \
+        to->field = from->field;                                                                   \
+    }
+    TAKE(version)
+    TAKE(backing_offset)
+    TAKE(backing_size)
+    TAKE(cluster_bits)
+    TAKE(size)
+    TAKE(crypt_method)
+    TAKE(l1_size)
+    TAKE(l1_offset)
+    TAKE(reftable_offset)
+    TAKE(reftable_clusters)
+    TAKE(nb_snapshots)
+    TAKE(snapshots_offset)
+    TAKE(incompatible)
+    TAKE(compatible)
+    TAKE(autoclear)
+    TAKE(refcount_order)
+    TAKE(header_length)
+    TAKE(compression_type)
+#undef TAKE
+}
+
 int qcow2_header_update(BlockDriverState *bs, void (*fn)(Qcow2Header *h, void *opaque),
                         void *opaque, bool sync)
 {
@@ -172,7 +201,7 @@ int qcow2_header_update(BlockDriverState *bs, void (*fn)(Qcow2Header *h, void *o
     if (ret < 0) {
         return ret;
     }
-    s->header = h;
+    take_changes(&s->header, &h);
     return 0;
 }
 

@@ -19,7 +19,7 @@
  */
 #include "block/qcow2.h"
 
-static bool is_dirty(BDRVQcow2State *s)
+bool qcow2_dirty_bit(BDRVQcow2State *s)
 {
     QB_GUARD(&s->header_lock);
     return s->header.incompatible & QCOW2_INCOMPAT_DIRTY;
@@ -28,7 +28,7 @@ static bool is_dirty(BDRVQcow2State *s)
 int qcow2_lazy_begin(BlockDriverState *bs)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    if (!s->lazy_refcounts || atomic_load(&s->lazy_dirty) || is_dirty(s)) {
+    if (!s->lazy_refcounts || atomic_load(&s->lazy_dirty) || qcow2_dirty_bit(s)) {
         return 0; /* a bit that somebody is just writing was waited for: header_lock */
     }
     int ret = qcow2_set_incompatible(bs, QCOW2_INCOMPAT_DIRTY, 0);

@@ -504,7 +504,7 @@ static bool give_back(const Resize *r)
 
 static bool shrink(const Resize *r, GError **errp)
 {
-    bool was_dirty = r->s->header.incompatible & QCOW2_INCOMPAT_DIRTY;
+    bool was_dirty = qcow2_dirty_bit(r->s); /* a write below the cut may just set it */
     if (r->prealloc != PREALLOC_MODE_OFF) {
         return fail(errp, EINVAL, "Preallocation can't be used for shrinking an image");
     }

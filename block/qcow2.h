@@ -278,6 +278,8 @@ int qcow2_set_autoclear(BlockDriverState *bs, uint64_t set, uint64_t clear);
  * No lock held, not announced. 0 or -errno. */
 int qcow2_lazy_begin(BlockDriverState *bs);
 int qcow2_lazy_settle(BlockDriverState *bs);
+/* Does the header have the dirty bit, whoever set it? Takes header_lock. */
+bool qcow2_dirty_bit(BDRVQcow2State *s);
 /* A change of more than fixed fields. */
 typedef struct Qcow2HeaderChange {
     const char *backing_file; /* NULL: as it is; "": none */
