@@ -342,12 +342,6 @@ bool qcow2_bitmaps_maintained(BDRVQcow2State *s)
     return s->bitmaps->loaded && atomic_load(&s->bitmaps->dir_offset);
 }
 
-bool qcow2_bitmaps_hit_directory(BDRVQcow2State *s, uint64_t offset, uint64_t bytes)
-{
-    return s->bitmaps && qb_ranges_overlap(offset, bytes, atomic_load(&s->bitmaps->dir_offset),
-                                           atomic_load(&s->bitmaps->dir_bytes));
-}
-
 bool qcow2_bitmap_facts(BDRVQcow2State *s, guint i, Qcow2BitmapFacts *ret)
 {
     QB_GUARD(&s->bitmaps->lock);

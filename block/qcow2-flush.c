@@ -275,6 +275,31 @@ static int phase2(BlockDriverState *bs, FlushCopy *c)
     return ret < 0 ? ret : barrier(bs);
 }
 
+/* Nothing is written where the image has something else (qcow2-overlap.c). */
+static int guard_pieces(BlockDriverState *bs, const GArray *pieces, Qcow2Overlap own)
+{
+    int ret = 0;
+
+    for (guint i = 0; i < pieces->len && ret == 0; i++) {
+        const Qcow2DirtyPiece *p = &g_array_index(pieces, Qcow2DirtyPiece, i);
+        ret = qcow2_check_overlap(bs, own, p->offset, p->bytes);
+    }
+    return ret;
+}
+
+static int guard_copy(BlockDriverState *bs, const FlushCopy *c)
+{
+    int ret = guard_pieces(bs, c->l2, QCOW2_OL_ACTIVE_L2);
+
+    if (ret == 0) {
+        ret = guard_pieces(bs, c->refblocks, QCOW2_OL_REFCOUNT_BLOCK);
+    }
+    if (ret == 0) {
+        ret = guard_pieces(bs, c->l1, QCOW2_OL_ACTIVE_L1);
+    }
+    return ret < 0 ? ret : guard_pieces(bs, c->reftable, QCOW2_OL_REFCOUNT_TABLE);
+}
+
 static int flush_once(BlockDriverState *bs)
 {
     BDRVQcow2State *s = qcow2_state(bs);
@@ -286,6 +311,9 @@ static int flush_once(BlockDriverState *bs)
     }
     copy_init(&c);
     ret = copy_map(s, &c);
+    if (ret == 0) {
+        ret = guard_copy(bs, &c);
+    }
     if (ret == 0) {
         bdrv_debug_event(bs->file, "flush_to_os");
         ret = phase1(bs, &c);

@@ -11,9 +11,7 @@
  *    switches, in one sector write, after the barrier that made its L2 tables stable.  The old
  *    clusters go to quarantine, which keeps them until that flush is done.
  * 3. Entries set while a flush runs stay dirty for the next one.
- *
- * 4. tables holds every L2 table that be[] names, for the overlap guard; where a broken image names
- *    one twice, it is forgotten with the first of its entries.
+ * 4. The overlap guard knows the table's place and every L2 table that be[] names.
  *
  * Deliberately not done: overwriting the active table as a whole in place (snapshot apply makes a
  * new table and calls qcow2_l1_replace() after its own header switch).
@@ -37,7 +35,6 @@ struct Qcow2L1 {
     uint64_t offset;
     uint8_t *dirty;
     bool moved;
-    GHashTable *tables; /* a set: the cluster numbers of the L2 tables that be[] names */
 };
 
 static size_t nb_sectors(uint32_t size)
@@ -55,23 +52,7 @@ static uint64_t *padded_copy(const uint64_t *be, uint32_t old_size, uint32_t siz
     return copy;
 }
 
-static gpointer table_key(const BDRVQcow2State *s, uint64_t entry)
-{
-    return GSIZE_TO_POINTER((entry & QCOW2_ENTRY_OFFSET_MASK) >> s->cluster_bits);
-}
-
-/* Misplaced tables are left out: nobody writes to where they are said to be as to a table. */
-static void note_table(const BDRVQcow2State *s, GHashTable *tables, uint64_t entry)
-{
-    uint64_t offset = entry & QCOW2_ENTRY_OFFSET_MASK;
-
-    if (offset && !qcow2_offset_into_cluster(s, offset)) {
-        g_hash_table_add(tables, table_key(s, entry));
-    }
-}
-
-struct Qcow2L1 *qcow2_l1_new(BDRVQcow2State *s, uint64_t *be_entries, uint32_t size,
-                             uint64_t offset)
+static struct Qcow2L1 *make(uint64_t *be_entries, uint32_t size, uint64_t offset)
 {
     struct Qcow2L1 *l1 = g_new0(struct Qcow2L1, 1);
 
@@ -84,10 +65,29 @@ struct Qcow2L1 *qcow2_l1_new(BDRVQcow2State *s, uint64_t *be_entries, uint32_t s
     l1->size = size;
     l1->offset = offset;
     l1->dirty = g_malloc0(nb_sectors(size) + 1);
-    l1->tables = g_hash_table_new(NULL, NULL);
-    for (uint32_t i = 0; i < size; i++) {
-        note_table(s, l1->tables, be64toh(l1->be[i]));
-    }
+    return l1;
+}
+
+static void guard_place(BDRVQcow2State *s, const struct Qcow2L1 *l1)
+{
+    const Qcow2HostRun run = {l1->offset, (uint64_t)l1->size * sizeof(uint64_t)};
+
+    qcow2_guard_set(s, QCOW2_OL_ACTIVE_L1, &run, 1);
+}
+
+static void guard_all(BDRVQcow2State *s, const struct Qcow2L1 *l1)
+{
+    guard_place(s, l1);
+    qcow2_guard_forget_tables(s, QCOW2_OL_ACTIVE_L2);
+    qcow2_guard_l1(s, QCOW2_OL_ACTIVE_L2, l1->be, l1->size);
+}
+
+struct Qcow2L1 *qcow2_l1_new(BDRVQcow2State *s, uint64_t *be_entries, uint32_t size,
+                             uint64_t offset)
+{
+    struct Qcow2L1 *l1 = make(be_entries, size, offset);
+
+    guard_all(s, l1);
     return l1;
 }
 
@@ -97,7 +97,6 @@ void qcow2_l1_free(struct Qcow2L1 *l1)
         qb_rwlock_destroy(&l1->lock);
         g_free(l1->be);
         g_free(l1->dirty);
-        g_hash_table_destroy(l1->tables);
         g_free(l1);
     }
 }
@@ -142,26 +141,12 @@ void qcow2_l1_set_locked(BDRVQcow2State *s, uint64_t index, uint64_t entry)
     qb_mutex_assert_held(&s->lock);
     qb_rwlock_wrlock(&l1->lock);
     assert(index < l1->size);
-    g_hash_table_remove(l1->tables, table_key(s, be64toh(l1->be[index])));
-    note_table(s, l1->tables, entry);
+    qcow2_guard_table(s, QCOW2_OL_ACTIVE_L2, be64toh(l1->be[index]) & QCOW2_ENTRY_OFFSET_MASK,
+                      false);
+    qcow2_guard_table(s, QCOW2_OL_ACTIVE_L2, entry & QCOW2_ENTRY_OFFSET_MASK, true);
     l1->be[index] = htobe64(entry);
     l1->dirty[index / L1_SECTOR_ENTRIES] = 1;
     qb_rwlock_wrunlock(&l1->lock);
-}
-
-bool qcow2_l1_names_table(const BDRVQcow2State *s, uint64_t offset, uint64_t bytes)
-{
-    struct Qcow2L1 *l1 = s->l1;
-    uint64_t end = offset + bytes;
-    bool found = false;
-
-    qb_rwlock_rdlock(&l1->lock);
-    for (uint64_t pos = qcow2_start_of_cluster(s, offset); pos < end && !found;
-         pos += s->cluster_size) {
-        found = g_hash_table_contains(l1->tables, table_key(s, pos));
-    }
-    qb_rwlock_rdunlock(&l1->lock);
-    return found;
 }
 
 uint64_t *qcow2_l1_dup_be(const BDRVQcow2State *s, uint32_t *ret_size)
@@ -197,6 +182,7 @@ static bool switch_locked(BDRVQcow2State *s, uint64_t *be, uint32_t size, uint64
     l1->size = size;
     l1->offset = offset;
     l1->moved = true;
+    guard_place(s, l1);
     qb_rwlock_wrunlock(&l1->lock);
     g_free(old_be);
     if (old_bytes) {
@@ -246,7 +232,7 @@ int qcow2_l1_grow(BlockDriverState *bs, uint64_t size, bool exact)
 
 void qcow2_l1_replace(BDRVQcow2State *s, uint64_t *be_entries, uint32_t size, uint64_t offset)
 {
-    struct Qcow2L1 *fresh = qcow2_l1_new(s, be_entries, size, offset);
+    struct Qcow2L1 *fresh = make(be_entries, size, offset);
     struct Qcow2L1 *l1 = s->l1;
 
     QB_GUARD(&s->lock);
@@ -255,12 +241,10 @@ void qcow2_l1_replace(BDRVQcow2State *s, uint64_t *be_entries, uint32_t size, ui
     g_free(l1->dirty);
     l1->be = g_steal_pointer(&fresh->be);
     l1->dirty = g_steal_pointer(&fresh->dirty);
-    GHashTable *old_tables = l1->tables;
-    l1->tables = fresh->tables;
-    fresh->tables = old_tables; /* freed with it */
     l1->size = size;
     l1->offset = offset;
     l1->moved = false;
+    guard_all(s, l1);
     qb_rwlock_wrunlock(&l1->lock);
     qcow2_l1_free(fresh);
 }

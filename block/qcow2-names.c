@@ -253,6 +253,7 @@ static int write_image(BDRVQcow2State *s, Change *c, const uint8_t *sector, Imag
     g_array_unref(s->extensions);
     s->extensions = g_steal_pointer(&image->extensions);
     s->header = image->h;
+    qcow2_guard_bitmaps(s);
     return 0;
 }
 

@@ -232,7 +232,11 @@ void qcow2_options_apply(BDRVQcow2State *s, const Qcow2Options *o)
     s->discard_snapshot = o->discard_snapshot;
     s->discard_other = o->discard_other;
     s->discard_no_unref = o->discard_no_unref;
+    bool other_guard = s->overlap_check != o->overlap_check;
     s->overlap_check = o->overlap_check;
+    if (other_guard && s->snapshots) {
+        qcow2_guard_snapshots(s->bs);
+    }
     s->l2_cache_size = o->l2_cache_size;
     s->refcount_cache_size = o->refcount_cache_size;
     s->cache_clean_interval = o->cache_clean_interval;

@@ -66,43 +66,29 @@ static uint64_t trim_blocks(const BDRVQcow2State *s, uint64_t n)
     return n;
 }
 
-static gpointer block_key(const BDRVQcow2State *s, uint64_t entry)
-{
-    return GSIZE_TO_POINTER((entry & QCOW2_REFTABLE_OFFSET_MASK) >> s->cluster_bits);
-}
-
 static void set_entry_locked(BDRVQcow2State *s, uint64_t index, uint64_t offset)
 {
-    g_hash_table_remove(s->reftable.blocks, block_key(s, s->reftable.entries[index]));
+    uint64_t old = s->reftable.entries[index] & QCOW2_REFTABLE_OFFSET_MASK;
+
+    qcow2_guard_table(s, QCOW2_OL_REFCOUNT_BLOCK, old, false);
     s->reftable.entries[index] = offset;
-    if (offset) {
-        g_hash_table_add(s->reftable.blocks, block_key(s, offset));
-    }
+    qcow2_guard_table(s, QCOW2_OL_REFCOUNT_BLOCK, offset, true);
 }
 
-bool qcow2_is_refblock(BDRVQcow2State *s, uint64_t offset, uint64_t bytes)
+static void guard_place(BDRVQcow2State *s)
 {
-    QB_GUARD(&s->alloc_lock);
-    uint64_t end = offset + bytes;
-    bool found = false;
+    const Qcow2HostRun run = {s->reftable.offset, (uint64_t)s->reftable.clusters << s->cluster_bits};
 
-    for (uint64_t pos = qcow2_start_of_cluster(s, offset); pos < end && !found;
-         pos += s->cluster_size) {
-        found = g_hash_table_contains(s->reftable.blocks, block_key(s, pos));
-    }
-    return found;
+    qcow2_guard_set(s, QCOW2_OL_REFCOUNT_TABLE, &run, 1);
 }
 
-/* For the overlap guard; entries that name no cluster are left out. */
-static void note_blocks(BDRVQcow2State *s)
+static void guard_all(BDRVQcow2State *s)
 {
-    QB_GUARD(&s->alloc_lock);
-
+    guard_place(s);
+    qcow2_guard_forget_tables(s, QCOW2_OL_REFCOUNT_BLOCK);
     for (uint64_t i = 0; i < s->reftable.nb_entries; i++) {
-        uint64_t offset = s->reftable.entries[i] & QCOW2_REFTABLE_OFFSET_MASK;
-        if (offset && !qcow2_offset_into_cluster(s, offset)) {
-            g_hash_table_add(s->reftable.blocks, block_key(s, offset));
-        }
+        qcow2_guard_table(s, QCOW2_OL_REFCOUNT_BLOCK,
+                          s->reftable.entries[i] & QCOW2_REFTABLE_OFFSET_MASK, true);
     }
 }
 
@@ -156,14 +142,8 @@ static void set_table(BDRVQcow2State *s, uint64_t *entries, uint64_t bytes)
     s->reftable.moved = false;
     s->compressed_next = 0;
     s->look_from = s->blind_growth = 0;
-    note_blocks(s);
+    guard_all(s);
     index_missing_blocks(s);
-}
-
-static void new_sets(BDRVQcow2State *s)
-{
-    s->reftable.dirty = g_array_new(FALSE, FALSE, sizeof(uint64_t));
-    s->reftable.blocks = g_hash_table_new(NULL, NULL);
 }
 
 /* A header that names more table than the file holds names nothing there: the rest stays zero. The
@@ -173,7 +153,7 @@ bool qcow2_refcount_init(BlockDriverState *bs, GError **errp)
     BDRVQcow2State *s = qcow2_state(bs);
     uint64_t bytes = table_bytes(s);
 
-    new_sets(s); /* also when this fails */
+    s->reftable.dirty = g_array_new(FALSE, FALSE, sizeof(uint64_t)); /* also when this fails */
     if (!init_file_end(bs, errp)) {
         return false;
     }
@@ -189,7 +169,6 @@ void qcow2_refcount_close(BlockDriverState *bs)
     BDRVQcow2State *s = qcow2_state(bs);
 
     g_clear_pointer(&s->reftable.entries, g_free);
-    g_clear_pointer(&s->reftable.blocks, g_hash_table_destroy);
     if (s->reftable.dirty) {
         g_array_free(g_steal_pointer(&s->reftable.dirty), TRUE);
     }
@@ -217,7 +196,7 @@ void qcow2_refcount_adopt(BlockDriverState *bs, uint64_t *entries)
     BDRVQcow2State *s = qcow2_state(bs);
 
     forget(bs);
-    new_sets(s);
+    s->reftable.dirty = g_array_new(FALSE, FALSE, sizeof(uint64_t));
     set_table(s, entries, table_bytes(s));
 }
 
@@ -327,6 +306,7 @@ static void switch_table(BDRVQcow2State *s, const Append *a)
     s->reftable.offset = append_offset(s, a, a->blocks);
     s->reftable.clusters = (uint32_t)a->table;
     s->reftable.moved = true;
+    guard_place(s);
     g_array_set_size(s->reftable.dirty, 0); /* all of it will be written */
     qcow2_free_tables(s->bs, old, old_bytes, QCOW2_DISCARD_OTHER);
 }

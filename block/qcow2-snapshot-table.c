@@ -336,6 +336,7 @@ bool qcow2_snapshots_load(BlockDriverState *bs, bool for_check, GError **errp)
     s->snapshots = snapshots;
     s->snapshots_offset = r.start;
     s->snapshots_bytes = r.pos - r.start;
+    qcow2_guard_snapshots(bs);
     return true;
 }
 
@@ -423,5 +424,6 @@ bool qcow2_snapshots_store(BlockDriverState *bs, GArray *snapshots,
     s->snapshots = g_steal_pointer(&list);
     s->snapshots_offset = t.offset;
     s->snapshots_bytes = bytes;
+    qcow2_guard_snapshots(bs);
     return true;
 }

@@ -48,6 +48,7 @@ static void teardown(BDRVQcow2State *s)
     g_clear_pointer(&s->free_index, qcow2_free_index_free);
     g_clear_pointer(&s->cache, qcow2_cache_free);
     g_clear_pointer(&s->snapshots, g_array_unref);
+    g_clear_pointer(&s->guard, qcow2_guard_free);
     g_clear_pointer(&s->extensions, g_array_unref);
     g_clear_pointer(&s->header_tail, g_free);
     qb_cond_destroy(&s->cut_done);
@@ -234,6 +235,8 @@ static bool open_l1(BlockDriverState *bs, GError **errp)
 static bool open_rooms(BlockDriverState *bs, GError **errp)
 {
     BDRVQcow2State *s = qcow2_state(bs);
+    s->guard = qcow2_guard_new(s);
+    qcow2_guard_bitmaps(s);
     s->inflight = qcow2_inflight_new();
     s->quarantine = qcow2_quarantine_new();
     s->flusher = qcow2_flusher_new();

@@ -150,11 +150,11 @@ struct BDRVQcow2State {
         uint64_t nb_blocks;  /* one more than the index of the last block there is */
         bool moved;          /* lies at a new place the header does not name yet */
         GArray *dirty;       /* uint64_t: indices of entries to be written */
-        GHashTable *blocks;  /* a set: the cluster numbers of the blocks that entries[] names */
     } reftable;
     uint64_t compressed_next; /* byte offset where the next compressed cluster may go, 0: none */
 
     /* --- rooms (each has its own lock) --- */
+    struct Qcow2Guard *guard;
     struct Qcow2L1 *l1;
     Qcow2Cache *cache;
     Qcow2FreeIndex *free_index; /* guarded by alloc_lock */
@@ -423,8 +423,6 @@ void qcow2_l1_free(struct Qcow2L1 *l1);
 uint64_t qcow2_l1_get(const BDRVQcow2State *s, uint64_t index);
 uint32_t qcow2_l1_size(const BDRVQcow2State *s);
 uint64_t qcow2_l1_table_offset(const BDRVQcow2State *s);
-/* Does it name an L2 table that lies in the clusters of host bytes [offset, +bytes)? Cheap. */
-bool qcow2_l1_names_table(const BDRVQcow2State *s, uint64_t offset, uint64_t bytes);
 /* Changes one entry and marks its sector dirty. */
 void qcow2_l1_set_locked(BDRVQcow2State *s, uint64_t index, uint64_t entry) QB_REQUIRES(s->lock);
 /* What a flush writes of it: dirty sectors in place, or all of a table at its new place. Metadata lock
@@ -568,8 +566,6 @@ Qcow2FreeIndex *qcow2_free_index_new(void);
 void qcow2_free_index_free(Qcow2FreeIndex *ix);
 /* Reads the refcount table named by the header. */
 bool qcow2_refcount_init(BlockDriverState *bs, GError **errp);
-/* Does a refcount block lie in the clusters of host bytes [offset, +bytes)? Takes the alloc lock. */
-bool qcow2_is_refblock(BDRVQcow2State *s, uint64_t offset, uint64_t bytes);
 void qcow2_refcount_close(BlockDriverState *bs);
 /* Forgets what is in memory and reads again (after repair or rebuild). Node quiesced. */
 bool qcow2_refcount_reload(BlockDriverState *bs, GError **errp);
@@ -652,6 +648,20 @@ typedef enum Qcow2Overlap {
     QCOW2_OL_BITMAP_DIRECTORY = 1 << 8,
 } Qcow2Overlap;
 int qcow2_check_overlap(BlockDriverState *bs, int ignore, uint64_t offset, uint64_t bytes);
+/* What it knows; the rooms tell it of every change, under whatever lock (its own is a leaf). */
+struct Qcow2Guard *qcow2_guard_new(const BDRVQcow2State *s);
+void qcow2_guard_free(struct Qcow2Guard *g);
+/* The places of a section that lies in runs, instead of those before. */
+void qcow2_guard_set(BDRVQcow2State *s, Qcow2Overlap section, const Qcow2HostRun *runs, size_t n);
+/* A table of one cluster comes to or goes from host @offset (0 or unaligned: nothing happens). */
+void qcow2_guard_table(BDRVQcow2State *s, Qcow2Overlap section, uint64_t offset, bool there);
+void qcow2_guard_forget_tables(BDRVQcow2State *s, Qcow2Overlap section);
+/* All tables that an L1 names come. */
+void qcow2_guard_l1(BDRVQcow2State *s, Qcow2Overlap section, const uint64_t *be_l1, uint32_t size);
+/* s->snapshots or the option has changed; reads the L1s of snapshots where that is asked for. */
+void qcow2_guard_snapshots(BlockDriverState *bs);
+/* s->extensions has changed. Under header_lock, or while nobody else has the node. */
+void qcow2_guard_bitmaps(BDRVQcow2State *s);
 /* Does the range hit any metadata but the bitmap directory, whatever options say? Only looks. */
 bool qcow2_overlaps_metadata(BlockDriverState *bs, uint64_t offset, uint64_t bytes);
 
@@ -882,8 +892,6 @@ typedef struct Qcow2BitmapFacts {
     bool broken;      /* not IN_USE, but not to be understood */
 } Qcow2BitmapFacts;
 bool qcow2_bitmap_facts(BDRVQcow2State *s, guint i, Qcow2BitmapFacts *ret);
-/* Does the directory lie in the clusters of host bytes [offset, +bytes)? Cheap. */
-bool qcow2_bitmaps_hit_directory(BDRVQcow2State *s, uint64_t offset, uint64_t bytes);
 /* Sectors of bitmap tables that refer to clusters allocated before: to be written when the counts are
  * stable, by the flush that takes them before it copies. GArray of BdrvBatchOp, new reference;
  * NULL: none. */
