@@ -256,10 +256,12 @@ void qcow2_l1_shorten(BDRVQcow2State *s, uint32_t size)
 
     qb_rwlock_wrlock(&l1->lock);
     for (uint32_t i = size; i < l1->size; i++) {
-        g_hash_table_remove(l1->tables, table_key(s, be64toh(l1->be[i])));
+        qcow2_guard_table(s, QCOW2_OL_ACTIVE_L2, be64toh(l1->be[i]) & QCOW2_ENTRY_OFFSET_MASK,
+                          false);
         l1->be[i] = 0; /* the last sector is written as a whole */
     }
     l1->size = MIN(l1->size, size);
+    guard_place(s, l1);
     qb_rwlock_wrunlock(&l1->lock);
 }
 

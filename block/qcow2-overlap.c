@@ -236,9 +236,6 @@ void qcow2_guard_bitmaps(BDRVQcow2State *s)
     const Qcow2Extension *ext = qcow2_find_extension(s->extensions, QCOW2_EXT_BITMAPS);
     Qcow2HostRun dir = {0};
 
-    if (!s->guard) {
-        return; /* a header is being changed of an image that is not open to the end */
-    }
     /* without the bit nobody counts on it: its clusters may be somebody else's by now */
     if (ext && ext->length >= QCOW2_BITMAP_EXT_LENGTH &&
         (s->header.autoclear & QCOW2_AUTOCLEAR_BITMAPS)) {
