@@ -22,7 +22,7 @@
  *  2. Only clusters of bitmaps that this session marked IN_USE are written in place, and only while
  *     they have exactly one reference.
  *  3. Without space for a chunk its table entry says all ones: more is dirty than was, nothing is
- *     lost, and nothing of it needs space.  So a full disk, or guest data that cannot be written,
+ *     lost, and that needs no space.  So a full disk, or guest data that cannot be written,
  *     loses no bitmap whose table exists.
  *  4. A bitmap that could not be stored stays IN_USE; its new clusters may leak.
  *
@@ -148,11 +148,18 @@ void qcow2_bitmap_free_clusters(BlockDriverState *bs, uint64_t offset, uint64_t 
 
 /* ---------------------------------------------------------------- one bitmap on its way */
 
+/* How much space may be asked for; each is tried when the one before met a full disk. */
+typedef enum StoreMode {
+    STORE_ANYWHERE,
+    STORE_IN_PLACE, /* chunks without a cluster become all ones */
+    STORE_AS_ONES,  /* so do those whose cluster cannot be written: holes in the file */
+} StoreMode;
+
 typedef struct Storing {
     BlockDriverState *bs;
     BDRVQcow2State *s;
     Qcow2Bitmap *q;
-    bool may_allocate; /* else chunks without a cluster become all ones */
+    StoreMode mode;
     bool all_sectors;  /* nobody knows which sectors of the table are in the image */
     uint64_t *table;   /* the new one */
     uint32_t entries;
@@ -222,15 +229,14 @@ static int add_op(Storing *st, uint64_t offset, uint64_t bytes, uint8_t *buf)
 
 static int add_zeroes(Storing *st, uint64_t offset, uint64_t bytes)
 {
-    BdrvBatchOp op = {.kind = BDRV_BATCH_ZERO, .offset = (int64_t)offset, .bytes = (int64_t)bytes,
-                      .flags = BDRV_REQ_MAY_UNMAP};
+    BdrvBatchOp op = {.kind = BDRV_BATCH_ZERO, .offset = (int64_t)offset, .bytes = (int64_t)bytes};
     g_array_append_val(st->ops, op);
     return qcow2_check_overlap(st->bs, 0, offset, bytes);
 }
 
 static int64_t allocate(Storing *st, uint64_t bytes)
 {
-    int64_t offset = st->may_allocate ? qcow2_alloc_clusters(st->bs, bytes) : -ENOSPC;
+    int64_t offset = st->mode == STORE_ANYWHERE ? qcow2_alloc_clusters(st->bs, bytes) : -ENOSPC;
     if (offset >= 0) {
         Qcow2HostRun run = {(uint64_t)offset, qb_align_up(bytes, st->s->cluster_size)};
         g_array_append_val(st->fresh, run);
@@ -249,7 +255,19 @@ static int add_bits(Storing *st, uint64_t pos, uint64_t bytes, uint64_t offset)
     return add_op(st, offset, bytes, buf);
 }
 
-/* The bits of a chunk to its new cluster, which may hold anything: zeroes as zeroes. */
+/* Zeroes beyond the end of the file would only make it longer, without storage. */
+static int reach_end_of(Storing *st, uint64_t offset, const uint8_t *chunk)
+{
+    uint64_t last = st->s->cluster_size - BDRV_SECTOR_SIZE;
+    int64_t length = bdrv_getlength(st->bs->file->bs);
+    if (length < 0 || (uint64_t)length > offset + last) {
+        return (int)MIN(length, 0);
+    }
+    return bdrv_pwrite(st->bs->file, (int64_t)(offset + last), BDRV_SECTOR_SIZE, chunk + last, 0);
+}
+
+/* The bits of a chunk to its new cluster, which may hold anything. Zeroes are not written out, but
+ * have their storage: the next session must not need any for them. */
 static int add_new_chunk(Storing *st, uint64_t pos, uint64_t offset)
 {
     uint64_t piece = MIN(st->s->cluster_size, BDRV_DIRTY_PAGE_BYTES);
@@ -257,6 +275,7 @@ static int add_new_chunk(Storing *st, uint64_t pos, uint64_t offset)
     int ret = buf ? 0 : -ENOMEM;
     if (buf) {
         bdrv_dirty_bits_serialise(st->q->bm->bits, pos, st->s->cluster_size, buf);
+        ret = reach_end_of(st, offset, buf);
     }
     uint64_t at = 0;
     while (at < st->s->cluster_size && ret == 0) {
@@ -307,10 +326,11 @@ static int store_chunk(Storing *st, uint32_t i)
         *entry = look.all_ones ? QCOW2_BITMAP_ENTRY_ALL_ONES : 0;
         return 0;
     }
-    if (offset && is_own(st->bs, offset)) {
+    if (offset && st->mode != STORE_AS_ONES && is_own(st->bs, offset)) {
         return store_in_place(st, start, offset);
     }
-    return look.unread ? -EIO : store_in_new_cluster(st, start, entry);
+    return look.unread && st->mode == STORE_ANYWHERE ? -EIO
+                                                     : store_in_new_cluster(st, start, entry);
 }
 
 /* ---------------------------------------------------------------- tables */
@@ -373,11 +393,11 @@ static int add_table(Storing *st)
 
 /* ---------------------------------------------------------------- all of one bitmap */
 
-static int start_over(Storing *st, bool may_allocate)
+static int start_over(Storing *st, StoreMode mode)
 {
     const Qcow2Bitmap *q = st->q;
     uint64_t size = bdrv_dirty_bits_size(q->bm->bits);
-    st->may_allocate = may_allocate;
+    st->mode = mode;
     st->entries = (uint32_t)qcow2_bitmap_entries(st->s, size, q->bm->granularity_bits);
     g_free(st->table);
     st->table = g_try_new0(uint64_t, st->entries);
@@ -390,9 +410,9 @@ static int start_over(Storing *st, bool may_allocate)
 
 /* Data to the image, and the table, unless it refers to what is new: then its sectors wait in
  * st->ops. */
-static int try_store(Storing *st, bool may_allocate)
+static int try_store(Storing *st, StoreMode mode)
 {
-    int ret = start_over(st, may_allocate);
+    int ret = start_over(st, mode);
     for (uint32_t i = 0; i < st->entries && ret == 0; i++) {
         ret = store_chunk(st, i);
     }
@@ -414,13 +434,18 @@ static void undo_fresh(Storing *st)
     st->buffered = 0;
 }
 
+static bool is_no_space(int ret)
+{
+    return ret == -ENOSPC || ret == -EFBIG || ret == -EDQUOT;
+}
+
 static int store_data(Storing *st)
 {
     int ret = atomic_load(&st->q->bm->lost) ? -EIO : bdrv_dirty_bits_begin(st->q->bm->bits);
-    ret = ret < 0 ? ret : try_store(st, true);
-    if (ret == -ENOSPC && st->fresh->len) {
+    ret = ret < 0 ? ret : try_store(st, STORE_ANYWHERE);
+    for (int mode = STORE_IN_PLACE; mode <= STORE_AS_ONES && is_no_space(ret); mode++) {
         undo_fresh(st);
-        ret = try_store(st, false);
+        ret = try_store(st, (StoreMode)mode);
     }
     if (ret < 0) {
         undo_fresh(st);
@@ -436,7 +461,8 @@ static int store_without_fresh(Storing *st)
     g_array_set_size(st->fresh, 0);
     g_array_set_size(st->ops, 0);
     st->all_sectors = true;
-    int ret = try_store(st, false);
+    int ret = try_store(st, STORE_IN_PLACE);
+    ret = is_no_space(ret) ? try_store(st, STORE_AS_ONES) : ret;
     st->failed = ret < 0;
     return ret;
 }
