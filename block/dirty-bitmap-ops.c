@@ -19,7 +19,6 @@
 #include <inttypes.h>
 #include <string.h>
 #include "block/core-int.h"
-#include "block/dirty-bitmap.h"
 #include "util/checked.h"
 
 /* ---------------------------------------------------------------- judging */

@@ -7,16 +7,17 @@
  *                                          then its IN_USE must be stable first (invariant 7)
  *                           <--after()---  bits set
  *
- * The driver makes IN_USE stable for all bitmaps that guest writes change at once, so a session pays
- * one barrier, in the first write that finds a clear bit.  Later writes cost a look at the bits.
+ * The driver makes IN_USE stable for all bitmaps that guest writes change at once, so a session
+ * pays one barrier, in the first write that finds a clear bit.  Later writes cost a look at the
+ * bits.
  *
  * Invariants
- *  1. The list and the enabled state change only while no request is inside the node, or is taken by
- *     one operation as a whole.  So requests read both without a lock.
+ *  1. The list and the enabled state change only while no request is inside the node, or is taken
+ *     by one operation as a whole.  So requests read both without a lock.
  *  2. Bits are set after the write, before the request ends: who waits for the requests of a node
  *     (a drain) sees the bits of all of them.
- *  3. A bit that cannot be set (no memory, the stored bits cannot be read) makes the bitmap lost: it
- *     keeps its IN_USE, and nobody uses it any more.  The write goes on.
+ *  3. A bit that cannot be set (no memory, the stored bits cannot be read) makes the bitmap lost:
+ *     it keeps its IN_USE, and nobody uses it any more.  The write goes on.
  *
  * Not done: a bitmap of a node that grows by writes does not grow with it; who writes there with a
  * bitmap in place truncates first.
@@ -25,7 +26,6 @@
  */
 #include <string.h>
 #include "block/core-int.h"
-#include "block/dirty-bitmap.h"
 
 /* ---------------------------------------------------------------- the list */
 

@@ -9,18 +9,19 @@
  *       ZEROES --set--> page --set--> page          whole page set: ONES, without a page
  *       ONES --reset--> page                        whole page reset: ZEROES
  *
- * A page is 4 KiB, 32768 bits.  So what was never written costs nothing, what was written as a whole
- * costs a word, and memory is bounded by the pages that guests really write to.  Bits that are stored
- * somewhere are read page by page when somebody wants to know them.
+ * A page is 4 KiB, 32768 bits.  So what was never written costs nothing, what was written as a
+ * whole costs a word, and memory is bounded by the pages that guests really write to.  Bits that
+ * are stored somewhere are read page by page when somebody wants to know them.
  *
  * Invariants
  *  1. A slot goes from a marker to a page by compare-and-swap and keeps that page until clear() or
  *     free(), which run alone.  So whoever found a page may use it without a lock.
- *  2. Bits at and behind the end of the disk are clear; a page that the end lies in is never ONES by
- *     our doing.
- *  3. Whatever set() or reset() really changed is marked changed: in the page, or CHANGED in the slot.
- *  4. The lock covers begin(), reading, and the making of segments; setting what is at hand takes no
- *     lock.
+ *  2. Bits at and behind the end of the disk are clear; a page that the end lies in is never ONES
+ *     by our doing.
+ *  3. Whatever set() or reset() really changed is marked changed: in the page, or CHANGED in the
+ *     slot.
+ *  4. The lock covers begin(), reading, and the making of segments; setting what is at hand takes
+ *     no lock.
  *
  * Not done: a page that becomes all ones or zeroes by single bits keeps its memory.
  *
@@ -134,7 +135,8 @@ static Slot *get_slot(BdrvDirtyBits *b, uint64_t page)
     return make_slot_locked(b, page);
 }
 
-/* Where looking goes on behind @page: the next one, or the next segment where this one is missing. */
+/* Where looking goes on behind @page: the next one, or the next segment where this one is
+ * missing. */
 static uint64_t next_page(const BdrvDirtyBits *b, uint64_t page)
 {
     return find_slot(b, page) ? page + 1 : segment_start(segment_of(page) + 1);
@@ -570,7 +572,8 @@ bool bdrv_dirty_bits_at_hand(BdrvDirtyBits *b, uint64_t offset, uint64_t bytes, 
     return true;
 }
 
-/* The first bit of the page at or behind @from, and before @to, that is @set; @to: there is none. */
+/* The first bit of the page at or behind @from, and before @to, that is @set; @to: there is
+ * none. */
 static unsigned find_in_page(Page *p, unsigned from, unsigned to, bool set)
 {
     for (unsigned w = from / 64; w * 64 < to; w++) {

@@ -6,11 +6,12 @@
  *                                    '--> table --> clusters of bits
  *
  * The bytes of the directory stay in memory as they are in the image; entries are looked at and
- * changed there.  What this driver does not understand goes from one directory to the next verbatim.
+ * changed there.  What this driver does not understand goes from one directory to the next
+ * verbatim.
  *
  * Two kinds of change:
- *   in place   flags and number of table entries, bytes 8..15 of an entry: entries begin at multiples
- *              of 8, so these lie in one sector, which changes atomically
+ *   in place   flags and number of table entries, bytes 8..15 of an entry: entries begin at
+ *              multiples of 8, so these lie in one sector, which changes atomically
  *   switch     everything else: a new directory in free clusters, then one write of the header
  *
  * Invariants
@@ -368,7 +369,10 @@ static int write_sectors(BlockDriverState *bs, uint64_t first, uint64_t end)
     uint64_t start = first * QCOW2_HDR_SECTOR, bytes = (end - first) * QCOW2_HDR_SECTOR;
     uint64_t offset = atomic_load(&b->dir_offset) + start;
     int ret = qcow2_check_overlap(bs, QCOW2_OL_BITMAP_DIRECTORY, offset, bytes);
-    return ret < 0 ? ret : bdrv_pwrite(bs->file, (int64_t)offset, (int64_t)bytes, b->dir + start, 0);
+    if (ret == 0) {
+        ret = bdrv_pwrite(bs->file, (int64_t)offset, (int64_t)bytes, b->dir + start, 0);
+    }
+    return ret;
 }
 
 int qcow2_bitmap_dir_write(BlockDriverState *bs, const GPtrArray *bitmaps)

@@ -10,8 +10,8 @@
  *      chunks that became all zeroes or all ones need none
  *   2. table sectors that changed: at once, unless they refer to new clusters
  *   3. flush: data, counts of new clusters | table sectors that refer to them, with the L2 tables
- *   4. directory: IN_USE off, AUTO as it is now, in place; barrier.  Where a table had to move: a new
- *      directory
+ *   4. directory: IN_USE off, AUTO as it is now, in place; barrier.  Where a table had to move: a
+ *      new directory
  *   5. clusters that are not needed any more are freed
  *
  * So a session costs one barrier for IN_USE, the flush that guest data need anyway, and one to end.
@@ -454,8 +454,8 @@ static int store_data(Storing *st)
     return ret;
 }
 
-/* The flush that its new clusters needed has failed; what of the table was written nobody knows. The
- * clusters leak: something may refer to them. */
+/* The flush that its new clusters needed has failed; what of the table was written nobody knows.
+ * The clusters leak: something may refer to them. */
 static int store_without_fresh(Storing *st)
 {
     g_array_set_size(st->fresh, 0);
@@ -613,7 +613,8 @@ static bool finish(BlockDriverState *bs, const GPtrArray *stored, GError **errp)
 
 /* ---------------------------------------------------------------- all of them */
 
-/* Ours to store: those this session changed. Others that are IN_USE were left so by somebody else. */
+/* Ours to store: those this session changed. Others that are IN_USE were left so by somebody
+ * else. */
 static GPtrArray *bitmaps_to_store(const Qcow2Bitmaps *b)
 {
     GPtrArray *all = g_ptr_array_new_with_free_func(storing_free);

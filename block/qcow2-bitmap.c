@@ -11,8 +11,8 @@
  *     remove      a new directory without it, then its clusters are freed
  *
  * Invariants
- *  1. Invariant 7: a bitmap that is listed without IN_USE is, as stored, right.  So the autoclear bit
- *     may stay set all the time.
+ *  1. Invariant 7: a bitmap that is listed without IN_USE is, as stored, right.  So the autoclear
+ *     bit may stay set all the time.
  *  2. Bitmaps that were IN_USE when the image was opened, and those that are broken, are never
  *     changed, nor are their clusters used; they can be removed.  A broken one that is enabled gets
  *     IN_USE with the others, because nobody keeps it.

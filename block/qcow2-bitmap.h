@@ -41,15 +41,18 @@ uint32_t qcow2_bitmap_table_entries(const Qcow2Bitmap *q);
 void qcow2_bitmap_free(void *q);
 /* Pure: length of the entry at @entry, of which @left bytes are there; 0: it is cut off. */
 uint64_t qcow2_bitmap_entry_bytes(const uint8_t *entry, uint64_t left);
-/* Pure: why the entry cannot be used (static text), or NULL. @file_bytes: its table must lie before. */
+/* Pure: why the entry cannot be used (static text), or NULL. @file_bytes: its table must lie
+ * before. */
 const char *qcow2_bitmap_entry_problem(const BDRVQcow2State *s, const uint8_t *entry,
                                        uint64_t disk_size, uint64_t file_bytes);
-/* Writes those sectors of the directory, as memory has it, that hold fields of @bitmaps; a barrier. */
+/* Writes those sectors of the directory, as memory has it, that hold fields of @bitmaps; a
+ * barrier. */
 int qcow2_bitmap_dir_write(BlockDriverState *bs, const GPtrArray *bitmaps);
 /*
- * Switches the image to a directory of @nb entries at @dir (@bytes; stolen, room for whole sectors):
- * written to new clusters, made stable, named by the header, the old one freed. With @nb 0 the
- * header names none. Entries of s->bitmaps->all keep their old positions: the caller knows the new.
+ * Switches the image to a directory of @nb entries at @dir (@bytes; stolen, room for whole
+ * sectors): written to new clusters, made stable, named by the header, the old one freed. With @nb
+ * 0 the header names none. Entries of s->bitmaps->all keep their old positions: the caller knows
+ * the new.
  */
 bool qcow2_bitmap_dir_switch(BlockDriverState *bs, uint8_t *dir, uint64_t bytes, uint32_t nb,
                              GError **errp);

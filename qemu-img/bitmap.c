@@ -208,23 +208,29 @@ static bool parse_granularity(const char *text, uint32_t *ret)
     return true;
 }
 
+static int run(const BitmapArgs *args, const GPtrArray *operands, const GPtrArray *objects)
+{
+    BitmapTarget target = {0};
+
+    if (!check_usage(args, operands) || !img_check_open_args(args->format, args->image_opts) ||
+        !parse_granularity(args->granularity, &target.granularity) || !img_check_objects(objects)) {
+        return 1;
+    }
+    target.name = operands->len > 1 ? operands->pdata[1] : NULL;
+    return open_and_run(&target, operands->pdata[0], args);
+}
+
 int img_bitmap(int argc, char **argv)
 {
     g_autoptr(GPtrArray) operands = g_ptr_array_new();
     BitmapArgs args = {0};
-    BitmapTarget target = {0};
     int status;
 
     if (!img_parse_args(&bitmap_usage, argc, argv, &args, operands, &status)) {
         return status;
     }
     g_autoptr(GPtrArray) objects = args.objects;
-    g_autoptr(GArray) owned = args.actions;
-    (void)owned; /* for its end only */
-    if (!check_usage(&args, operands) || !img_check_open_args(args.format, args.image_opts) ||
-        !parse_granularity(args.granularity, &target.granularity) || !img_check_objects(objects)) {
-        return 1;
-    }
-    target.name = operands->len > 1 ? operands->pdata[1] : NULL;
-    return open_and_run(&target, operands->pdata[0], &args);
+    status = run(&args, operands, objects);
+    g_clear_pointer(&args.actions, g_array_unref);
+    return status;
 }

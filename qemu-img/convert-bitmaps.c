@@ -1,8 +1,8 @@
 /*
  * Persistent dirty bitmaps in convert: judged before anything is copied, copied at the end.
  *
- * The target's bitmaps get the names, granularities and states of the source's.  They are added when
- * the content is there, so that none of them shows the copying itself as written.
+ * The target's bitmaps get the names, granularities and states of the source's.  They are added
+ * when the content is there, so that none of them shows the copying itself as written.
  *
  * SPDX-License-Identifier: MIT
  */

@@ -1,5 +1,6 @@
 /*
- * The bits of a dirty bitmap: what dirty-bits.c offers to the core and to drivers that store bitmaps.
+ * The bits of a dirty bitmap: what dirty-bits.c offers to the core and to drivers that store
+ * bitmaps.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -44,7 +45,8 @@ int bdrv_dirty_bits_expect(BdrvDirtyBits *b, uint64_t pos, uint64_t bytes, BdrvD
 uint64_t bdrv_dirty_bits_size(const BdrvDirtyBits *b); /* of the disk, bytes */
 unsigned bdrv_dirty_bits_granularity_bits(const BdrvDirtyBits *b);
 
-/* Byte ranges of the disk; what lies beyond its end is left out. 0, -ENOMEM or an error of reading. */
+/* Byte ranges of the disk; what lies beyond its end is left out. 0, -ENOMEM or an error of
+ * reading. */
 int bdrv_dirty_bits_set(BdrvDirtyBits *b, uint64_t offset, uint64_t bytes);
 int bdrv_dirty_bits_reset(BdrvDirtyBits *b, uint64_t offset, uint64_t bytes); /* whole granules */
 /* All clear. Alone. */

@@ -15,7 +15,7 @@
 #define BLOCK_DRIVER_H
 
 #include "block/block.h"
-#include "block/dirty-bitmap.h"
+#include "block/dirty-bitmap-int.h"
 #include "block/io.h"
 #include "block/locks.h"
 #include "util/rangelock.h"

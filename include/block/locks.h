@@ -10,6 +10,8 @@
  *   3. range lock       of a node, then of the nodes below it (taken and released inside one graph
  *                       entry); holds no mutex while it is held
  *   4. qcow2: snapshot/truncate/empty/amend need the whole node in the range lock
+ *   -  qcow2 bitmaps lock   Qcow2Bitmaps.lock: one change of stored bitmaps or their directory at a time.
+ *                           Held across I/O, flushes and allocations; its holder is not announced
  *   5. qcow2 metadata lock  BDRVQcow2State.lock: changes of L1 and L2.  Never across data I/O,
  *                           never across a cache miss
  *   6. qcow2 alloc lock     BDRVQcow2State.alloc_lock: refcounts and the free-space index.  Never
@@ -24,9 +26,10 @@
  * A qcow2 flush is a turn, not a mutex: a flag under a leaf lock says that one runs, others wait for
  * the next round.  Nobody waits for it while holding 5..9 or announced in the in-flight table.
  *
- * Held across I/O, on purpose: the header locks of qcow2 and QED (BDRVQcow2State.header_lock, taken
- * before 5, and BDRVQedState.header_lock; for the one sector they write, QED's for a long name, too),
- * the file grow lock, and the graph change lock (locks of files).
+ * Held across I/O, on purpose: the qcow2 bitmaps lock, the lock of a bitmap's bits while they are
+ * read (block/dirty-bits.c; taken where no lock from 5 on is held), the header locks of qcow2 and QED
+ * (BDRVQcow2State.header_lock, taken before 5, and BDRVQedState.header_lock; for the one sector they
+ * write, QED's for a long name, too), the file grow lock, and the graph change lock (locks of files).
  *
  * SPDX-License-Identifier: MIT
  */

@@ -1,6 +1,6 @@
 /*
- * The bits of dirty bitmaps: every operation against an array of booleans, storing and reading back,
- * and many threads at once.
+ * The bits of dirty bitmaps: every operation against an array of booleans, storing and reading
+ * back, and many threads at once.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -29,7 +29,8 @@ static BdrvDirtyStored judge(const uint8_t *p, uint64_t n)
         zeroes &= p[i] == 0;
         ones &= p[i] == 0xff;
     }
-    return zeroes ? BDRV_DIRTY_STORED_ZEROES : ones ? BDRV_DIRTY_STORED_ONES : BDRV_DIRTY_STORED_DATA;
+    return zeroes ? BDRV_DIRTY_STORED_ZEROES
+                  : ones ? BDRV_DIRTY_STORED_ONES : BDRV_DIRTY_STORED_DATA;
 }
 
 static int store_begin(BdrvDirtyBits *b, void *opaque)

@@ -1,6 +1,6 @@
 /*
- * Bitmaps of a qcow2 image in use: writers in many threads beside operations on bitmaps, and the fast
- * lane.
+ * Bitmaps of a qcow2 image in use: writers in many threads beside operations on bitmaps, and the
+ * fast lane.
  *
  * SPDX-License-Identifier: MIT
  */

@@ -230,7 +230,8 @@ static void assert_on(const Session *s, const Marks *was, const Marks *is, const
     for (uint64_t i = 0; is->trusted && i < n; i++) {
         bool differs = memcmp(before + i * GRANULARITY, now + i * GRANULARITY, GRANULARITY);
         if ((differs || (was->bit[i] && !s->clears_on)) && !is->bit[i]) {
-            g_error("granule %" PRIu64 " %s and is not dirty", i, differs ? "changed" : "was dirty");
+            g_error("granule %" PRIu64 " %s and is not dirty", i,
+                    differs ? "changed" : "was dirty");
         }
     }
 }
