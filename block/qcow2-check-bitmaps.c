@@ -16,9 +16,9 @@
  *   directory, or entry of it, that cannot be understood                stays a finding
  *
  * Invariants
- *   1. Directory, tables and data have one owner.  A table that lies where something else was counted
- *      before is reported by the comparison, and nothing is read through it: so no part of the file
- *      is read twice, whatever the directory claims.  The directory, of which there is one, is read
+ *   1. Directory, tables and data have one owner.  A table that lies where something else was
+ *      counted before is reported by the comparison, and nothing is read through it: so no part of
+ *      the file is read twice, whatever the directory claims.  The directory, of which there is one, is read
  *      in any case: if guest data lies there by mistake, it is that which moves.
  *   2. A repair changes a table by single entries in place, or the directory by one write of the
  *      place and length of a table whose content and counts are stable.

@@ -1,5 +1,5 @@
 /*
- * Check: an active L1 table that claims more entries than it can have, or fewer than the disk needs.
+ * Check: an active L1 table that claims more entries than it can have, or fewer than it needs.
  *
  *      header says   [ needed by the disk | ...................................... ]
  *      the file has  [ needed by the disk | zeroes | another structure | ...
@@ -7,18 +7,18 @@
  *
  * Entries beyond the guest's disk map nothing but the VM state of a machine that is being saved.  A
  * count of entries that makes the table run into another structure, or over the end of the file,
- * would turn whatever lies there into thousands of findings, and repairing those would destroy it.  So
- * the table is looked at as far as it can reach; a repair writes that length into the header.
+ * would turn whatever lies there into thousands of findings, and repairing those would destroy it.
+ * So the table is looked at as far as it can reach; a repair writes that length into the header.
  *
  * Invariants
  *   1. Entries that the disk needs are never cut off.
  *   2. As long as the header is not repaired nothing that the rest may refer to is taken for free.
  *
- * Fewer than needed, and nothing else where the missing ones must be: then they are still there, and
- * the number alone is wrong.
+ * Fewer than needed, and nothing else where the missing ones must be: then they are still there,
+ * and the number alone is wrong.
  *
- * Guest data it may run into are looked for only if the entries in question are not all zero, which is
- * rare: that takes reading the tables once more.
+ * Guest data it may run into are looked for only if the entries in question are not all zero, which
+ * is rare: that takes reading the tables once more.
  *
  * SPDX-License-Identifier: MIT
  */

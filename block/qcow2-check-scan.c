@@ -9,8 +9,8 @@
  *                                      (qcow2-check-l2.c)
  *
  * Most tables of most images are sound, and most of their entries go on where the one before them
- * ended.  So a table is turned into runs of host clusters first, which is where it may turn out to be
- * odd, and then counted run by run.  What is odd is left alone: findings are made in one place.
+ * ended.  So a table is turned into runs of host clusters first, which is where it may turn out to
+ * be odd, and then counted run by run.  What is odd is left alone: findings are made in one place.
  *
  * Invariants
  *   1. A table is counted here in whole or not at all; one that could not be read is not.

@@ -23,8 +23,8 @@
  *     file (or from a cache that equals it; a repair empties the caches before it begins).  No
  *     check marks the image corrupt or changes it unless it repairs.
  *  2. Something that cannot be read may hold references.  While there is such a thing no count is
- *     lowered and no cluster is taken for free.  A bitmap directory that makes no sense keeps counts
- *     from being lowered, too, but nothing else from being repaired.
+ *     lowered and no cluster is taken for free.  A bitmap directory that makes no sense keeps
+ *     counts from being lowered, too, but nothing else from being repaired.
  *  3. A repair raises before it lowers, with a barrier between (invariant 1).  On version 3 the
  *     dirty bit is stable before the first count or flag changes and goes when all of them are
  *     right; on version 2 COPIED flags are cleared before counts rise and set after they fell
@@ -193,7 +193,7 @@ static void check_extra_data(Qcow2Check *c, guint i, const Qcow2Snapshot *sn)
     }
 }
 
-/* The place of a table that does not exist; it is nobody's, but readers refuse an impossible one. */
+/* The place of a table that does not exist is nobody's, but readers refuse an impossible one. */
 static void check_no_table(Qcow2Check *c)
 {
     uint64_t offset = c->s->header.snapshots_offset;
@@ -224,7 +224,8 @@ static void check_id(Qcow2Check *c, Qcow2Snapshot *sn, GHashTable *ids, uint64_t
     bool repair = c->fix & BDRV_FIX_ERRORS;
     g_autofree char *id = repair ? fresh_id(c, next) : NULL;
     qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "snapshot-id",
-                       c->s->header.snapshots_offset, "%s snapshot %s (%s): another has this ID%s%s",
+                       c->s->header.snapshots_offset,
+                       "%s snapshot %s (%s): another has this ID%s%s",
                        repair ? "Repairing" : "ERROR", sn->id, sn->name,
                        repair ? "; it is now " : "", repair ? id : "");
     c->snapshot_faults++;

@@ -199,8 +199,8 @@ bool qcow2_check_count(Qcow2Check *c, uint64_t offset, uint64_t bytes, uint64_t 
 
 /* ======================= qcow2-check-l1.c: the length of the active L1 ======================= */
 
-/* Reports an L1 table that runs into another structure, or is too short for the disk; c->l1_size and
- * c->be_l1 are what it can be. */
+/* Reports an L1 table that runs into another structure, or is too short for the disk; c->l1_size
+ * and c->be_l1 are what it can be. */
 void qcow2_check_l1_length(Qcow2Check *c);
 /* Writes that to the header, stable on return. False when it could not be written. */
 bool qcow2_check_resize_l1(Qcow2Check *c);
@@ -208,8 +208,8 @@ bool qcow2_check_resize_l1(Qcow2Check *c);
 /* ======================= qcow2-check-l2.c: L2 entries ======================= */
 
 enum { QCOW2_CHECK_WALK = 1024 }; /* tables at once */
-/* qcow2_walk_tables() over at most QCOW2_CHECK_WALK tables from @first on, whose l1_index counts from
- * 0; those in holes of the file are left out. Any thread. */
+/* qcow2_walk_tables() over at most QCOW2_CHECK_WALK tables from @first on, whose l1_index counts
+ * from 0; those in holes of the file are left out. Any thread. */
 int qcow2_check_walk(const Qcow2Check *c, guint first, guint n, Qcow2TableFn fn, void *opaque);
 /* Judges and counts all entries of all tables. */
 void qcow2_check_l2_tables(Qcow2Check *c);

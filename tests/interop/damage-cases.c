@@ -2,8 +2,8 @@
  * Damages an image field by field and lets the driver at it, in one process: thousands of cases in
  * the time that a few processes take.
  *
- *      damage-cases [OPTIONS] IMAGE       a sound qcow2 image; its backing file and external data file,
- *                                         if any, are BASE and DATA
+ *      damage-cases [OPTIONS] IMAGE       a sound qcow2 image; its backing file and external data
+ *                                         file, if any, are BASE and DATA
  *        --base BASE, --data DATA         raw files
  *        --cases N     so many, drawn at random (0: every field with every value)
  *        --random N    and so many cases of several fields or bytes at once
@@ -19,8 +19,8 @@
  *      open for writing, write, zero, discard, snapshot, resize, flush
  *
  * It must end with errors or a sound image: no crash, nothing that a sanitizer finds, no more than
- * CPU_SECONDS, no more memory than metadata may take.  Cases run in a child; when it dies, its parent
- * says which case that was and goes on with the next one.
+ * CPU_SECONDS, no more memory than metadata may take.  Cases run in a child; when it dies, its
+ * parent says which case that was and goes on with the next one.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -186,7 +186,7 @@ static bool check(Session *s, const RecFile *f, unsigned fix, BdrvCheckResult *r
     return blk && bdrv_check(blk_bs(blk), &opts, ret, NULL);
 }
 
-/* Which sectors read as they were; the damage may change the size. NULL: the image does not open. */
+/* Which sectors read as they were; damage may change the size. NULL: the image does not open. */
 static uint8_t *readable_sectors(Session *s, const RecFile *f)
 {
     if (!s->guest) {
@@ -579,7 +579,7 @@ int main(int argc, char **argv)
     Shared *shared = shared_memory(sizeof(*shared));
     _Atomic(uint64_t) *next = shared_memory(sizeof(*next));
     int status = 1;
-    uint64_t before = UINT64_MAX; /* where the last child began: one that gets nowhere is the last */
+    uint64_t before = UINT64_MAX; /* where the last child began: the next must get further */
     while (status != 0 && shared->failures < MAX_FAILURES && *next != before) {
         before = *next;
         pid_t child = fork();

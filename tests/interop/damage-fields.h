@@ -27,8 +27,8 @@ typedef struct DamageLayout {
 /* Finds the fields of an image that is known to be sound. */
 DamageLayout *damage_layout_new(const uint8_t *image, size_t length);
 void damage_layout_free(DamageLayout *l);
-/* Sets one field of @data, a copy of the image, to one value; @i < n_cases says which. What was done,
- * newly allocated. */
+/* Sets one field of @data, a copy of the image, to one value; @i < n_cases says which. What was
+ * done, newly allocated. */
 char *damage_field(const DamageLayout *l, uint64_t i, uint8_t *data, size_t length);
 /* Several fields, bytes of metadata, or the file cut off; all drawn from @seed. *length follows. */
 char *damage_at_random(const DamageLayout *l, uint64_t seed, uint8_t *data, size_t *length);
