@@ -232,8 +232,8 @@ static bool validate_snapshot_table(const Qcow2Header *h, bool for_check, GError
     if (h->nb_snapshots > QCOW2_MAX_SNAPSHOTS && !for_check) {
         return fail(errp, EFBIG, "Snapshot table too large");
     }
-    if (!h->nb_snapshots && for_check) {
-        return true; /* a repair forgets the place */
+    if (for_check && (!h->nb_snapshots || !h->snapshots_offset)) {
+        return true; /* a repair forgets the place or the number */
     }
     return validate_place(h, "Snapshot table", h->snapshots_offset, h->nb_snapshots, errp);
 }

@@ -291,6 +291,9 @@ static bool load_entries(TableReader *r, GArray *snapshots, GError **errp)
 {
     const BDRVQcow2State *s = qcow2_state(r->bs);
     uint32_t nb = MIN(s->header.nb_snapshots, QCOW2_MAX_SNAPSHOTS);
+    if (r->for_check && !r->start) {
+        nb = 0; /* there is no table */
+    }
     for (uint32_t i = 0; i < nb; i++) {
         uint64_t before = r->pos;
         g_autoptr(GError) err = NULL;

@@ -182,7 +182,7 @@ static const Rule rules[] = {
     {"Snapshot table too large", EFBIG, true,
      {.nb_snapshots = 65537, .snapshots_offset = 0x40000}},
     {NULL, 0, false, {.nb_snapshots = 65536, .snapshots_offset = 0x40000}},
-    {"Snapshot table offset invalid", EINVAL, false, {.nb_snapshots = 1}},
+    {"Snapshot table offset invalid", EINVAL, true, {.nb_snapshots = 1}},
     {"Snapshot table offset invalid", EINVAL, true, {.snapshots_offset = 0x40001}},
     {"Active L1 table too large", EFBIG, false, {.l1_size = 4194305}},
     {NULL, 0, false, {.l1_size = 4194304}},
