@@ -10,8 +10,7 @@
  *  2. Going read-only writes everything back in prepare, while the file is still writable; what
  *     fails there leaves the node writable.
  *
- * Not done: l2-cache-entry-size and cache-clean-interval are judged and otherwise ignored (tables
- * are cached whole and trimmed by size).  A dirty image does not become writable by reopen: it must
+ * Not done: l2-cache-entry-size is judged and otherwise ignored (tables are cached whole).  A dirty image does not become writable by reopen: it must
  * be repaired first, which happens when it is opened.
  *
  * SPDX-License-Identifier: MIT

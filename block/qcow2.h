@@ -116,7 +116,7 @@ struct BDRVQcow2State {
     bool discard_request, discard_snapshot, discard_other; /* pass-discard-* */
     bool discard_no_unref;
     uint64_t l2_cache_size, refcount_cache_size; /* bytes, 0 = default */
-    uint64_t cache_clean_interval; /* seconds, 0 = never; accepted, the cache trims by itself */
+    uint64_t cache_clean_interval; /* seconds without use after which clean tables go, 0 = never */
     bool lazy_refcounts;           /* the dirty bit is set while a session allocates */
     int overlap_check;             /* Qcow2Overlap bits that the overlap guard looks at */
 
