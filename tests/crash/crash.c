@@ -21,17 +21,16 @@
  * SPDX-License-Identifier: MIT
  */
 #include <inttypes.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 #include "tests/crash/replay.h"
+#include "tests/harness/running.h"
 #include "util/pool.h"
 
 #define RECORDINGS_MAX 1000 /* until a log is the wanted one */
-#define SECONDS_MAX 60      /* for one state */
 
 typedef struct Options {
     char *group, *only, *state, *keep, *shard;
@@ -45,20 +44,6 @@ static unsigned shard_index, shard_count = 1;
 static struct {
     uint64_t states, pairs, failures;
 } total;
-
-/* What runs now, for those who find the process dead. */
-static char now_running[256];
-
-static void on_fatal_signal(int sig)
-{
-    static const char what[] = "not ok - died in ";
-    ssize_t n = write(STDOUT_FILENO, what, sizeof(what) - 1);
-    n += write(STDOUT_FILENO, now_running, strlen(now_running));
-    n += write(STDOUT_FILENO, "\n", 1);
-    signal(sig, SIG_DFL);
-    raise(sig);
-    (void)n;
-}
 
 /* ---------------------------------------------------------------- one state */
 
@@ -129,11 +114,10 @@ static void report(const Recording *r, const State *s, const char *why)
 static bool run_state(const Recording *r, const State *s)
 {
     g_autofree char *why = NULL, *name = state_name(s);
-    snprintf(now_running, sizeof(now_running), "%s/%s --state %s --log %u", r->op->name,
+    running_set("%s/%s --state %s --log %u", r->op->name,
              r->world->kind->name, name, r->hash);
-    alarm(SECONDS_MAX);
     bool ok = try_state(r, s, &why);
-    alarm(0);
+    running_end();
     total.states++;
     if (!ok) {
         report(r, s, why);
@@ -172,7 +156,7 @@ static void run_pair(const Operation *op, const Kind *kind)
 {
     g_autofree char *why = NULL;
     unsigned failures = 0;
-    snprintf(now_running, sizeof(now_running), "%s/%s, recording", op->name, kind->name);
+    running_set("%s/%s, recording", op->name, kind->name);
     Recording *r = record(op, kind, &why);
     total.pairs++;
     if (!r) {
@@ -250,10 +234,7 @@ static void parse_options(int argc, char **argv)
 int main(int argc, char **argv)
 {
     parse_options(argc, argv);
-    signal(SIGABRT, on_fatal_signal);
-    signal(SIGSEGV, on_fatal_signal);
-    signal(SIGTRAP, on_fatal_signal);
-    signal(SIGALRM, on_fatal_signal);
+    running_init();
     disk_init();
     printf("# seed %" PRId64 "\n", opts.seed);
     run_all();

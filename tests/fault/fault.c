@@ -19,7 +19,6 @@
  * SPDX-License-Identifier: MIT
  */
 #include <inttypes.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,10 +26,10 @@
 
 #include "tests/crash/replay.h"
 #include "tests/fault/memory.h"
+#include "tests/harness/running.h"
 #include "util/pool.h"
 
 #define PEER "/usr/bin/qemu-img"
-#define SECONDS_MAX 60
 
 /* A way of failing. */
 typedef struct FaultKind {
@@ -62,19 +61,6 @@ static unsigned shard_index, shard_count = 1;
 static struct {
     uint64_t points, pairs, failures, shown;
 } total;
-
-static char now_running[256];
-
-static void on_fatal_signal(int sig)
-{
-    static const char what[] = "not ok - died in ";
-    ssize_t n = write(STDOUT_FILENO, what, sizeof(what) - 1);
-    n += write(STDOUT_FILENO, now_running, strlen(now_running));
-    n += write(STDOUT_FILENO, "\n", 1);
-    signal(sig, SIG_DFL);
-    raise(sig);
-    (void)n;
-}
 
 /* ---------------------------------------------------------------- one fault */
 
@@ -224,18 +210,17 @@ static bool try_point(const Recording *r, const FaultKind *f, unsigned n)
 {
     World w = world_to_try(r);
     g_autofree char *why = NULL;
-    snprintf(now_running, sizeof(now_running), "%s/%s --fault %s.%u", r->op->name,
+    running_set("%s/%s --fault %s.%u", r->op->name,
              r->world->kind->name, f->name, n);
-    alarm(SECONDS_MAX);
     subject = r;
     arm(f, n);
     bool ok = r->op->run(&w);
     bool fired = disarm() > 0;
     if (fired && !judge_point(r, &w, ok, &why)) {
         total.failures++;
-        printf("not ok - %s: %s\n#   replay: fault --only %s\n", now_running, why, now_running);
+        printf("not ok - %s: %s\n#   replay: fault --only %s\n", running_name(), why, running_name());
     }
-    alarm(0);
+    running_end();
     total.points += fired;
     g_clear_pointer(&unusable, g_free);
     world_views_free(w.view);
@@ -281,12 +266,12 @@ static void run_pair(const Operation *op, const Kind *kind)
 {
     g_autofree char *why = NULL;
     uint64_t before = total.points;
-    snprintf(now_running, sizeof(now_running), "%s/%s, without a fault", op->name, kind->name);
+    running_set("%s/%s, without a fault", op->name, kind->name);
     Recording *r = recording_new(op, kind, &why);
     total.pairs++;
     if (!r) {
         total.failures++;
-        printf("not ok - %s: %s\n", now_running, why);
+        printf("not ok - %s: %s\n", running_name(), why);
         return;
     }
     for (size_t i = 0; i < G_N_ELEMENTS(fault_kinds); i++) {
@@ -341,10 +326,7 @@ static void parse_options(int argc, char **argv)
 int main(int argc, char **argv)
 {
     parse_options(argc, argv);
-    signal(SIGABRT, on_fatal_signal);
-    signal(SIGSEGV, on_fatal_signal);
-    signal(SIGTRAP, on_fatal_signal);
-    signal(SIGALRM, on_fatal_signal);
+    running_init();
     disk_init();
     printf("# seed %" PRId64 "\n", opts.seed);
     run_all();
