@@ -114,8 +114,7 @@ static void report(const Recording *r, const State *s, const char *why)
 static bool run_state(const Recording *r, const State *s)
 {
     g_autofree char *why = NULL, *name = state_name(s);
-    running_set("%s/%s --state %s --log %u", r->op->name,
-             r->world->kind->name, name, r->hash);
+    running_set("%s/%s --state %s --log %u", r->op->name, r->world->kind->name, name, r->hash);
     bool ok = try_state(r, s, &why);
     running_end();
     total.states++;

@@ -210,15 +210,15 @@ static bool try_point(const Recording *r, const FaultKind *f, unsigned n)
 {
     World w = world_to_try(r);
     g_autofree char *why = NULL;
-    running_set("%s/%s --fault %s.%u", r->op->name,
-             r->world->kind->name, f->name, n);
+    running_set("%s/%s --fault %s.%u", r->op->name, r->world->kind->name, f->name, n);
     subject = r;
     arm(f, n);
     bool ok = r->op->run(&w);
     bool fired = disarm() > 0;
     if (fired && !judge_point(r, &w, ok, &why)) {
         total.failures++;
-        printf("not ok - %s: %s\n#   replay: fault --only %s\n", running_name(), why, running_name());
+        printf("not ok - %s: %s\n", running_name(), why);
+        printf("#   replay: fault --only %s\n", running_name());
     }
     running_end();
     total.points += fired;
