@@ -47,15 +47,6 @@ static struct {
 
 /* ---------------------------------------------------------------- one state */
 
-/* A world that has only what the operation needs to be run again. */
-static World world_after_crash(const Recording *r, uint64_t time)
-{
-    World w = {.kind = r->world->kind, .value = r->first_value,
-               .view = world_views_dup(r->before)};
-    world_views_at(r->world, time, w.view);
-    return w;
-}
-
 /* A deletion that was done cannot be done again. */
 static bool may_be_done(const Operation *op)
 {
@@ -79,7 +70,7 @@ static bool run_again(const Recording *r, World *w, char **ret_why)
 
 static bool try_state(const Recording *r, const State *s, char **ret_why)
 {
-    World w = world_after_crash(r, state_build(r, s));
+    World w = recording_world(r, state_build(r, s));
     bool ok = world_judge(&w, false, ret_why) && run_again(r, &w, ret_why);
     world_views_free(w.view);
     g_free(w.why);

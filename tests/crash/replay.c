@@ -17,6 +17,8 @@
  *      every prefix     everything up to an event is there, nothing after it
  *      random ones      by patterns that find more than tossing a coin for each sector does: one
  *                       event missing, one event alone, one torn, a prefix that ends torn, ...
+ *      on demand        an event goes ahead of all that is not stable when it ends; an event is still
+ *                       missing at the last moment when it may be
  *
  * Invariant: a state is a function of the recording and its name.
  *
@@ -115,7 +117,9 @@ char *state_name(const State *s)
     case STATE_PREFIX:
         return g_strdup_printf("p%" PRIu64, s->time);
     case STATE_RANDOM:
-        return g_strdup_printf("r%" PRIu64, s->mask);
+    case STATE_ALONE:
+    case STATE_MISSING:
+        return g_strdup_printf("%c%" PRIu64, s->kind, s->mask);
     default:
         return g_strdup_printf("%c%" PRIu64 ".%" PRIx64, s->kind, s->time, s->mask);
     }
@@ -125,11 +129,11 @@ bool state_parse(const char *name, State *ret)
 {
     char *end = NULL;
     State s = {.kind = (StateKind)*name};
-    if (!*name || !strchr("pesr", *name)) {
+    if (!*name || !strchr("pesram", *name)) {
         return false;
     }
     uint64_t number = strtoull(name + 1, &end, 10);
-    if (s.kind == STATE_RANDOM) {
+    if (strchr("ram", *name)) {
         s.mask = number;
     } else {
         s.time = number;
@@ -219,8 +223,8 @@ static void maybe_extend(const DiskEvent *e, GRand *rand)
     }
 }
 
-/* Everything that is stable, or (@time_prefix) complete, on the disks as they were. */
-static void apply_stable(const Recording *r, uint64_t time, bool prefix)
+/* Everything but @except that is stable, or (@prefix) complete, on the disks as they were. */
+static void apply_stable(const Recording *r, uint64_t time, bool prefix, const DiskEvent *except)
 {
     uint64_t flushed[DISKS_MAX];
     find_flushes(r, time, flushed);
@@ -229,7 +233,7 @@ static void apply_stable(const Recording *r, uint64_t time, bool prefix)
     }
     for (guint i = 0; i < r->log->len; i++) {
         const DiskEvent *e = event_at(r, i);
-        if (e->end <= time && (prefix || e->end < flushed[e->disk])) {
+        if (e != except && e->end <= time && (prefix || e->end < flushed[e->disk])) {
             apply_all(e);
         }
     }
@@ -321,12 +325,41 @@ static void apply_masked(const GPtrArray *events, uint64_t mask, bool by_sector)
     }
 }
 
+/* The last moment when the event need not be there: before the next flush of its disk ends. */
+static uint64_t last_missing(const Recording *r, const DiskEvent *e)
+{
+    for (guint i = 0; i < r->log->len; i++) {
+        const DiskEvent *flush = event_at(r, i);
+        if (flush->kind == DISK_FLUSH && flush->disk == e->disk && flush->begin > e->end) {
+            return flush->begin;
+        }
+    }
+    return r->end;
+}
+
+static uint64_t build_for_one(const Recording *r, const State *s)
+{
+    const DiskEvent *e = event_at(r, MIN((guint)s->mask, r->log->len - 1));
+    uint64_t time = e->end;
+    if (s->kind == STATE_MISSING) {
+        time = last_missing(r, e);
+        apply_stable(r, time, true, e);
+    } else {
+        apply_stable(r, time, false, NULL);
+        apply_all(e);
+    }
+    return time;
+}
+
 uint64_t state_build(const Recording *r, const State *s)
 {
+    if ((s->kind == STATE_ALONE || s->kind == STATE_MISSING) && r->log->len) {
+        return build_for_one(r, s);
+    }
     g_autoptr(GRand) rand = g_rand_new_with_seed((guint32)s->mask);
     uint64_t time = s->kind == STATE_RANDOM ? random_time(r, rand) : s->time;
     g_autoptr(GPtrArray) events = unstable_at(r, time);
-    apply_stable(r, time, s->kind == STATE_PREFIX);
+    apply_stable(r, time, s->kind == STATE_PREFIX, NULL);
     if (s->kind == STATE_RANDOM) {
         apply_random(events, rand);
     } else if (s->kind != STATE_PREFIX) {
@@ -372,6 +405,14 @@ static void add_prefixes(const Recording *r, GArray *states, unsigned n)
         add(states, UINT_MAX, (State){.kind = STATE_PREFIX, .time = event_at(r, i)->end});
     }
     add(states, UINT_MAX, (State){.kind = STATE_PREFIX, .time = r->end});
+}
+
+World recording_world(const Recording *r, uint64_t time)
+{
+    World w = {.kind = r->world->kind, .value = r->first_value,
+               .view = world_views_dup(r->before)};
+    world_views_at(r->world, time, w.view);
+    return w;
 }
 
 GArray *recording_states(const Recording *r, unsigned max, uint64_t seed)

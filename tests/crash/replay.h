@@ -26,9 +26,11 @@ typedef enum StateKind {
     STATE_EVENTS = 'e',  /* bit i of the mask: the i-th unstable event is there */
     STATE_SECTORS = 's', /* bit i: the i-th sector of the unstable events is there */
     STATE_RANDOM = 'r',  /* mask is the seed: of the choice, and of the time */
+    STATE_ALONE = 'a',   /* mask is an event: it is there as soon as it ends, and what is stable */
+    STATE_MISSING = 'm', /* mask is an event: all is there but it, as long as that can be */
 } StateKind;
 
-/* One state, in words: "p120", "e120.5", "s120.3f", "r77". */
+/* One state, in words: "p120", "e120.5", "s120.3f", "r77", "a5", "m5". */
 typedef struct State {
     StateKind kind;
     uint64_t time, mask;
@@ -45,5 +47,8 @@ bool state_parse(const char *name, State *ret);
 GArray *recording_states(const Recording *r, unsigned max, uint64_t seed);
 /* Makes the disks as the state has them. Returns the time of the crash. */
 uint64_t state_build(const Recording *r, const State *state);
+/* A world that has only what is needed to judge the disks, or to run the operation again, after a
+ * crash at @time. The caller frees .view and .why. */
+World recording_world(const Recording *r, uint64_t time);
 
 #endif
