@@ -20,7 +20,9 @@
  *     when the caller holds none, so that a change of the graph never waits for terabytes.  The
  *     cuts are at multiples of 1 GiB and so never split a cluster.
  *
- * Not done: a request drawn earlier is never cut, since its ticket covers it as one.
+ * Not done: a request drawn earlier is never cut, since its ticket covers it as one.  Letting the graph
+ * lock go between its pieces would be a deadlock: whoever drew later and overlaps holds the lock and
+ * waits for the ticket, a change of the graph waits for them, and this request for the change.
  *
  * SPDX-License-Identifier: MIT
  */
