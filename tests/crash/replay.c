@@ -17,8 +17,8 @@
  *      every prefix     everything up to an event is there, nothing after it
  *      random ones      by patterns that find more than tossing a coin for each sector does: one
  *                       event missing, one event alone, one torn, a prefix that ends torn, ...
- *      on demand        an event goes ahead of all that is not stable when it ends; an event is still
- *                       missing at the last moment when it may be
+ *      on demand        an event goes ahead of all that is not stable when it ends; an event is
+ *                       still missing at the last moment when it may be
  *
  * Invariant: a state is a function of the recording and its name.
  *
