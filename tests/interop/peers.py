@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -45,6 +46,17 @@ class Side:
         for command in commands:
             argv += ["-c", command]
         return self.run([*argv, image], check)
+
+    def dies(self, image, *commands):
+        """Runs qemu-io with the commands, flushes, and dies with the image open."""
+        argv = [self.io_path, "-t", "writeback", "-d", "unmap", "-f", "qcow2"]
+        for command in (*commands, "flush", "abort"):
+            argv += ["-c", command]
+        done = subprocess.run([*argv, image], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              stdin=subprocess.DEVNULL, timeout=300)
+        if done.returncode != -signal.SIGABRT:
+            text = done.stdout.decode(errors="replace")
+            raise Failed(f"{self.name}: {' '.join(argv)}\nexit status {done.returncode}\n{text}")
 
     def check(self, image):
         """Checks the image; anything found is a failure."""
