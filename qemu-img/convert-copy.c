@@ -143,7 +143,9 @@ static bool gather_locked(Engine *e, Unit *u)
 }
 
 /* Data goes in whole clusters of the target, so that none is written (or compressed) twice: a data
- * unit may swallow zeroes or a hole at its ends, which are then found by content. */
+ * unit may swallow zeroes or a hole at its ends, which are then found by content, or what the
+ * backing file has, which reads the same through the source.  So each unit begins at a cluster, and
+ * none is longer than a buffer. */
 static void shape_unit(const Engine *e, Unit *u)
 {
     int64_t align = e->plan->target_alignment, end = u->offset + u->bytes;
@@ -152,7 +154,7 @@ static void shape_unit(const Engine *e, Unit *u)
         int64_t down = (int64_t)qb_align_down((uint64_t)end, (uint64_t)align);
         if (end < e->plan->size && down > u->offset) {
             u->bytes = down - u->offset;
-        } else if (end < e->plan->size && u->kind == UNIT_ZERO) {
+        } else if (end < e->plan->size) {
             u->kind = UNIT_DATA; /* shares its cluster with what follows */
             u->bytes = align;
         }
@@ -163,6 +165,7 @@ static void shape_unit(const Engine *e, Unit *u)
         u->bytes = end - u->offset;
     }
     u->bytes = MIN(u->bytes, e->plan->size - u->offset);
+    assert(u->offset % align == 0);
 }
 
 /* Takes the next unit. False: none left, or the copy has failed or was interrupted. */
