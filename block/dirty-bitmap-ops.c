@@ -143,28 +143,33 @@ static bool add(BlockDriverState *bs, const BdrvDirtyParams *params, GError **er
                               : bdrv_dirty_bitmap_new(bs, params) != NULL;
 }
 
-bool bdrv_bitmap_add(BlockDriverState *bs, const char *name, uint32_t granularity, bool persistent,
-                     bool disabled, GError **errp)
+static bool take_size(BlockDriverState *bs, BdrvDirtyParams *params, GError **errp)
 {
-    granularity = granularity ? granularity : default_granularity(bs);
     int64_t size = bdrv_getlength(bs);
-    if (!check_granularity(granularity, errp)) {
-        return false;
-    }
     if (size < 0) {
         qb_error_set_errno(errp, (int)size, "Could not get the size of the image");
         return false;
     }
-    BdrvHold h;
-    bdrv_hold_begin(&h, bs);
-    const BdrvDirtyParams params = {
+    params->size = (uint64_t)size;
+    return true;
+}
+
+bool bdrv_bitmap_add(BlockDriverState *bs, const char *name, uint32_t granularity, bool persistent,
+                     bool disabled, GError **errp)
+{
+    granularity = granularity ? granularity : default_granularity(bs);
+    if (!check_granularity(granularity, errp)) {
+        return false;
+    }
+    BdrvDirtyParams params = {
         .name = name,
-        .size = (uint64_t)size,
         .granularity_bits = (unsigned)__builtin_ctz(granularity),
         .persistent = persistent,
         .disabled = disabled,
     };
-    bool ok = add(bs, &params, errp);
+    BdrvHold h;
+    bdrv_hold_begin(&h, bs); /* so that the size stays */
+    bool ok = take_size(bs, &params, errp) && add(bs, &params, errp);
     bdrv_hold_end(&h);
     return ok;
 }

@@ -517,6 +517,8 @@ int bdrv_dirty_bits_truncate(BdrvDirtyBits *b, uint64_t size)
     uint64_t old = nb_bits(b, atomic_load(&b->size)), new = nb_bits(b, size);
     if (new < old) {
         ret = change_bits(b, &change_reset, new, old); /* invariant 2 */
+    } else if (new > old && old % PAGE_BITS && slot_value(b, old / PAGE_BITS) == SLOT_UNREAD) {
+        ret = read_pages(b, old / PAGE_BITS, 1); /* what is stored behind the old end counts not */
     }
     if (ret == 0) {
         atomic_store(&b->size, size);

@@ -147,13 +147,14 @@ bool bdrv_snapshot_apply(BlockDriverState *bs, const char *id_or_name, GError **
     if (!check_snapshots(bs, bs->drv->snapshot_apply, errp) || !check_writable(bs, errp)) {
         return false;
     }
-    if (bdrv_has_dirty_bitmaps(bs)) { /* none of them would hear of what changes */
-        qb_error_set(errp, EBUSY, "Device has active dirty bitmaps");
-        return false;
-    }
     BdrvHold h;
     bdrv_hold_begin(&h, bs);
-    bool ok = bs->drv->snapshot_apply(bs, id_or_name, errp);
+    bool ok = !bdrv_has_dirty_bitmaps(bs);
+    if (ok) {
+        ok = bs->drv->snapshot_apply(bs, id_or_name, errp);
+    } else { /* none of them would hear of what changes */
+        qb_error_set(errp, EBUSY, "Device has active dirty bitmaps");
+    }
     bdrv_hold_end(&h);
     return ok;
 }

@@ -206,8 +206,13 @@ static bool amend_size(BlockDriverState *bs, const Amendment *a, GError **errp)
     if (!a->says_size || a->size == qcow2_state(bs)->header.size) {
         return true;
     }
+    if (!bdrv_dirty_before_resize(bs, errp)) {
+        return false;
+    }
     bool ok = qcow2_truncate(bs, (int64_t)a->size, false, PREALLOC_MODE_OFF, true, errp);
-    bdrv_set_length(bs, (int64_t)qcow2_state(bs)->header.size);
+    int64_t length = (int64_t)qcow2_state(bs)->header.size;
+    bdrv_set_length(bs, length);
+    bdrv_dirty_after_resize(bs, length);
     return ok;
 }
 

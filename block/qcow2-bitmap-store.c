@@ -24,7 +24,8 @@
  *  3. Without space for a chunk its table entry says all ones: more is dirty than was, nothing is
  *     lost, and that needs no space.  So a full disk, or guest data that cannot be written,
  *     loses no bitmap whose table exists.
- *  4. A bitmap that could not be stored stays IN_USE; its new clusters may leak.
+ *  4. A bitmap that could not be stored stays IN_USE; its new clusters may leak.  The next store
+ *     writes its whole table: nobody knows which sectors of it are in the image.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -160,7 +161,6 @@ typedef struct Storing {
     BDRVQcow2State *s;
     Qcow2Bitmap *q;
     StoreMode mode;
-    bool all_sectors;  /* nobody knows which sectors of the table are in the image */
     uint64_t *table;   /* the new one */
     uint32_t entries;
     uint64_t table_offset;
@@ -381,7 +381,7 @@ static int place_table(Storing *st)
 
 static int add_table(Storing *st)
 {
-    bool all = st->all_sectors || table_moves(st);
+    bool all = st->q->table_unsettled || table_moves(st);
     int ret = 0;
     for (uint32_t first = 0; first < st->entries && ret == 0; first += SECTOR_ENTRIES) {
         if (all || sector_changed(st, first)) {
@@ -419,7 +419,11 @@ static int try_store(Storing *st, StoreMode mode)
     ret = ret < 0 ? ret : place_table(st);
     ret = ret < 0 ? ret : run_ops(st);
     ret = ret < 0 ? ret : add_table(st);
-    return ret < 0 || st->fresh->len ? ret : run_ops(st);
+    if (ret < 0) {
+        return ret;
+    }
+    st->q->table_unsettled = true;
+    return st->fresh->len ? 0 : run_ops(st);
 }
 
 /* Nothing refers to them. */
@@ -460,7 +464,6 @@ static int store_without_fresh(Storing *st)
 {
     g_array_set_size(st->fresh, 0);
     g_array_set_size(st->ops, 0);
-    st->all_sectors = true;
     int ret = try_store(st, STORE_IN_PLACE);
     ret = is_no_space(ret) ? try_store(st, STORE_AS_ONES) : ret;
     st->failed = ret < 0;
@@ -586,6 +589,7 @@ static void adopt(Storing *st)
     g_free(q->table);
     q->table = g_steal_pointer(&st->table);
     q->table_entries = st->entries;
+    q->table_unsettled = false;
     bdrv_dirty_bits_mark_stored(q->bm->bits);
 }
 

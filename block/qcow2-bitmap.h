@@ -20,6 +20,7 @@ typedef struct Qcow2Bitmap {
     bool broken;         /* cannot be understood: carried along as it is */
     uint64_t *table;     /* owned, host order; NULL: not read yet */
     uint32_t table_entries; /* of table[] */
+    bool table_unsettled;   /* a store that did not end may have written other entries than table[] */
     BdrvDirtyBitmap *bm; /* the node's; owned */
 } Qcow2Bitmap;
 

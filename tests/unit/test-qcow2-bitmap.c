@@ -190,6 +190,21 @@ static void session_shrink(const Shape *shape, BlockBackend *blk)
     write_at(blk, 70 * KIB, KIB, 7);
 }
 
+static void session_amend(const Shape *shape, BlockBackend *blk)
+{
+    write_at(blk, 60 * KIB, KIB, 6);
+    bdrv_amend(blk_bs(blk), json_pack("{s:i}", "size", (int)shape->size * 3), NULL, NULL);
+    write_at(blk, shape->size * 2, KIB, 7);
+}
+
+/* What fails the first time must not mislead the second. */
+static void session_store_again(const Shape *shape, BlockBackend *blk)
+{
+    bdrv_bitmap_clear(blk_bs(blk), "on", NULL);
+    bdrv_store_bitmaps(blk_bs(blk), NULL);
+    write_at(blk, 0, KIB, 7);
+}
+
 static const Session sessions[] = {
     {"write", session_write},
     {"write-all", session_write_all},
@@ -200,6 +215,8 @@ static const Session sessions[] = {
     {"remove", session_remove, .removes_off = true},
     {"grow", session_grow},
     {"shrink", session_shrink},
+    {"amend", session_amend},
+    {"store-again", session_store_again, .clears_on = true},
 };
 
 /* ---- what must hold ---- */
@@ -468,6 +485,36 @@ static void test_stolen_places(void)
     }
 }
 
+/* The only table entry of "on" says "all ones", as a repair or a full disk leaves it. */
+static void make_all_ones(const Shape *shape)
+{
+    make_before(shape);
+    uint64_t dir = directory_offset(&log_disks[0]);
+    uint8_t *on = log_disks[0].data + dir + 32;
+    qb_stbe64(log_disks[0].data + qb_ldbe64(on), QCOW2_BITMAP_ENTRY_ALL_ONES);
+}
+
+/* All ones ends where the disk ended, and a chunk of it can be stored after it changed. */
+static void test_all_ones_grow(void)
+{
+    const Shape *shape = &shapes[1];
+    uint64_t later = 100 * KIB * KIB; /* another page of bits, the same chunk */
+    make_all_ones(shape);
+    BlockBackend *blk = open_disk(0, BDRV_O_RDWR | BDRV_O_RESIZE);
+    blk_truncate(blk, (int64_t)(later * 2), false, PREALLOC_MODE_OFF, true, NULL);
+    write_at(blk, later, KIB, 7);
+    blk_unref(blk);
+    blk = open_disk(0, 0);
+    g_auto(Marks) on;
+    read_marks(blk, "on", &on);
+    g_assert_true(on.trusted);
+    for (uint64_t i = 0; i < on.size / GRANULARITY; i++) {
+        uint64_t at = i * GRANULARITY;
+        g_assert_cmpint(on.bit[i], ==, at < shape->size || (at >= later && at < later + KIB));
+    }
+    blk_unref(blk);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -479,6 +526,7 @@ int main(int argc, char **argv)
         g_test_add_data_func(fault, &shapes[i], test_fault);
     }
     g_test_add_func("/qcow2-bitmap/costs", test_costs);
+    g_test_add_func("/qcow2-bitmap/all-ones-grow", test_all_ones_grow);
     g_test_add_func("/qcow2-bitmap/damage", test_damage);
     g_test_add_func("/qcow2-bitmap/stolen-places", test_stolen_places);
     return log_done(g_test_run());
