@@ -22,8 +22,9 @@
  * 2. Cluster 0 is never handed out, whatever the counts say.
  * 3. No I/O under the alloc lock.  A block that must be loaded means that the search starts again.
  * 4. Whatever the cache may hold at the place of a new cluster is the past: it is poisoned.
- * 5. While the tail of the file is being cut off nothing in it is handed out: cut_at is an upper
- *    limit, looked at under the same hold of the lock in which counts become 1.
+ * 5. While the tail of the file is being cut off, or the refcount blocks for it, nothing in it is
+ *    handed out: cut_at is an upper limit, looked at under the same hold of the lock in which counts
+ *    become 1.
  * 6. The background reads blocks past the cache and without the lock: what it saw enters the index
  *    only if nothing in blocks not looked at became free meanwhile (allocations make the bound
  *    loose, not wrong).

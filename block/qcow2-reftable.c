@@ -457,9 +457,9 @@ void qcow2_reftable_done(BDRVQcow2State *s, const GArray *pieces, const Qcow2Ref
 /* ---- shrinking ---- */
 
 /* Does the block hold nothing but, maybe, its own count? *ret_self: it counts itself. */
-static bool block_is_empty(BDRVQcow2State *s, uint64_t index, Qcow2Table *t, bool *ret_self)
+static bool block_is_empty_locked(BDRVQcow2State *s, uint64_t index, Qcow2Table *t, bool *ret_self)
+    QB_REQUIRES(s->alloc_lock)
 {
-    QB_GUARD(&s->alloc_lock);
     const uint8_t *data = qcow2_refblock_data(t);
     uint64_t self = qcow2_table_offset(t) >> s->cluster_bits;
     uint64_t used = 0;
@@ -475,16 +475,28 @@ static bool block_is_empty(BDRVQcow2State *s, uint64_t index, Qcow2Table *t, boo
            (*ret_self && qcow2_refcount_read(data, s->refcount_order, qcow2_slot_of(s, self)) == 1);
 }
 
-static void drop_entry(BDRVQcow2State *s, uint64_t index)
+static void drop_entry_locked(BDRVQcow2State *s, uint64_t index) QB_REQUIRES(s->alloc_lock)
 {
-    QB_GUARD(&s->alloc_lock);
-
     set_entry_locked(s, index, 0);
     s->reftable.nb_blocks = trim_blocks(s, s->reftable.nb_blocks);
     if (!s->reftable.moved) {
         g_array_append_val(s->reftable.dirty, index);
     }
     qcow2_free_index_set(s->free_index, index, 0, 0); /* not to be used before the flush */
+}
+
+/* Drops block @index, the last one, if it is empty. One hold: requests may allocate meanwhile. What
+ * it counted is out of bounds for them until settle_dropped(), also for a new block. */
+static bool drop_if_empty(BDRVQcow2State *s, uint64_t index, Qcow2Table *t, bool *ret_self)
+{
+    QB_GUARD(&s->alloc_lock);
+
+    if (s->reftable.nb_blocks != index + 1 || !block_is_empty_locked(s, index, t, ret_self)) {
+        return false;
+    }
+    drop_entry_locked(s, index);
+    s->cut_at = index << s->refblock_bits;
+    return true;
 }
 
 static uint64_t last_block(BDRVQcow2State *s, uint64_t *ret_offset)
@@ -526,11 +538,13 @@ static int settle_dropped(BlockDriverState *bs, const GArray *dropped)
     return ret;
 }
 
-/* Whole node in the range lock: nobody allocates while the entries go. */
+/* Requests below the end of a shrinking disk go on. Those who find no room but in what is being cut
+ * off wait until that is settled. */
 int qcow2_refcount_shrink(BlockDriverState *bs)
 {
     BDRVQcow2State *s = qcow2_state(bs);
     g_autoptr(GArray) dropped = g_array_new(FALSE, FALSE, sizeof(DroppedBlock));
+    bool cut = false;
     int ret = 0;
 
     for (;;) {
@@ -542,10 +556,10 @@ int qcow2_refcount_shrink(BlockDriverState *bs)
             break;
         }
         ret = qcow2_cache_get(s->cache, QCOW2_TABLE_REFBLOCK, offset, &t);
-        if (ret < 0 || !block_is_empty(s, nb - 1, t, &self)) {
+        if (ret < 0 || !drop_if_empty(s, nb - 1, t, &self)) {
             break;
         }
-        drop_entry(s, nb - 1);
+        cut = true;
         if (self) {
             g_array_append_val(dropped, ((DroppedBlock){nb - 1, offset}));
         } else {
@@ -553,5 +567,8 @@ int qcow2_refcount_shrink(BlockDriverState *bs)
         }
     }
     int err = settle_dropped(bs, dropped);
+    if (cut) {
+        qcow2_cut_end(s);
+    }
     return ret < 0 ? ret : err;
 }

@@ -627,7 +627,8 @@ int qcow2_reftable_collect_locked(BDRVQcow2State *s, GArray *pieces, Qcow2Reftab
     QB_REQUIRES(s->alloc_lock);
 void qcow2_reftable_done(BDRVQcow2State *s, const GArray *pieces, const Qcow2ReftableCopy *copy,
                          bool failed);
-/* Drops refcount blocks whose counts are all zero (but themselves) at the table's end; for shrink. */
+/* Drops refcount blocks whose counts are all zero (but themselves) at the table's end; for shrink.
+ * Requests may allocate meanwhile; one at a time, as cuts. */
 int qcow2_refcount_shrink(BlockDriverState *bs);
 /* Raw access to one count in a block of @order: used by refcount.c and check.c. */
 uint64_t qcow2_refcount_read(const uint8_t *block, unsigned order, uint64_t slot);

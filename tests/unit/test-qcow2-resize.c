@@ -176,6 +176,70 @@ static void test_grow_reads_zero(void)
     rec_file_free(f);
 }
 
+/* A shrink that drops refcount blocks, and a writer below its cut that needs new ones meanwhile. */
+typedef struct Meeting {
+    RecFile *f;
+    BlockBackend *blk;
+    uint64_t blocks; /* before the shrink */
+    pthread_t thread;
+    bool begun;
+    _Atomic(bool) done;
+} Meeting;
+
+static uint64_t nb_blocks(BlockBackend *blk)
+{
+    BDRVQcow2State *s = image_state(blk);
+    QB_GUARD(&s->alloc_lock);
+    return s->reftable.nb_blocks;
+}
+
+static void *fill_below(void *opaque)
+{
+    Meeting *m = opaque;
+    for (int i = 0; i < 300; i++) {
+        image_write(m->blk, i * 512, 512, 1 + i % 200);
+    }
+    m->done = true;
+    return NULL;
+}
+
+/* In a flush of the shrink: once blocks are out of the table the writer gets all the time it wants, up
+ * to the point where it waits for this flush. */
+static void meet(void *opaque)
+{
+    Meeting *m = opaque;
+    if (nb_blocks(m->blk) >= m->blocks) {
+        m->f->on_flush = meet;
+        return;
+    }
+    m->begun = qb_thread_start(&m->thread, "writer", fill_below, m);
+    g_assert_true(m->begun);
+    for (int i = 0; i < 100 && !m->done; i++) {
+        g_usleep(2000);
+    }
+}
+
+static void test_shrink_beside_allocations(void)
+{
+    RecFile *f = rec_image_new("a", "size=8M,cluster_size=512,refcount_bits=64", CAPACITY);
+    Meeting m = {.f = f, .blk = rec_open_rw(f)};
+    image_write(m.blk, 4 * MIB, 512 * KIB, 7);
+    g_assert_cmpint(blk_flush(m.blk), ==, 0);
+    m.blocks = nb_blocks(m.blk);
+    f->opaque = &m;
+    f->on_flush = meet;
+    shrink(m.blk, 2 * MIB);
+    g_assert_true(m.begun);
+    pthread_join(m.thread, NULL);
+    for (int i = 0; i < 300; i++) {
+        image_expect(m.blk, i * 512, 512, 1 + i % 200);
+    }
+    f->on_flush = NULL;
+    blk_unref(m.blk);
+    rec_check(f, false);
+    rec_file_free(f);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -183,6 +247,7 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-resize/shrink-barriers", test_shrink_barriers);
     g_test_add_func("/qcow2-resize/shrink-writes-no-tables", test_shrink_writes_no_tables);
     g_test_add_func("/qcow2-resize/grow-reads-zero", test_grow_reads_zero);
+    g_test_add_func("/qcow2-resize/shrink-beside-allocations", test_shrink_beside_allocations);
     g_test_add_func("/qcow2-resize/empty-barriers", test_empty_barriers);
     g_test_add_func("/qcow2-resize/empty-is-smallest", test_empty_is_smallest);
     g_test_add_func("/qcow2-resize/empty-keeps-snapshot", test_empty_keeps_snapshot);
