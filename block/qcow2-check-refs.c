@@ -151,7 +151,6 @@ static void check_l1_entry(Qcow2Check *c, uint64_t pos, uint64_t entry, uint64_t
 
 static void check_active_l1(Qcow2Check *c)
 {
-    qcow2_check_l1_length(c);
     qcow2_check_count(c, c->s->header.l1_offset, (uint64_t)c->l1_size * sizeof(uint64_t), 1,
                       QCOW2_REF_META);
     for (uint32_t i = 0; i < c->l1_size; i++) {

@@ -464,6 +464,7 @@ static bool repair(Qcow2Check *c, GError **errp)
 static bool run(Qcow2Check *c, GError **errp)
 {
     check_snapshot_table(c);
+    qcow2_check_l1_length(c);
     qcow2_check_count_all(c);
     if (interrupted(c, errp)) {
         return false;
