@@ -25,6 +25,8 @@
  *     file, which after a commit is the same.
  *  4. Clusters of snapshots, bitmaps and the LUKS area are neither moved nor written.
  *  5. Once the switch is stable the image is empty: what fails later costs space only.
+ *  6. A structure that a failed switch leaves behind is not used for anything else before a flush has
+ *     settled that the header does not name it.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -39,6 +41,7 @@ typedef struct Blob {
     GArray *blocks;        /* uint64_t: host offsets */
     GArray *indices;       /* uint64_t: which entry of the table names which of them */
     uint64_t *entries;     /* the table in host order; NULL: not written yet */
+    bool offered;          /* the header may name it */
     /* Where @map says all there is to say of what is free, the allocator is not asked: */
     Qcow2RefMap *avoid;    /* the structure in use; NULL: ask the allocator */
     uint64_t hint, limit;  /* clusters to look at */
@@ -119,9 +122,16 @@ static int64_t find_or_alloc(Blob *b, bool whole, uint64_t *bytes)
     return find_run(b, *bytes >> b->s->cluster_bits);
 }
 
+/* After a switch that failed a crash may still show it: then quarantine waits for the flush that
+ * settles which header the disk has. */
 static void undo_run(Blob *b, const Qcow2HostRun *run)
 {
-    if (!b->avoid) {
+    if (b->avoid) {
+        return; /* the allocator was not asked */
+    }
+    if (b->offered) {
+        qcow2_free_run(b->bs, run->offset, run->bytes, QCOW2_DISCARD_ALWAYS);
+    } else {
         qcow2_alloc_undo(b->bs, run->offset, run->bytes);
     }
 }
@@ -339,7 +349,11 @@ static int install_blob(Blob *b)
     ret = ret < 0 ? ret : bdrv_pwrite_zeroes(b->bs->file, (int64_t)b->l1.offset,
                                              (int64_t)b->l1.bytes, 0);
     ret = ret < 0 ? ret : bdrv_flush(b->bs->file->bs);
-    return ret < 0 ? ret : qcow2_header_update(b->bs, switch_to_blob, b, true);
+    if (ret < 0) {
+        return ret;
+    }
+    b->offered = true;
+    return qcow2_header_update(b->bs, switch_to_blob, b, true);
 }
 
 /* Memory becomes what the header says by now. Nobody allocates meanwhile: the whole node is held. */
@@ -434,10 +448,19 @@ static void count_blob(Blob *b, void (*change)(Blob *b, const Qcow2HostRun *run)
     }
 }
 
+/* One of two structures is in use, nobody can tell which, and only one of them is counted. */
+static void refuse_requests(BDRVQcow2State *s)
+{
+    bdrv_warn("qcow2: Image header could not be made stable; node '%s' refuses all further requests",
+              bdrv_get_node_name(s->bs));
+    atomic_store(&s->corrupt, true);
+}
+
 /* Step 5: the dropped clusters are free by now, so a structure may find room before them. The one
  * there is stays in use until the switch, and is not counted by the new one. */
 static void move_to_front(Blob *b)
 {
+    bool settled = true;
     BLOB_AUTO front;
     blob_init(&front, b->bs, b->map);
     count_blob(b, uncount_run);
@@ -453,8 +476,12 @@ static void move_to_front(Blob *b)
             return;
         }
         give_blob(&front);
+        settled = !front.offered || bdrv_flush(b->bs->file->bs) == 0;
     }
     count_blob(b, count_run);
+    if (!settled) {
+        refuse_requests(b->s);
+    }
 }
 
 /* Empty, as small as can be; false: not possible in this way, nothing was changed. */
@@ -474,7 +501,9 @@ static bool switch_to_smallest(BlockDriverState *bs)
     }
     adopt_blob(&b);
     move_to_front(&b);
-    give_space_back(&b, used_end);
+    if (!atomic_load(&b.s->corrupt)) {
+        give_space_back(&b, used_end);
+    }
     return true;
 }
 

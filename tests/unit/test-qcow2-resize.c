@@ -69,9 +69,11 @@ static void test_empty_barriers(void)
     BlockBackend *blk = rec_open_rw(f);
     write_scattered(blk, 1600);
     g_assert_cmpint(blk_flush(blk), ==, 0);
+    uint64_t l1_offset = image_state(blk)->header.l1_offset;
     rec_start(f);
     make_empty(blk);
     g_assert_cmpuint(barriers(f), <=, 6);
+    g_assert_cmpuint(image_state(blk)->header.l1_offset, !=, l1_offset); /* by switching */
     g_assert_cmpint(bdrv_getlength(blk_bs(blk)->file->bs), ==, 4 * C);
     image_expect(blk, 0, MIB, 0);
     image_write(blk, 5 * MIB, C, 9);
@@ -240,6 +242,80 @@ static void test_shrink_beside_allocations(void)
     rec_file_free(f);
 }
 
+/* No flush succeeds any more from the one on that follows the @left-th switch to another L1. */
+typedef struct Breakage {
+    RecFile *f;
+    uint8_t l1[8];
+    int left;
+} Breakage;
+
+static void break_after_switch(void *opaque)
+{
+    Breakage *b = opaque;
+    b->f->on_flush = break_after_switch;
+    if (memcmp(b->l1, b->f->data + QCOW2_HDR_L1_OFFSET, sizeof(b->l1)) && b->left-- > 0) {
+        memcpy(b->l1, b->f->data + QCOW2_HDR_L1_OFFSET, sizeof(b->l1));
+    }
+    if (b->left <= 0) {
+        b->left = INT_MIN / 2;
+        b->f->fail[REC_FLUSH] = 1;
+    }
+}
+
+/* What a crash leaves when the header that was put back at last is what got lost. */
+static RecFile *replay_without_undo(const RecFile *before, const RecFile *f)
+{
+    RecFile *crashed = rec_file_dup("crashed", before);
+    guint undo = f->log->len;
+    for (guint i = 0; i < f->log->len; i++) {
+        const RecOp *op = &g_array_index(f->log, RecOp, i);
+        undo = op->kind == REC_WRITE && op->offset == 0 ? i : undo;
+    }
+    for (guint i = 0; i < f->log->len; i++) {
+        const RecOp *op = &g_array_index(f->log, RecOp, i);
+        if (op->kind == REC_WRITE && i != undo) {
+            rec_apply_part(crashed, op, 0, op->bytes);
+        }
+    }
+    return crashed;
+}
+
+/* Nothing is put where a switch that failed, but may be on disk, has its structure. */
+static void check_failed_switch(int switches)
+{
+    RecFile *f = rec_image_new("a", "size=64M", CAPACITY);
+    BlockBackend *blk = rec_open_rw(f);
+    image_write(blk, 0, 2 * MIB, 1);
+    g_assert_cmpint(blk_flush(blk), ==, 0);
+    RecFile *before = rec_file_dup("before", f);
+    Breakage b = {.f = f, .left = switches};
+    memcpy(b.l1, f->data + QCOW2_HDR_L1_OFFSET, sizeof(b.l1));
+    rec_start(f);
+    f->opaque = &b;
+    f->on_flush = break_after_switch;
+    (void)blk_make_empty(blk, NULL);
+    g_assert_cmpint(b.left, <, 0);
+    g_autofree uint8_t *buf = g_malloc0(8 * MIB);
+    memset(buf, 0xee, 8 * MIB);
+    (void)blk_pwrite(blk, 16 * MIB, 8 * MIB, buf, 0);
+    RecFile *crashed = replay_without_undo(before, f);
+    rec_check(crashed, true);
+    blk_unref(blk);
+    rec_file_free(crashed);
+    rec_file_free(before);
+    rec_file_free(f);
+}
+
+static void test_empty_switch_fails(void)
+{
+    check_failed_switch(1);
+}
+
+static void test_empty_second_switch_fails(void)
+{
+    check_failed_switch(2);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -251,6 +327,8 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-resize/empty-barriers", test_empty_barriers);
     g_test_add_func("/qcow2-resize/empty-is-smallest", test_empty_is_smallest);
     g_test_add_func("/qcow2-resize/empty-keeps-snapshot", test_empty_keeps_snapshot);
+    g_test_add_func("/qcow2-resize/empty-switch-fails", test_empty_switch_fails);
+    g_test_add_func("/qcow2-resize/empty-second-switch-fails", test_empty_second_switch_fails);
     g_test_add_func("/qcow2-resize/empty-without-room", test_empty_without_room);
     int ret = g_test_run();
     image_teardown();
