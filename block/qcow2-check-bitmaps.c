@@ -80,6 +80,12 @@ static void not_followed(Qcow2Check *c)
     c->keep_leaks = true;
 }
 
+/* Not behind the back of a session that has the directory in memory. */
+static bool may_repair(const Qcow2Check *c)
+{
+    return (c->fix & BDRV_FIX_ERRORS) && !qcow2_bitmaps_maintained(c->s);
+}
+
 /* Has somebody been counted in one of these clusters? */
 static bool is_taken(const Qcow2Check *c, uint64_t offset, uint64_t bytes)
 {
@@ -101,7 +107,7 @@ static void check_table_entry(Qcow2Check *c, uint64_t pos, uint64_t entry)
                  (offset && (entry & QCOW2_BITMAP_ENTRY_ALL_ONES)) ||
                  qcow2_offset_into_cluster(c->s, offset) ||
                  !qcow2_check_is_inside(c, offset, bytes);
-    bool taken = !wrong && offset && (c->fix & BDRV_FIX_ERRORS) && is_taken(c, offset, bytes);
+    bool taken = !wrong && offset && may_repair(c) && is_taken(c, offset, bytes);
     if (wrong || taken) {
         Qcow2EntryFix fix = {
             .pos = pos, .bytes = sizeof(entry), .owner = QCOW2_REF_META, .l1_index = UINT32_MAX,
@@ -142,7 +148,7 @@ static bool plan_new_table(Qcow2Check *c, const Bitmap *b)
 {
     uint64_t entries = entries_needed(c, b);
     Qcow2TableFix fix = {.pos = b->pos, .entries = (uint32_t)entries, .name = g_strdup(b->name)};
-    if (!(c->fix & BDRV_FIX_ERRORS) || entries * sizeof(uint64_t) > MAX_TABLE_BYTES) {
+    if (!may_repair(c) || entries * sizeof(uint64_t) > MAX_TABLE_BYTES) {
         g_free(fix.name);
         return false;
     }
@@ -161,7 +167,7 @@ static void check_table(Qcow2Check *c, const Bitmap *b)
         if (!plan_new_table(c, b)) {
             not_followed(c);
         }
-    } else if ((c->fix & BDRV_FIX_ERRORS) && is_taken(c, b->offset, bytes)) {
+    } else if (may_repair(c) && is_taken(c, b->offset, bytes)) {
         bad(c, "bitmap-table", b->offset, "bitmap table is not alone in its place", b->offset);
         if (!plan_new_table(c, b)) {
             claim(c, b->offset, bytes);

@@ -287,16 +287,15 @@ static void warn_of_stale_bitmaps(const BDRVQcow2State *s)
                     " inconsistent");
 }
 
-static bool make_ready(BlockDriverState *bs, int flags, GError **errp)
+/* Before the bitmaps are read, as it may change their directory. */
+static bool repair_if_dirty(BlockDriverState *bs, int flags, GError **errp)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    if (bdrv_is_read_only(bs)) {
+    if (bdrv_is_read_only(bs) || (flags & BDRV_O_CHECK) ||
+        !(s->header.incompatible & QCOW2_INCOMPAT_DIRTY)) {
         return true;
     }
     qcow2_set_autoclear_pending(s);
-    if ((flags & BDRV_O_CHECK) || !(s->header.incompatible & QCOW2_INCOMPAT_DIRTY)) {
-        return true;
-    }
     BDRV_GRAPH_GUARD();
     int ret = qcow2_begin_change(bs, false);
     if (ret < 0) {
@@ -326,11 +325,15 @@ static bool open_steps(BlockDriverState *bs, json_t *options, int flags, GError 
     s->backing_later = flags & BDRV_O_BACKING_LATER;
     if (!take_options(bs, options, errp) || !open_data_file(bs, options, flags, errp) ||
         !open_rooms(bs, errp) || !qcow2_snapshots_load(bs, for_check, errp) ||
-        !load_names(bs, errp) || (!for_check && !qcow2_bitmaps_load(bs, errp))) {
+        !load_names(bs, errp) || !repair_if_dirty(bs, flags, errp) ||
+        (!for_check && !qcow2_bitmaps_load(bs, errp))) {
         return false;
     }
     warn_of_stale_bitmaps(s);
-    return make_ready(bs, flags, errp);
+    if (!bdrv_is_read_only(bs)) {
+        qcow2_set_autoclear_pending(s);
+    }
+    return true;
 }
 
 static bool qcow2_open(BlockDriverState *bs, json_t *options, int flags, GError **errp)

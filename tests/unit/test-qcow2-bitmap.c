@@ -485,6 +485,32 @@ static void test_stolen_places(void)
     }
 }
 
+/* A repair at open may give a bitmap another table: the session must not bring the old one back. */
+static void test_repair_at_open(void)
+{
+    const Shape *shape = &shapes[1];
+    BdrvCheckOptions opts = {0};
+    BdrvCheckResult result;
+    make_before(shape);
+    LogDisk *d = &log_disks[0];
+    uint8_t *on = d->data + directory_offset(d) + 32;
+    qb_stbe64(on, qb_ldbe64(d->data + QCOW2_HDR_L1_OFFSET));
+    uint64_t bits = qb_ldbe64(d->data + QCOW2_HDR_INCOMPATIBLE);
+    qb_stbe64(d->data + QCOW2_HDR_INCOMPATIBLE, bits | QCOW2_INCOMPAT_DIRTY);
+    BlockBackend *blk = open_disk(0, BDRV_O_RDWR);
+    write_at(blk, 60 * KIB, KIB, 6);
+    blk_unref(blk);
+    blk = open_disk(0, BDRV_O_CHECK);
+    g_assert_true(bdrv_check(blk_bs(blk), &opts, &result, NULL));
+    g_assert_cmpuint(result.corruptions + result.check_errors, ==, 0);
+    blk_unref(blk);
+    blk = open_disk(0, 0);
+    g_auto(Marks) marks;
+    read_marks(blk, "on", &marks);
+    g_assert_true(marks.listed && marks.trusted && marks.bit[60 * KIB / GRANULARITY]);
+    blk_unref(blk);
+}
+
 /* The only table entry of "on" says "all ones", as a repair or a full disk leaves it. */
 static void make_all_ones(const Shape *shape)
 {
@@ -527,6 +553,7 @@ int main(int argc, char **argv)
     }
     g_test_add_func("/qcow2-bitmap/costs", test_costs);
     g_test_add_func("/qcow2-bitmap/all-ones-grow", test_all_ones_grow);
+    g_test_add_func("/qcow2-bitmap/repair-at-open", test_repair_at_open);
     g_test_add_func("/qcow2-bitmap/damage", test_damage);
     g_test_add_func("/qcow2-bitmap/stolen-places", test_stolen_places);
     return log_done(g_test_run());
