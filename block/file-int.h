@@ -40,6 +40,7 @@ typedef struct FileFlush {
     bool broken;                /* a cached file lost data: every later flush fails */
     /* any thread */
     _Atomic(uint64_t) changes;  /* counted when they are done: file_note_change() */
+    _Atomic(bool) loose_holes;  /* holes may be there that are not stable, nobody was told of */
 } FileFlush;
 
 /* Data extents that look-ups found: see file-status.c. */
@@ -135,6 +136,10 @@ int file_map_done(BlockDriverState *bs, BlkQueue *queue, BdrvMapping *mapping, i
 /* To be called after what a flush must make stable, and before who asked for it hears of it, also
  * when it failed halfway. */
 void file_note_change(BDRVFileState *s);
+/* To be called after bytes were given back, whether they have become a hole or not. */
+void file_note_discard(BDRVFileState *s);
+/* To be called when a hole has been seen, before anybody hears of it. */
+void file_note_hole_seen(BDRVFileState *s);
 /* Makes the file at least @end bytes long, never shorter, whoever else writes. 0 or -errno. */
 int file_grow(BDRVFileState *s, int64_t end);
 

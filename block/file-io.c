@@ -23,7 +23,9 @@
  * Changes are counted when they are done, and a round covers those counted when it begins.  A flush
  * all of whose changes are covered by the round that runs waits for that one; if they are stable
  * already it does nothing.  What others had written before the file was opened is theirs to flush.
- * Discards are not counted: bytes given back may come again after a power failure.
+ * Discards are not counted: bytes given back may come again after a power failure.  But who is told
+ * that there is a hole may leave out zeroes that he would have written (commit does), and flushes
+ * then: so the first look that finds one, after a discard or the opening, counts as a change.
  *
  * Rounds have a second purpose.  The kernel reports lost pages of a cached file once per
  * descriptor. With one round at a time, nobody can be told "stable" by a later fdatasync() before
@@ -108,6 +110,7 @@ void file_flush_init(FileFlush *f)
 {
     qb_mutex_init(&f->lock);
     qb_cond_init(&f->done);
+    atomic_store(&f->loose_holes, true); /* those of others */
 }
 
 void file_flush_destroy(FileFlush *f)
@@ -128,6 +131,18 @@ static int sync_fd(int fd)
 void file_note_change(BDRVFileState *s)
 {
     atomic_fetch_add(&s->flush.changes, 1);
+}
+
+void file_note_discard(BDRVFileState *s)
+{
+    atomic_store(&s->flush.loose_holes, true);
+}
+
+void file_note_hole_seen(BDRVFileState *s)
+{
+    if (atomic_load(&s->flush.loose_holes) && atomic_exchange(&s->flush.loose_holes, false)) {
+        file_note_change(s);
+    }
 }
 
 /* Runs the next round; the lock is let go for the time of the barrier. */

@@ -190,6 +190,9 @@ int file_block_status(BlockDriverState *bs, int64_t offset, int64_t bytes, BdrvS
     BDRVFileState *s = file_state(bs);
     assert(bytes > 0 && qb_range_valid(offset, bytes));
     FileExtent e = look_up(s, offset);
+    if (!e.data) {
+        file_note_hole_seen(s);
+    }
     ret->bytes = fit(&e, offset, bytes, s->request_alignment);
     ret->flags = BDRV_BLOCK_ALLOCATED | BDRV_BLOCK_OFFSET_VALID |
                  (e.data ? BDRV_BLOCK_DATA : BDRV_BLOCK_ZERO);
@@ -301,5 +304,6 @@ int file_pdiscard(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_
     int ret = s->is_device ? host_device_discard(s, offset, bytes)
                            : discard_regular(s, offset, bytes);
     file_data_cache_drop(&s->data);
+    file_note_discard(s);
     return ret;
 }

@@ -25,8 +25,8 @@
  *     file, which after a commit is the same.
  *  4. Clusters of snapshots, bitmaps and the LUKS area are neither moved nor written.
  *  5. Once the switch is stable the image is empty: what fails later costs space only.
- *  6. A structure that a failed switch leaves behind is not used for anything else before a flush has
- *     settled that the header does not name it.
+ *  6. The clusters of a structure that could not be switched to are not used for anything else before
+ *     a flush has settled that the header does not name it.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -451,8 +451,8 @@ static void count_blob(Blob *b, void (*change)(Blob *b, const Qcow2HostRun *run)
 /* One of two structures is in use, nobody can tell which, and only one of them is counted. */
 static void refuse_requests(BDRVQcow2State *s)
 {
-    bdrv_warn("qcow2: Image header could not be made stable; node '%s' refuses all further requests",
-              bdrv_get_node_name(s->bs));
+    bdrv_warn("qcow2: Image header could not be made stable; node '%s' refuses all further"
+              " requests", bdrv_get_node_name(s->bs));
     atomic_store(&s->corrupt, true);
 }
 

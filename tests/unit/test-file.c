@@ -331,6 +331,33 @@ static void test_flush_only_changes(TestDir *t, gconstpointer root)
     node_close(bs);
 }
 
+static void look(BlockDriverState *bs, int64_t offset, bool is_hole)
+{
+    BdrvStatus st;
+    g_assert_cmpint(bs->drv->block_status(bs, offset, 4096, &st), ==, 0);
+    g_assert_true(!!(st.flags & BDRV_BLOCK_ZERO) == is_hole);
+}
+
+/* Who was told of a hole may rely on it after a flush, whoever has made it. */
+static void test_flush_holes_seen(TestDir *t, gconstpointer root)
+{
+    make_file(t->file, 64 * KIB, 1);
+    BlockDriverState *bs = node_open_ok(t->file, RDWR);
+    look(bs, 0, false);
+    expect_barrier(bs, false);
+    g_assert_cmpint(bs->drv->pdiscard(bs, NULL, 0, 32 * KIB), ==, 0);
+    expect_barrier(bs, false);
+    look(bs, 0, true);
+    expect_barrier(bs, true);
+    look(bs, 4096, true);
+    expect_barrier(bs, false);
+    node_close(bs);
+    bs = node_open_ok(t->file, RDWR);
+    look(bs, 0, true);
+    expect_barrier(bs, true);
+    node_close(bs);
+}
+
 enum { FLUSHERS = 8, FLUSHES = 50 };
 
 static void *flush_often(void *opaque)
@@ -904,6 +931,7 @@ int main(int argc, char **argv)
     add("flush-failure-sticks", test_flush_failure_sticks);
     add("flush-failure-direct", test_flush_failure_direct);
     add("flush-only-changes", test_flush_only_changes);
+    add("flush-holes-seen", test_flush_holes_seen);
     add("flush-shared", test_flush_shared);
     add("zero-inside", test_zero_inside);
     add("zero-beyond", test_zero_beyond);
