@@ -470,6 +470,17 @@ static int store_without_fresh(Storing *st)
     return ret;
 }
 
+bool qcow2_bitmaps_settled(BDRVQcow2State *s)
+{
+    QB_GUARD(&s->bitmaps->lock);
+    bool settled = true;
+    for (guint i = 0; i < s->bitmaps->all->len; i++) {
+        const Qcow2Bitmap *q = g_ptr_array_index(s->bitmaps->all, i);
+        settled &= !q->table_unsettled;
+    }
+    return settled;
+}
+
 /* ---------------------------------------------------------------- the tables' turn in a flush */
 
 GArray *qcow2_bitmaps_take_tables(BDRVQcow2State *s)

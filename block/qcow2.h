@@ -897,6 +897,9 @@ bool qcow2_bitmap_facts(BDRVQcow2State *s, guint i, Qcow2BitmapFacts *ret);
  * stable, by the flush that takes them before it copies. GArray of BdrvBatchOp, new reference;
  * NULL: none. */
 GArray *qcow2_bitmaps_take_tables(BDRVQcow2State *s);
+/* Does the image on disk tell which clusters belong to bitmaps? Not after a store that failed: those of
+ * the tables in memory stay in use, too. */
+bool qcow2_bitmaps_settled(BDRVQcow2State *s);
 /* Table entries that @size bytes of disk need; at least 1. */
 uint64_t qcow2_bitmap_entries(const BDRVQcow2State *s, uint64_t size, unsigned granularity_bits);
 

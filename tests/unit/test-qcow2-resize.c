@@ -316,6 +316,48 @@ static void test_empty_second_switch_fails(void)
     check_failed_switch(2);
 }
 
+/* All flushes fail from now on. */
+static void fail_flushes(void *opaque)
+{
+    RecFile *f = opaque;
+    f->on_flush = fail_flushes;
+    f->fail[REC_FLUSH] = 1;
+}
+
+static void store_bitmaps(BlockBackend *blk, bool succeeds)
+{
+    GError *err = NULL;
+    BDRV_GRAPH_GUARD();
+    g_assert_true(qcow2_bitmaps_store(blk_bs(blk), &err) == succeeds);
+    g_assert_true(!err == succeeds);
+    g_clear_error(&err);
+}
+
+/* A bitmap that could not be stored may have clusters that its table on disk does not name any more: they
+ * stay its own. */
+static void test_empty_beside_bitmap(void)
+{
+    GError *err = NULL;
+    RecFile *f = rec_image_new("a", "size=64M", CAPACITY);
+    BlockBackend *blk = rec_open_rw(f);
+    g_assert_true(bdrv_bitmap_add(blk_bs(blk), "b", 0, true, false, &err));
+    image_write(blk, 0, C, 1);
+    store_bitmaps(blk, true);
+    g_assert_true(bdrv_bitmap_clear(blk_bs(blk), "b", &err));
+    f->opaque = f;
+    fail_flushes(f);
+    store_bitmaps(blk, false);
+    f->on_flush = NULL;
+    f->fail[REC_FLUSH] = 0;
+    make_empty(blk);
+    image_write(blk, 0, 2 * MIB, 3);
+    store_bitmaps(blk, true);
+    image_expect(blk, 0, 2 * MIB, 3);
+    blk_unref(blk);
+    rec_check(f, true);
+    rec_file_free(f);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -327,6 +369,7 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-resize/empty-barriers", test_empty_barriers);
     g_test_add_func("/qcow2-resize/empty-is-smallest", test_empty_is_smallest);
     g_test_add_func("/qcow2-resize/empty-keeps-snapshot", test_empty_keeps_snapshot);
+    g_test_add_func("/qcow2-resize/empty-beside-bitmap", test_empty_beside_bitmap);
     g_test_add_func("/qcow2-resize/empty-switch-fails", test_empty_switch_fails);
     g_test_add_func("/qcow2-resize/empty-second-switch-fails", test_empty_second_switch_fails);
     g_test_add_func("/qcow2-resize/empty-without-room", test_empty_without_room);
