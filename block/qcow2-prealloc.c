@@ -8,6 +8,9 @@
  *     external data file       data at the same offset, which the caller made read zero
  *   anything else              as it is
  *
+ * The first cluster of each L2 table is a step of its own, so that the table lies right behind it and
+ * not behind gigabytes: a later shrink can cut the file where the data end.
+ *
  * Steps of at most MAX_STEP clusters; between them the operation may be cancelled or fail, which
  * leaves what was mapped so far.
  *
@@ -103,11 +106,19 @@ static int64_t map_some(Prealloc *p, size_t n)
     return ret < 0 ? ret : (int64_t)done;
 }
 
+static size_t step_clusters(const Prealloc *p)
+{
+    uint64_t left = qcow2_size_to_clusters(p->s, p->end - p->guest);
+    uint64_t max = MIN(MAX_STEP, MAX_STEP_BYTES >> p->s->cluster_bits);
+    unsigned index = qcow2_l2_index(p->s, p->guest);
+    uint64_t of_table = index == 0 ? 1 : p->s->l2_entries - index;
+    return (size_t)MIN(MIN(left, max), of_table);
+}
+
 /* The clusters done, 0: begin again, or -errno. */
 static int64_t prealloc_step(Prealloc *p)
 {
-    uint64_t max = MIN(MAX_STEP, MAX_STEP_BYTES >> p->s->cluster_bits);
-    size_t n = (size_t)MIN(qcow2_size_to_clusters(p->s, p->end - p->guest), max), run = 0;
+    size_t n = step_clusters(p), run = 0;
     Qcow2User user;
     qcow2_user_announce(p->s, &user);
     int ret = qcow2_load_entries(p->bs, p->guest, n, p->old);
