@@ -607,6 +607,13 @@ bool qcow2_table_poisoned(const Qcow2Table *t)
     return t->poisoned;
 }
 
+bool qcow2_table_shared(const Qcow2Table *t)
+{
+    QB_GUARD(&t->shard->lock);
+
+    return t->pins > 1;
+}
+
 uint64_t qcow2_table_offset(const Qcow2Table *t)
 {
     return t->offset;

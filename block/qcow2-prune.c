@@ -16,7 +16,10 @@
  *     is, the disk has the table as it was (invariants 0 to 3 of the driver).
  *  3. A table shared with a snapshot (L1 entry without COPIED) stays.  It would not be stored to
  *     anyway: whoever stores makes a copy first.
- *  4. Only tables stored to since the last flush are looked at.  They are dirty, hence in memory.
+ *  4. Only tables stored to since the last flush are looked at.  They are dirty, hence in memory;
+ *     one that is in use is looked at again by later flushes as long as it stays there.
+ *  5. A table that somebody has pinned stays, this time: it may be a queue's, which stores to it when
+ *     its data are written and must not wait for another then.
  *
  * Entries that say "zero" are not 0: a table full of them stays, since it hides a backing file.
  *
@@ -56,20 +59,26 @@ static bool is_empty(const BDRVQcow2State *s, const Qcow2Table *t)
     return true;
 }
 
-static void drop_if_empty_locked(BDRVQcow2State *s, uint64_t l1_index) QB_REQUIRES(s->lock)
+/* False: it is in use, to be looked at again. */
+static bool drop_if_empty_locked(BDRVQcow2State *s, uint64_t l1_index) QB_REQUIRES(s->lock)
 {
     uint64_t entry = qcow2_l1_get(s, l1_index), offset = entry & QCOW2_ENTRY_OFFSET_MASK;
     g_autoptr(Qcow2Table) t = NULL;
 
     qb_mutex_assert_held(&s->lock);
     if (!offset || !(entry & QCOW2_ENTRY_COPIED)) {
-        return;
+        return true;
     }
     t = qcow2_cache_peek(s->cache, QCOW2_TABLE_L2, offset);
-    if (t && is_empty(s, t)) {
-        qcow2_l1_set_locked(s, l1_index, 0);
-        qcow2_free_run(s->bs, offset, s->cluster_size, QCOW2_DISCARD_OTHER);
+    if (!t || !is_empty(s, t)) {
+        return true;
     }
+    if (qcow2_table_shared(t)) {
+        return false;
+    }
+    qcow2_l1_set_locked(s, l1_index, 0);
+    qcow2_free_run(s->bs, offset, s->cluster_size, QCOW2_DISCARD_OTHER);
+    return true;
 }
 
 void qcow2_drop_empty_tables_locked(BDRVQcow2State *s)
@@ -83,7 +92,11 @@ void qcow2_drop_empty_tables_locked(BDRVQcow2State *s)
     }
     g_hash_table_iter_init(&iter, s->cleared);
     while (g_hash_table_iter_next(&iter, &key, NULL)) {
-        drop_if_empty_locked(s, GPOINTER_TO_SIZE(key) - 1);
+        if (drop_if_empty_locked(s, GPOINTER_TO_SIZE(key) - 1)) {
+            g_hash_table_iter_remove(&iter);
+        }
     }
-    g_clear_pointer(&s->cleared, g_hash_table_destroy);
+    if (g_hash_table_size(s->cleared) == 0) {
+        g_clear_pointer(&s->cleared, g_hash_table_destroy);
+    }
 }

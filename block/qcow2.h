@@ -381,6 +381,8 @@ G_DEFINE_AUTOPTR_CLEANUP_FUNC(Qcow2Table, qcow2_cache_put)
 void qcow2_cache_poison(Qcow2Cache *cache, uint64_t offset, uint64_t bytes);
 /* A poisoned table's content is stale: start again from L1. */
 bool qcow2_table_poisoned(const Qcow2Table *t);
+/* Has somebody else it pinned, too? */
+bool qcow2_table_shared(const Qcow2Table *t);
 uint64_t qcow2_table_offset(const Qcow2Table *t);
 /* Copies bytes out of / into the table, atomically against each other. store marks the sectors dirty;
  * the caller holds the lock that owns the kind (metadata lock for L2, alloc lock for refcount blocks). */

@@ -826,6 +826,28 @@ static void test_map(void)
     blk_unref(blk);
 }
 
+/* A queue's thread must not wait for a new table: a flush leaves it the one it is about to use. */
+static void test_map_keeps_table(void)
+{
+    BdrvMapping m;
+    image_create("image", "size=1M");
+    BlockBackend *blk = image_open_rw("image");
+    image_write(blk, 0, 2 * C, 1);
+    g_assert_cmpint(blk_flush(blk), ==, 0);
+    uint64_t l1 = qcow2_l1_get(image_state(blk), 0);
+    bdrv_graph_rdlock();
+    g_assert_cmpint(map(blk, BDRV_MAP_WRITE, 8 * C, C, &m), ==, 0);
+    g_assert_cmpint(bdrv_pdiscard(blk_root(blk), 0, 2 * C), ==, 0);
+    g_assert_cmpint(bdrv_flush(blk_bs(blk)), ==, 0);
+    g_assert_cmphex(qcow2_l1_get(image_state(blk), 0), ==, l1);
+    g_assert_cmpint(bdrv_map_done(NULL, &m, -EIO), ==, -EIO);
+    g_assert_cmpint(bdrv_flush(blk_bs(blk)), ==, 0);
+    g_assert_cmphex(qcow2_l1_get(image_state(blk), 0), ==, 0); /* the next one does not */
+    bdrv_graph_rdunlock();
+    blk_unref(blk);
+    image_check("image");
+}
+
 /* --- external data file --- */
 
 static void test_data_file(bool raw)
@@ -905,6 +927,7 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-requests/corrupt-l1", test_corrupt_l1);
     g_test_add_func("/qcow2-requests/vmstate", test_vmstate);
     g_test_add_func("/qcow2-requests/map", test_map);
+    g_test_add_func("/qcow2-requests/map-keeps-table", test_map_keeps_table);
     g_test_add_func("/qcow2-requests/data-file", test_data_file_plain);
     g_test_add_func("/qcow2-requests/data-file-raw", test_data_file_raw);
     int ret = g_test_run();
