@@ -9,8 +9,8 @@
 #include "block/driver.h"
 
 static const BlockDriver *const builtin[] = {
-    &bdrv_file, &bdrv_host_device, &bdrv_blkdebug, &bdrv_null_co, &bdrv_null_aio, &bdrv_qcow2,
-    &bdrv_qed, &bdrv_raw,
+    &bdrv_file, &bdrv_host_device, &bdrv_blkdebug, &bdrv_null_co, &bdrv_null_aio, &bdrv_scratch,
+    &bdrv_qcow2, &bdrv_qed, &bdrv_raw,
 };
 
 static void register_all(void)

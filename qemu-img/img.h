@@ -3,7 +3,7 @@
  *
  *   main.c      finds the verb                    args.c      the one option parser
  *   common.c    opening, messages, exit codes     progress.c  -p, SIGUSR1, SIGINT
- *   sandbox.c   --sandbox
+ *   sandbox.c   --sandbox                         partitions.c  tables of a disk (partitions.h)
  *   VERB.c      one file per verb                 create-options.c  -o of create and convert
  *
  * SPDX-License-Identifier: MIT
@@ -150,6 +150,16 @@ bool img_load_snapshot(BlockDriverState *bs, const char *text);
 bool img_check_objects(const GPtrArray *objects);
 /* A size in @text, which is the @what ("image size"); false: said as users know it. */
 bool img_parse_size(const char *what, const char *text, uint64_t *ret);
+
+/* ---- resize-dry-run.c ---- */
+
+typedef struct ImgDryRun {
+    int64_t size; /* that the guest's disk is to get */
+    bool json, quiet, progress;
+} ImgDryRun;
+/* resize --dry-run of an image that is open read-only: tells what would be lost. The exit status:
+ * 0 nothing, 1 failed (said), 2 something. */
+int img_resize_dry_run(BlockBackend *blk, const ImgDryRun *how);
 
 /* ---- progress.c ---- */
 

@@ -2,7 +2,8 @@
  * qemu-img resize: grow or shrink an image.
  *
  * Shrinking throws data away, so it wants --shrink said; the rest is qcow2_truncate's (or the
- * driver's) work.  The size may be given as N, +N or -N; options may stand anywhere.
+ * driver's) work.  The size may be given as N, +N or -N; options may stand anywhere.  With --dry-run
+ * the image is opened read-only, and told is what would be lost (resize-dry-run.c).
  *
  * SPDX-License-Identifier: MIT
  */
@@ -12,8 +13,8 @@
 #include "util/checked.h"
 
 typedef struct ResizeArgs {
-    const char *format, *preallocation;
-    bool image_opts, shrink, quiet;
+    const char *format, *preallocation, *output;
+    bool image_opts, shrink, quiet, dry_run, progress, json;
     GPtrArray *objects;
 } ResizeArgs;
 
@@ -24,6 +25,11 @@ static const ImgOption resize_options[] = {
      "how the new space is allocated: off, metadata, falloc, full"},
     {IMG_FLAG, 0, "shrink", offsetof(ResizeArgs, shrink), NULL,
      "allow the image to become smaller; data beyond the new end is lost"},
+    {IMG_FLAG, 0, "dry-run", offsetof(ResizeArgs, dry_run), NULL,
+     "write nothing, tell what would be lost; exit status 2 if something would"},
+    {IMG_STRING, 0, "output", offsetof(ResizeArgs, output), "FORMAT",
+     "of --dry-run: human or json"},
+    {IMG_FLAG, 'p', "progress", offsetof(ResizeArgs, progress), NULL, "show progress"},
     {IMG_FLAG, 'q', "quiet", offsetof(ResizeArgs, quiet), NULL, "print errors only"},
     {IMG_LIST, 0, "object", offsetof(ResizeArgs, objects), "OBJDEF", "object definition"},
     {IMG_END},
@@ -85,11 +91,21 @@ static bool may_shrink(const ResizeArgs *args)
     return false;
 }
 
+static int change_size(BlockBackend *blk, int64_t size, const ResizeArgs *args,
+                       PreallocMode prealloc)
+{
+    GError *err = NULL;
+
+    if (!blk_truncate(blk, size, true, prealloc, true, &err)) {
+        return img_report(err, 1);
+    }
+    return 0;
+}
+
 static int resize_blk(BlockBackend *blk, const char *size_text, const ResizeArgs *args,
                       PreallocMode prealloc)
 {
     int64_t current = blk_getlength(blk), size;
-    GError *err = NULL;
 
     if (current < 0) {
         img_error("Failed to get image length: %s", g_strerror((int)-current));
@@ -105,16 +121,18 @@ static int resize_blk(BlockBackend *blk, const char *size_text, const ResizeArgs
     if (size < current && !may_shrink(args)) {
         return 1;
     }
-    if (!blk_truncate(blk, size, true, prealloc, true, &err)) {
-        return img_report(err, 1);
+    if (args->dry_run) {
+        ImgDryRun how = {.size = size, .json = args->json, .quiet = args->quiet,
+                         .progress = args->progress && !args->quiet};
+        return img_resize_dry_run(blk, &how);
     }
-    return 0;
+    return change_size(blk, size, args, prealloc);
 }
 
 static int open_and_resize(const char *file, const char *size_text, const ResizeArgs *args)
 {
     ImgOpen how = {.format = args->format, .image_opts = args->image_opts,
-                   .flags = BDRV_O_RDWR | BDRV_O_RESIZE | BDRV_O_NO_IO};
+                   .flags = args->dry_run ? 0 : BDRV_O_RDWR | BDRV_O_RESIZE | BDRV_O_NO_IO};
     PreallocMode prealloc;
     BlockBackend *blk;
     int status;
@@ -128,10 +146,21 @@ static int open_and_resize(const char *file, const char *size_text, const Resize
     }
     status = resize_blk(blk, size_text, args, prealloc);
     status = img_close(blk, status);
-    if (!status && !args->quiet) {
+    if (!status && !args->quiet && !args->dry_run) {
         printf("Image resized.\n");
     }
     return status;
+}
+
+/* False: said. */
+static bool check_usage(ResizeArgs *args)
+{
+    if (args->output && !args->dry_run) {
+        img_usage_error("resize", "--output is for --dry-run");
+        return false;
+    }
+    return img_parse_output("resize", args->output, &args->json) &&
+           img_check_open_args(args->format, args->image_opts) && img_check_objects(args->objects);
 }
 
 int img_resize(int argc, char **argv)
@@ -147,8 +176,7 @@ int img_resize(int argc, char **argv)
     if (operands->len != 2) {
         return img_usage_error("resize", "Expecting image file name and size");
     }
-    if (!img_check_open_args(args.format, args.image_opts) ||
-        !img_check_objects(objects)) {
+    if (!check_usage(&args)) {
         return 1;
     }
     return open_and_resize(operands->pdata[0], operands->pdata[1], &args);

@@ -192,6 +192,17 @@ bool bdrv_change_backing_file(BlockDriverState *bs, const char *backing_file,
                               const char *backing_fmt, GError **errp);
 /* Switches the open graph: @backing (may be NULL) becomes the backing child. Drains @bs. */
 bool bdrv_set_backing(BlockDriverState *bs, BlockDriverState *backing, GError **errp);
+/* How long the file of an image is, and would be; -1: not known. An external data file is another one. */
+typedef struct BdrvFileLengths {
+    int64_t now, then;
+} BdrvFileLengths;
+/*
+ * What a shrink of @bs to @length would do, tried in memory: it fails as the shrink would fail.  No
+ * length is known of what is no format; nor is the future one where the image lies on a device, or
+ * where @length is not shorter.  @bs is read-only and is only read; nobody else may write to it
+ * meanwhile.  Not under the graph lock.
+ */
+bool bdrv_try_shrink(BlockDriverState *bs, int64_t length, BdrvFileLengths *ret, GError **errp);
 /* Drops all guest data of an overlay so that it reads as its backing file. */
 bool bdrv_make_empty(BlockDriverState *bs, GError **errp);
 /* True when compressed writes are possible. */

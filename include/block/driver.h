@@ -320,6 +320,6 @@ void bdrv_register(const BlockDriver *drv);
 
 /* Built-in drivers. */
 extern const BlockDriver bdrv_file, bdrv_host_device, bdrv_null_co, bdrv_null_aio, bdrv_raw,
-    bdrv_blkdebug, bdrv_qcow2, bdrv_qed;
+    bdrv_blkdebug, bdrv_scratch, bdrv_qcow2, bdrv_qed;
 
 #endif
