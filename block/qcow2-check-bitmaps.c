@@ -295,6 +295,9 @@ void qcow2_check_bitmaps(Qcow2Check *c)
         ext->length != QCOW2_BITMAP_EXT_LENGTH) {
         return;
     }
+    if (!qcow2_bitmaps_settled(c->s)) {
+        not_followed(c); /* tables in memory refer to more */
+    }
     check_directory(c, qb_ldbe64(ext->data + QCOW2_BITMAP_EXT_DIR_OFFSET),
                     qb_ldbe64(ext->data + QCOW2_BITMAP_EXT_DIR_BYTES),
                     qb_ldbe32(ext->data + EXT_NB));

@@ -487,10 +487,9 @@ static void move_to_front(Blob *b)
 /* Empty, as small as can be; false: not possible in this way, nothing was changed. */
 static bool switch_to_smallest(BlockDriverState *bs)
 {
-    BDRVQcow2State *s = qcow2_state(bs);
-    uint64_t used_end = atomic_load(&s->file_end);
-    bool known = !has_unknown_owners(s) && qcow2_bitmaps_settled(s);
-    g_autoptr(Qcow2RefMap) kept = known ? qcow2_check_count_kept(bs) : NULL;
+    uint64_t used_end = atomic_load(&qcow2_state(bs)->file_end);
+    g_autoptr(Qcow2RefMap) kept = has_unknown_owners(qcow2_state(bs)) ? NULL
+                                                                     : qcow2_check_count_kept(bs);
     BLOB_AUTO b;
     blob_init(&b, bs, kept);
     if (!kept || take_blob(&b) < 0) {
