@@ -29,7 +29,8 @@ static const ImgOption resize_options[] = {
      "write nothing, tell what would be lost; exit status 2 if something would"},
     {IMG_STRING, 0, "output", offsetof(ResizeArgs, output), "FORMAT",
      "of --dry-run: human or json"},
-    {IMG_FLAG, 'p', "progress", offsetof(ResizeArgs, progress), NULL, "show progress"},
+    {IMG_FLAG, 'p', "progress", offsetof(ResizeArgs, progress), NULL,
+     "show progress of --dry-run"},
     {IMG_FLAG, 'q', "quiet", offsetof(ResizeArgs, quiet), NULL, "print errors only"},
     {IMG_LIST, 0, "object", offsetof(ResizeArgs, objects), "OBJDEF", "object definition"},
     {IMG_END},
@@ -155,8 +156,8 @@ static int open_and_resize(const char *file, const char *size_text, const Resize
 /* False: said. */
 static bool check_usage(ResizeArgs *args)
 {
-    if (args->output && !args->dry_run) {
-        img_usage_error("resize", "--output is for --dry-run");
+    if (!args->dry_run && (args->output || args->progress)) {
+        img_usage_error("resize", "%s is for --dry-run", args->output ? "--output" : "-p");
         return false;
     }
     return img_parse_output("resize", args->output, &args->json) &&
