@@ -161,7 +161,7 @@ static bool check_usage(ResizeArgs *args)
         return false;
     }
     return img_parse_output("resize", args->output, &args->json) &&
-           img_check_open_args(args->format, args->image_opts) && img_check_objects(args->objects);
+           img_check_open_args(args->format, args->image_opts);
 }
 
 int img_resize(int argc, char **argv)
@@ -177,7 +177,7 @@ int img_resize(int argc, char **argv)
     if (operands->len != 2) {
         return img_usage_error("resize", "Expecting image file name and size");
     }
-    if (!check_usage(&args)) {
+    if (!check_usage(&args) || !img_check_objects(objects)) {
         return 1;
     }
     return open_and_resize(operands->pdata[0], operands->pdata[1], &args);
