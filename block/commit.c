@@ -3,11 +3,13 @@
  *
  *      top --> a --> b --> base          (each arrow: backed by)
  *      \_________________/
- *        allocated here?  --batch of extents--> read from top --> written to base
+ *        allocated here?  --batch of extents--> worker: copied from top to base, one by one
+ *                         --batch of extents--> worker: ...
  *
  * Only what is allocated above the base is visited; ranges that read as zeroes become zeroes in the
- * base without being read, and nothing at all where the base reads as zeroes already.  A batch is
- * read at depth, then written at depth.
+ * base without being read, and nothing at all where the base reads as zeroes already.  Workers take
+ * batches in guest order and copy them at the same time: one reads while another writes.  An extent is
+ * copied by the kernel where both files and formats let it (bdrv_copy_range), else through memory.
  *
  * Invariants
  * 1. The base's content never becomes something that neither base nor top showed: a range is
@@ -15,6 +17,8 @@
  * 2. The base is flushed before success is reported; whoever empties or deletes the overlay
  *    afterwards relies on it.
  * 3. The base goes back to read-only whether the commit succeeds or fails.
+ *
+ * 4. After the first error, or a cancellation, no new batch is handed out; that error is the one told.
  *
  * Deliberately not done here: emptying the overlay, changing the graph.
  *
@@ -29,8 +33,9 @@
 #include "util/thread.h"
 
 #define BATCH_EXTENTS 64
-#define BATCH_BYTES (16 * 1024 * 1024)
+#define BATCH_BYTES (4 * 1024 * 1024)
 #define PIECE_BYTES (1024 * 1024)
+#define WORKERS 8 /* so many transfers are under way; more cost more than a cold disk gains */
 #define LOOK_BYTES (INT64_C(1) << 30) /* an answer is asked for again where a batch ended in it */
 #define BATCH_SPAN (INT64_C(256) << 30) /* looked at in one entry of the graph */
 #define NAP_NS 50000000
@@ -38,16 +43,23 @@
 typedef struct Commit {
     const CommitOptions *opts;
     BlockBackend *from, *to;
-    int64_t size;     /* of top */
-    uint8_t *buf;     /* BATCH_BYTES */
+    int64_t size; /* of top */
+    QbMutex lock;
+    int64_t next;  /* where the next batch begins; guarded by lock, as are all below */
+    GError *error; /* the first */
     BlockRateLimit limit;
 } Commit;
 
+typedef struct Extent {
+    int64_t offset, bytes;
+    bool zero;
+} Extent;
+
 typedef struct CommitBatch {
-    BdrvBatchOp ops[BATCH_EXTENTS];
+    Extent ext[BATCH_EXTENTS];
     unsigned n;
-    size_t used; /* of the buffer */
-    int64_t next; /* where the next batch begins */
+    int64_t data; /* bytes to copy */
+    int64_t from, next; /* where it and the one behind it begin */
 } CommitBatch;
 
 /* Sleeps in naps, between which a cancellation is seen. */
@@ -73,25 +85,13 @@ void block_rate_limit_wait(BlockRateLimit *limit, uint64_t bytes, QbProgress *p)
 
 /* ---- collecting a batch ---- */
 
-static void add_zero(CommitBatch *b, int64_t offset, int64_t bytes)
-{
-    b->ops[b->n++] = (BdrvBatchOp){.kind = BDRV_BATCH_ZERO, .offset = offset, .bytes = bytes,
-                                   .flags = BDRV_REQ_MAY_UNMAP};
-}
-
 /* As much of the extent as fits; returns how much that was. */
-static int64_t add_data(Commit *c, CommitBatch *b, int64_t offset, int64_t bytes)
+static int64_t add_data(CommitBatch *b, int64_t offset, int64_t bytes)
 {
-    int64_t done = 0;
-
-    while (done < bytes && b->n < BATCH_EXTENTS && b->used < BATCH_BYTES) {
-        int64_t n = MIN(MIN(bytes - done, PIECE_BYTES), (int64_t)(BATCH_BYTES - b->used));
-        b->ops[b->n++] = (BdrvBatchOp){.kind = BDRV_BATCH_READ, .offset = offset + done, .bytes = n,
-                                       .buf = c->buf + b->used};
-        b->used += (size_t)n;
-        done += n;
-    }
-    return done;
+    bytes = MIN(bytes, BATCH_BYTES - b->data);
+    b->ext[b->n++] = (Extent){.offset = offset, .bytes = bytes};
+    b->data += bytes;
+    return bytes;
 }
 
 /* Zeroes go where the base does not read as zeroes already: a sparse base stays sparse. Returns the
@@ -106,7 +106,7 @@ static int64_t add_zero_extent(Commit *c, CommitBatch *b, int64_t offset, int64_
     }
     bytes = MIN(bytes, st.bytes);
     if (!(st.flags & BDRV_BLOCK_ZERO)) {
-        add_zero(b, offset, bytes);
+        b->ext[b->n++] = (Extent){.offset = offset, .bytes = bytes, .zero = true};
     }
     return bytes;
 }
@@ -126,17 +126,16 @@ static int64_t add_next(Commit *c, CommitBatch *b)
         return st.bytes;
     }
     return st.flags & BDRV_BLOCK_ZERO ? add_zero_extent(c, b, b->next, st.bytes)
-                                      : add_data(c, b, b->next, st.bytes);
+                                      : add_data(b, b->next, st.bytes);
 }
 
-/* Fills @b from b->next on. One entry of the graph. */
-static int collect_batch(Commit *c, CommitBatch *b)
+/* Fills @b from c->next on. One entry of the graph. */
+static int collect_locked(Commit *c, CommitBatch *b)
 {
     BDRV_GRAPH_GUARD();
-    int64_t end = MIN(c->size, b->next + BATCH_SPAN);
-    b->n = 0;
-    b->used = 0;
-    while (b->next < end && b->n < BATCH_EXTENTS && b->used < BATCH_BYTES) {
+    int64_t end = MIN(c->size, c->next + BATCH_SPAN);
+    *b = (CommitBatch){.from = c->next, .next = c->next};
+    while (b->next < end && b->n < BATCH_EXTENTS && b->data < BATCH_BYTES) {
         int64_t step = add_next(c, b);
         if (step < 0) {
             return (int)step;
@@ -146,69 +145,129 @@ static int collect_batch(Commit *c, CommitBatch *b)
     return 0;
 }
 
+/* The first line is the text of the errno alone, which scripts look at; the rest says where. */
+static GError *copy_error(int ret, const char *doing, BlockDriverState *bs, int64_t offset)
+{
+    GError *err = NULL;
+
+    qb_error_set(&err, -ret, "%s", g_strerror(-ret));
+    qb_error_add_hint(&err, "%s '%s' at offset %" PRId64 " or behind it failed.", doing,
+                      bdrv_filename(bs), offset);
+    return err;
+}
+
+static bool fill_batch_locked(Commit *c, CommitBatch *b)
+{
+    if (qb_progress_cancelled(c->opts->progress)) {
+        qb_error_set(&c->error, ECANCELED, "Commit stopped at offset %" PRId64 " of %" PRId64
+                     "; run it again to complete it", c->next, c->size);
+        return false;
+    }
+    int ret = collect_locked(c, b);
+    if (ret < 0) {
+        c->error = copy_error(ret, "Looking for data in", c->opts->top, b->next);
+        return false;
+    }
+    c->next = b->next;
+    block_rate_limit_wait(&c->limit, (uint64_t)b->data, c->opts->progress);
+    return true;
+}
+
+/* False: none is left, or the commit has failed. */
+static bool take_batch(Commit *c, CommitBatch *b)
+{
+    QB_GUARD(&c->lock);
+    return !c->error && c->next < c->size && fill_batch_locked(c, b);
+}
+
 /* ---- copying a batch ---- */
 
-static size_t pick_reads(const CommitBatch *b, BdrvBatchOp *out)
+/* Through memory, piece by piece; says which side failed. */
+static GError *copy_by_hand(Commit *c, const Extent *e)
 {
-    size_t n = 0;
+    QB_AUTO_FREE uint8_t *buf = bdrv_try_blockalign(c->opts->base, PIECE_BYTES);
+    int64_t n;
 
-    for (unsigned i = 0; i < b->n; i++) {
-        if (b->ops[i].kind == BDRV_BATCH_READ) {
-            out[n++] = b->ops[i];
+    if (!buf) {
+        return copy_error(-ENOMEM, "Reading", c->opts->top, e->offset);
+    }
+    for (int64_t done = 0; done < e->bytes; done += n) {
+        n = MIN(e->bytes - done, PIECE_BYTES);
+        int ret = blk_pread(c->from, e->offset + done, n, buf, 0);
+        if (ret < 0) {
+            return copy_error(ret, "Reading", c->opts->top, e->offset);
+        }
+        ret = blk_pwrite(c->to, e->offset + done, n, buf, 0);
+        if (ret < 0) {
+            return copy_error(ret, "Writing", c->opts->base, e->offset);
         }
     }
-    return n;
+    return NULL;
 }
 
-/* The first line is the text of the errno alone, which scripts look at; the rest says where. */
-static bool copy_error(int ret, const char *doing, BlockDriverState *bs, int64_t offset,
-                       GError **errp)
+/* An error of a copy does not say whose it is: what fails is done once more by hand. */
+static GError *copy_extent(Commit *c, const Extent *e)
 {
-    qb_error_set(errp, -ret, "%s", g_strerror(-ret));
-    qb_error_add_hint(errp, "%s '%s' at offset %" PRId64 " or behind it failed.", doing,
-                      bdrv_filename(bs), offset);
-    return false;
-}
-
-static bool copy_batch(Commit *c, CommitBatch *b, int64_t from, GError **errp)
-{
-    BdrvBatchOp reads[BATCH_EXTENTS];
-    size_t n = pick_reads(b, reads);
-    int ret = n ? blk_run_batch(c->from, reads, n) : 0;
-
-    if (ret < 0) {
-        return copy_error(ret, "Reading", c->opts->top, from, errp);
+    if (e->zero) {
+        int ret = blk_pwrite_zeroes(c->to, e->offset, e->bytes, BDRV_REQ_MAY_UNMAP);
+        return ret < 0 ? copy_error(ret, "Writing", c->opts->base, e->offset) : NULL;
     }
-    for (unsigned i = 0; i < b->n; i++) {
-        if (b->ops[i].kind == BDRV_BATCH_READ) {
-            b->ops[i].kind = BDRV_BATCH_WRITE;
+    bool ok = blk_copy_range(c->from, e->offset, c->to, e->offset, e->bytes) >= 0;
+    return ok ? NULL : copy_by_hand(c, e);
+}
+
+static GError *copy_batch(Commit *c, const CommitBatch *b)
+{
+    GError *err = NULL;
+
+    for (unsigned i = 0; i < b->n && !err; i++) {
+        err = copy_extent(c, &b->ext[i]);
+    }
+    return err;
+}
+
+static void report_error(Commit *c, GError *err)
+{
+    QB_GUARD(&c->lock);
+    if (c->error) {
+        g_error_free(err);
+    } else {
+        c->error = err;
+    }
+}
+
+static void *worker_main(void *opaque)
+{
+    Commit *c = opaque;
+    CommitBatch b;
+
+    while (take_batch(c, &b)) {
+        GError *err = copy_batch(c, &b);
+        if (err) {
+            report_error(c, err);
+        } else {
+            qb_progress_add(c->opts->progress, (uint64_t)(b.next - b.from));
         }
     }
-    ret = b->n ? blk_run_batch(c->to, b->ops, b->n) : 0;
-    return ret >= 0 || copy_error(ret, "Writing", c->opts->base, from, errp);
+    return NULL;
 }
 
+/* A limited rate is kept by one worker alone. */
 static bool copy_all(Commit *c, GError **errp)
 {
-    CommitBatch b = {.next = 0};
+    pthread_t threads[WORKERS - 1];
+    unsigned started = 0, wanted = c->limit.speed ? 0 : WORKERS - 1;
 
-    while (b.next < c->size) {
-        int64_t from = b.next;
-        int ret;
-        if (qb_progress_cancelled(c->opts->progress)) {
-            qb_error_set(errp, ECANCELED, "Commit stopped at offset %" PRId64 " of %" PRId64
-                         "; run it again to complete it", from, c->size);
-            return false;
-        }
-        ret = collect_batch(c, &b);
-        if (ret < 0) {
-            return copy_error(ret, "Looking for data in", c->opts->top, from, errp);
-        }
-        block_rate_limit_wait(&c->limit, b.used, c->opts->progress);
-        if (!copy_batch(c, &b, from, errp)) {
-            return false;
-        }
-        qb_progress_add(c->opts->progress, (uint64_t)(b.next - from));
+    while (started < wanted && qb_thread_start(&threads[started], "commit", worker_main, c)) {
+        started++;
+    }
+    worker_main(c);
+    while (started > 0) {
+        pthread_join(threads[--started], NULL);
+    }
+    if (c->error) {
+        g_propagate_error(errp, g_steal_pointer(&c->error));
+        return false;
     }
     return true;
 }
@@ -270,17 +329,13 @@ bool commit_run(const CommitOptions *opts, GError **errp)
         qb_error_set_errno(errp, (int)-c.size, "Failed to get the size of the image");
         return false;
     }
-    c.buf = bdrv_try_blockalign(opts->base, BATCH_BYTES);
-    if (!c.buf) {
-        qb_error_set(errp, ENOMEM, "Not enough memory for a buffer of %d bytes", BATCH_BYTES);
-        return false;
-    }
+    qb_mutex_init(&c.lock);
     qb_progress_grow(opts->progress, (uint64_t)c.size);
     ok = (!was_read_only || bdrv_reopen_set_read_only(opts->base, false, errp)) &&
          commit_with_backends(&c, errp);
     if (was_read_only && !bdrv_is_read_only(opts->base)) {
         ok &= bdrv_reopen_set_read_only(opts->base, true, ok ? errp : NULL);
     }
-    free(c.buf);
+    qb_mutex_destroy(&c.lock);
     return ok;
 }
