@@ -8,8 +8,8 @@
  *
  * Only what is allocated above the base is visited; ranges that read as zeroes become zeroes in the
  * base without being read, and nothing at all where the base reads as zeroes already.  Workers take
- * batches in guest order and copy them at the same time: one reads while another writes.  An extent is
- * copied by the kernel where both files and formats let it (bdrv_copy_range), else through memory.
+ * batches in guest order and copy them at the same time: one reads while another writes.  The kernel
+ * copies where both files and formats let it (bdrv_copy_range), else data go through memory.
  *
  * Invariants
  * 1. The base's content never becomes something that neither base nor top showed: a range is
@@ -17,8 +17,7 @@
  * 2. The base is flushed before success is reported; whoever empties or deletes the overlay
  *    afterwards relies on it.
  * 3. The base goes back to read-only whether the commit succeeds or fails.
- *
- * 4. After the first error, or a cancellation, no new batch is handed out; that error is the one told.
+ * 4. After the first error, or a cancellation, no new batch is handed out; that error is told.
  *
  * Deliberately not done here: emptying the overlay, changing the graph.
  *
@@ -35,7 +34,7 @@
 #define BATCH_EXTENTS 64
 #define BATCH_BYTES (4 * 1024 * 1024)
 #define PIECE_BYTES (1024 * 1024)
-#define WORKERS 8 /* so many transfers are under way; more cost more than a cold disk gains */
+#define WORKERS 4 /* transfers under way; more of them wait for each other at the base's file */
 #define LOOK_BYTES (INT64_C(1) << 30) /* an answer is asked for again where a batch ended in it */
 #define BATCH_SPAN (INT64_C(256) << 30) /* looked at in one entry of the graph */
 #define NAP_NS 50000000

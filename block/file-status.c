@@ -12,6 +12,9 @@
  * Of a hole only its end is remembered, where data begins: so a walk over a sparse file asks twice for
  * each hole and the data behind it.
  *
+ * Where nothing is known the search begins up to LOOK_BACK before the place: who asks in random
+ * order would find a longer part of the same extent each time, at the cost of all of it.
+ *
  * Only data is remembered, never holes.  "Data" that another process has punched meanwhile is still
  * a true answer, if not the best one; a "hole" that another process has filled would lose its data.
  *
@@ -35,6 +38,9 @@
 #include <fcntl.h>
 #include <string.h>
 #include <unistd.h>
+
+#define LOOK_BACK (16 * 1024 * 1024)
+#define LOOK_BACK_EXTENTS 16
 
 /* --- the cache --- */
 
@@ -76,6 +82,7 @@ static unsigned begun_before(const FileDataCache *c, int64_t offset)
 typedef struct Known {
     int64_t end;      /* data up to there; 0: not known */
     bool begins;      /* data begins there */
+    int64_t before;   /* where the last known data before it ends */
     uint64_t changes; /* for cache_store() */
 } Known;
 
@@ -86,6 +93,7 @@ static Known cache_find(FileDataCache *c, int64_t offset)
     return (Known){
         .end = i > 0 && offset < c->list[i - 1].end ? c->list[i - 1].end : 0,
         .begins = offset == c->begins,
+        .before = i > 0 ? c->list[i - 1].end : 0,
         .changes = c->changes,
     };
 }
@@ -155,19 +163,37 @@ static FileExtent find_extent(int fd, int64_t offset, bool is_data)
     return (FileExtent){.end = hole, .data = true};
 }
 
+static void remember(FileDataCache *c, int64_t start, FileExtent e, uint64_t changes)
+{
+    if (e.end != INT64_MAX && e.data) {
+        cache_store(c, start, e.end, changes);
+    } else if (e.end != INT64_MAX) {
+        cache_store_begin(c, e.end, changes);
+    }
+}
+
+/* The extent with @offset, of which nothing is known, found from somewhat before it. */
+static FileExtent find_from_before(BDRVFileState *s, int64_t offset, const Known *known)
+{
+    int64_t pos = known->begins ? offset : MAX(known->before, offset - LOOK_BACK);
+    for (int i = 0; i < LOOK_BACK_EXTENTS && pos < offset; i++) {
+        FileExtent e = find_extent(s->fd, pos, false);
+        remember(&s->data, pos, e, known->changes);
+        if (e.end > offset) {
+            return e;
+        }
+        pos = e.end;
+    }
+    FileExtent e = find_extent(s->fd, offset, known->begins);
+    remember(&s->data, offset, e, known->changes);
+    return e;
+}
+
 static FileExtent look_up(BDRVFileState *s, int64_t offset)
 {
     Known known = cache_find(&s->data, offset);
-    if (known.end) {
-        return (FileExtent){.end = known.end, .data = true};
-    }
-    FileExtent e = find_extent(s->fd, offset, known.begins);
-    if (e.end != INT64_MAX && e.data) {
-        cache_store(&s->data, offset, e.end, known.changes);
-    } else if (e.end != INT64_MAX) {
-        cache_store_begin(&s->data, e.end, known.changes);
-    }
-    return e;
+    return known.end ? (FileExtent){.end = known.end, .data = true}
+                     : find_from_before(s, offset, &known);
 }
 
 /* Cuts the extent to the request and to whole units; a unit that is partly data is data. */

@@ -512,7 +512,7 @@ static void test_status_after_changes(TestDir *t, gconstpointer root)
     node_close(bs);
 }
 
-/* What is asked for from back to front becomes one remembered extent. */
+/* What is asked for from back to front is one remembered extent, which may begin earlier. */
 static void test_status_backwards(TestDir *t, gconstpointer root)
 {
     make_file(t->file, 8 * MIB, 1);
@@ -521,7 +521,7 @@ static void test_status_backwards(TestDir *t, gconstpointer root)
     for (int64_t at = 7 * MIB; at >= 0; at -= MIB) {
         expect_status(bs, at, MIB, BDRV_BLOCK_DATA, MIB);
         g_assert_cmpuint(c->n, ==, 1);
-        g_assert_cmpint(c->list[0].start, ==, at);
+        g_assert_cmpint(c->list[0].start, <=, at);
         g_assert_cmpint(c->list[0].end, ==, 8 * MIB);
     }
     node_close(bs);
