@@ -1,29 +1,39 @@
 /*
- * Tables in memory: L2 tables and refcount blocks, whole clusters, big-endian as on disk.
+ * Tables in memory: L2 tables and refcount blocks, big-endian as on disk, found by host offset.
  *
- *      offset --hash--> shard --hash table--> Qcow2Table {data, dirty sectors, pins, state}
- *                         |-- dirty list   (never dropped before they are written)
- *                         `-- LRU list     (clean, unpinned: may be dropped)
+ *      offset --hash--> shard --hash table--> Qcow2Table {dirty sectors, pins, parts}
+ *                         |-- dirty list         |
+ *                         |      [ part | NULL | part | part | NULL ... ]  what is in memory of it
+ *                         `-- LRU list per kind --'
  *
- * States of a table:   LOADING --read ok--> READY --poison--> (out of the hash, gone at last put)
- *                         `--read failed--> FAILED (out of the hash)
+ * A part is what is loaded, counted and dropped: a refcount block as a whole, an L2 table whole or
+ * in slices (l2-cache-entry-size; never less than a sector of the file).  Tables keep the size of
+ * parts that they were entered with.
+ *
+ * Where a part is:   loading (in no list) --> held by its table, while that is pinned
+ *                    held --last put--> LRU list --used--> held
+ *                    held --store--> dirty list of its table --collect--> held
  *
  * Invariants
- * 1. A table is found by its offset at most once.  Poisoned and failed ones are not found at all.
- * 2. Dirty tables are in the dirty list and have a bit per dirty sector; only qcow2-flush.c makes
- *    them clean, by collecting copies.
+ * 1. A table is found by its offset at most once.  Poisoned ones are not found at all, and poison
+ *    takes the table with all its parts: none can be left behind.
+ * 2. Dirty tables are in the dirty list and have a bit per dirty sector; parts with such sectors
+ *    are in memory.  Only qcow2-flush.c makes them clean, by collecting copies.
  * 3. "unlinked" says that no stable pointer names the table: the flush writes it before the pointer
  *    (invariant 0 of the driver).  Collecting clears it; only a flush that failed before its first
  *    barrier sets it again.
  * 4. Nobody waits for an entry while holding one: a get() never waits for space, the cache grows
- *    and is trimmed when tables are put back.
+ *    and is trimmed when parts are loaded; and nobody waits for another's load with one of his own
+ *    under way.  Two threads may hold different parts of a table.
  * 5. load() and store() of bytes are atomic against one another: both hold the shard's lock.
+ * 6. A part that was asked for, stored to or collected under a pin stays until the last pin of its
+ *    table goes; others may be dropped under it.
  *
- * The limit counts table bytes of one image; beside it a process-wide limit (an eighth of the
- * memory, at most 1 GiB) makes every cache trim when all together are over it.
+ * Each kind has a limit for the bytes of its parts in one image; beside it a process-wide limit (an
+ * eighth of the memory, at most 1 GiB) makes every cache trim when all together are over it.
  *
- * Deliberately not done: slices smaller than a table; writing back single tables (the order of
- * writes is the flusher's business).
+ * Deliberately not done: writing back single tables (the order of writes is the flusher's
+ * business).
  *
  * SPDX-License-Identifier: MIT
  */
@@ -39,14 +49,25 @@
 #define MAX_PROCESS_BYTES (UINT64_C(1) << 30)
 #define SHORT_LIFE_NS UINT64_C(1000000000)
 
-typedef enum TableState { TABLE_LOADING, TABLE_READY, TABLE_FAILED } TableState;
+typedef struct Part Part;
 
 typedef struct Shard {
     QbMutex lock;
     QbCond loaded;
     GHashTable *tables; /* &offset -> Qcow2Table */
-    GQueue dirty, lru;  /* of Qcow2Table, by their links */
+    GQueue dirty;       /* of Qcow2Table, by dirty_link */
+    GQueue lru[QCOW2_NB_TABLE_KINDS]; /* of Part, by link */
 } Shard;
+
+struct Part {
+    Qcow2Table *table;
+    unsigned index;
+    uint8_t *data;    /* readers of refcount blocks look at it under the alloc lock instead */
+    bool loading;     /* data belongs to the thread that loads it */
+    GQueue *list;     /* the shard's LRU, the table's held or dirty ones; NULL while loading */
+    GList link;
+    unsigned left_at; /* the cache's tick when it came into the LRU list */
+};
 
 struct Qcow2Table {
     /* constant */
@@ -54,24 +75,27 @@ struct Qcow2Table {
     Shard *shard;
     uint64_t offset;
     Qcow2TableKind kind;
+    size_t part_bytes;
+    unsigned nb_parts;
     /* guarded by shard->lock */
-    TableState state;
     unsigned pins;
     bool poisoned, unlinked;
-    uint64_t *dirty;       /* bit per sector */
-    unsigned nb_dirty;     /* bits set */
-    GList dirty_link, lru_link;
-    bool in_lru;
-    unsigned left_at;      /* the cache's tick when it came into the LRU list */
-    int error;             /* of a failed load */
-    uint8_t *data;         /* readers of refcount blocks look at it under the alloc lock instead */
+    uint64_t *dirty;          /* bit per sector */
+    unsigned nb_dirty;        /* bits set */
+    GList dirty_link;
+    GQueue held, dirty_parts; /* of Part */
+    unsigned nb_there;
+    Part *parts[];            /* NULL: not in memory */
 };
 
 struct Qcow2Cache {
     BlockDriverState *bs;
     size_t table_bytes, sector;
     unsigned nb_sectors;
-    _Atomic(uint64_t) limit, bytes, dirty_bytes;
+    _Atomic(size_t) l2_part; /* bytes of a part, for L2 tables entered from now on */
+    _Atomic(uint64_t) limit[QCOW2_NB_TABLE_KINDS], bytes[QCOW2_NB_TABLE_KINDS];
+    _Atomic(uint64_t) dirty_bytes[QCOW2_NB_TABLE_KINDS];
+    _Atomic(uint64_t) nb_tables;
     _Atomic(unsigned) tick; /* cleanings */
     uint64_t born;          /* qb_now_ns() */
     _Atomic(bool) cleaned;  /* the background has been told that there are tables */
@@ -93,10 +117,64 @@ static uint64_t process_limit(void)
     return value;
 }
 
-static bool over_limit(const Qcow2Cache *c)
+static bool over_limit(const Qcow2Cache *c, Qcow2TableKind kind)
 {
-    return atomic_load(&c->bytes) > atomic_load(&c->limit) ||
+    return atomic_load(&c->bytes[kind]) > atomic_load(&c->limit[kind]) ||
            atomic_load(&process_bytes) > process_limit();
+}
+
+/* ---- parts ---- */
+
+static bool part_new_locked(Qcow2Table *t, unsigned index)
+{
+    uint8_t *data = qb_try_memalign(MIN(t->part_bytes, 4096), t->part_bytes);
+    Part *p;
+
+    if (!data) {
+        return false;
+    }
+    assert(!t->parts[index]);
+    p = g_new0(Part, 1);
+    *p = (Part){.table = t, .index = index, .data = data, .loading = true, .link.data = p};
+    t->parts[index] = p;
+    t->nb_there++;
+    atomic_fetch_add(&t->cache->bytes[t->kind], t->part_bytes);
+    atomic_fetch_add(&process_bytes, t->part_bytes);
+    return true;
+}
+
+static void part_move_locked(Part *p, GQueue *to)
+{
+    if (p->list) {
+        g_queue_unlink(p->list, &p->link);
+    }
+    p->list = to;
+    if (to) {
+        g_queue_push_tail_link(to, &p->link);
+    }
+}
+
+static void part_free_locked(Part *p)
+{
+    Qcow2Table *t = p->table;
+
+    assert(p->list != &t->dirty_parts);
+    part_move_locked(p, NULL);
+    atomic_fetch_sub(&t->cache->bytes[t->kind], t->part_bytes);
+    atomic_fetch_sub(&process_bytes, t->part_bytes);
+    t->parts[p->index] = NULL;
+    t->nb_there--;
+    free(p->data);
+    g_free(p);
+}
+
+/* It stays as long as its table is pinned. */
+static void part_hold_locked(Part *p)
+{
+    p->loading = false;
+    if (p->list != &p->table->dirty_parts) {
+        part_move_locked(p, &p->table->held);
+    }
 }
 
 /* ---- tables ---- */
@@ -106,52 +184,48 @@ static Shard *shard_of(Qcow2Cache *c, uint64_t offset)
     return &c->shards[(offset / c->table_bytes * UINT64_C(0x9E3779B97F4A7C15)) >> 60];
 }
 
-static Qcow2Table *table_alloc(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset)
+static Qcow2Table *table_new(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset)
 {
-    uint8_t *data = qb_try_memalign(4096, MAX(c->table_bytes, 4096));
-    Qcow2Table *t;
+    size_t part = kind == QCOW2_TABLE_L2 ? atomic_load(&c->l2_part) : c->table_bytes;
+    unsigned n = (unsigned)(c->table_bytes / part);
+    Qcow2Table *t = g_malloc0(sizeof(*t) + n * sizeof(t->parts[0]));
 
-    if (!data) {
-        return NULL;
-    }
-    t = g_new0(Qcow2Table, 1);
     t->cache = c;
     t->shard = shard_of(c, offset);
     t->offset = offset;
     t->kind = kind;
-    t->data = data;
+    t->part_bytes = part;
+    t->nb_parts = n;
     t->dirty = g_new0(uint64_t, (c->nb_sectors + 63) / 64);
-    t->dirty_link.data = t->lru_link.data = t;
-    atomic_fetch_add(&c->bytes, c->table_bytes);
-    atomic_fetch_add(&process_bytes, c->table_bytes);
+    t->dirty_link.data = t;
+    atomic_fetch_add(&c->nb_tables, 1);
     return t;
 }
 
-static void table_free(Qcow2Table *t)
+static void table_free_locked(Qcow2Table *t)
 {
-    assert(t->pins == 0 && t->nb_dirty == 0 && !t->in_lru);
-    atomic_fetch_sub(&t->cache->bytes, t->cache->table_bytes);
-    atomic_fetch_sub(&process_bytes, t->cache->table_bytes);
-    free(t->data);
+    assert(t->pins == 0 && t->nb_dirty == 0);
+    for (unsigned i = 0; i < t->nb_parts && t->nb_there; i++) {
+        if (t->parts[i]) {
+            part_free_locked(t->parts[i]);
+        }
+    }
+    atomic_fetch_sub(&t->cache->nb_tables, 1);
     g_free(t->dirty);
     g_free(t);
 }
 
-static void lru_remove_locked(Qcow2Table *t)
-{
-    if (t->in_lru) {
-        g_queue_unlink(&t->shard->lru, &t->lru_link);
-        t->in_lru = false;
-    }
-}
-
 static void set_clean_locked(Qcow2Table *t)
 {
-    if (t->nb_dirty) {
-        g_queue_unlink(&t->shard->dirty, &t->dirty_link);
-        atomic_fetch_sub(&t->cache->dirty_bytes, t->cache->table_bytes);
-        memset(t->dirty, 0, (t->cache->nb_sectors + 63) / 64 * sizeof(uint64_t));
-        t->nb_dirty = 0;
+    if (!t->nb_dirty) {
+        return;
+    }
+    g_queue_unlink(&t->shard->dirty, &t->dirty_link);
+    memset(t->dirty, 0, (t->cache->nb_sectors + 63) / 64 * sizeof(uint64_t));
+    t->nb_dirty = 0;
+    while (t->dirty_parts.head) {
+        part_move_locked(t->dirty_parts.head->data, &t->held);
+        atomic_fetch_sub(&t->cache->dirty_bytes[t->kind], t->part_bytes);
     }
 }
 
@@ -165,24 +239,34 @@ static void set_dirty_locked(Qcow2Table *t, size_t pos, size_t len)
     }
     if (!t->nb_dirty) {
         g_queue_push_tail_link(&t->shard->dirty, &t->dirty_link);
-        atomic_fetch_add(&t->cache->dirty_bytes, t->cache->table_bytes);
     }
     for (size_t i = first; i <= last; i++) {
         uint64_t bit = UINT64_C(1) << (i % 64);
         t->nb_dirty += !(t->dirty[i / 64] & bit);
         t->dirty[i / 64] |= bit;
     }
+    for (size_t i = pos / t->part_bytes; i <= (pos + len - 1) / t->part_bytes; i++) {
+        assert(t->parts[i] && !t->parts[i]->loading);
+        if (t->parts[i]->list != &t->dirty_parts) {
+            part_move_locked(t->parts[i], &t->dirty_parts);
+            atomic_fetch_add(&t->cache->dirty_bytes[t->kind], t->part_bytes);
+        }
+    }
 }
 
-/* Out of the hash; whoever still has it pinned sees it poisoned. */
+/* Out of the hash with all its parts; whoever still has it pinned sees it poisoned. */
 static void forget_locked(Qcow2Table *t)
 {
     g_hash_table_remove(t->shard->tables, &t->offset);
-    lru_remove_locked(t);
     set_clean_locked(t);
     t->poisoned = true;
+    for (unsigned i = 0; i < t->nb_parts && t->pins; i++) {
+        if (t->parts[i] && t->parts[i]->list == &t->shard->lru[t->kind]) {
+            part_move_locked(t->parts[i], &t->held);
+        }
+    }
     if (!t->pins) {
-        table_free(t);
+        table_free_locked(t);
     }
 }
 
@@ -200,6 +284,21 @@ static void arm_cleaning(Qcow2Cache *c)
     qcow2_background_arm(s, QCOW2_BG_CLEAN, s->cache_clean_interval * 1000);
 }
 
+static void release_held_locked(Qcow2Table *t)
+{
+    unsigned tick = atomic_load_explicit(&t->cache->tick, memory_order_relaxed);
+
+    if (!t->held.head) {
+        return;
+    }
+    while (t->held.head) {
+        Part *p = t->held.head->data;
+        p->left_at = tick;
+        part_move_locked(p, &t->shard->lru[t->kind]);
+    }
+    arm_cleaning(t->cache);
+}
+
 static void unpin_locked(Qcow2Table *t)
 {
     assert(t->pins > 0);
@@ -207,31 +306,47 @@ static void unpin_locked(Qcow2Table *t)
         return;
     }
     if (t->poisoned) {
-        table_free(t);
-    } else if (!t->nb_dirty && !t->in_lru) {
-        g_queue_push_tail_link(&t->shard->lru, &t->lru_link);
-        t->in_lru = true;
-        t->left_at = atomic_load_explicit(&t->cache->tick, memory_order_relaxed);
-        arm_cleaning(t->cache);
+        table_free_locked(t);
+    } else if (!t->nb_there) { /* nothing could be loaded */
+        forget_locked(t);
+    } else {
+        release_held_locked(t);
     }
 }
 
-static void pin_locked(Qcow2Table *t)
+static void drop_part_locked(Part *p)
 {
-    lru_remove_locked(t);
-    t->pins++;
+    Qcow2Table *t = p->table;
+
+    part_free_locked(p);
+    if (!t->nb_there && !t->pins) {
+        forget_locked(t);
+    }
 }
 
 static void trim_shard_locked(Qcow2Cache *c, Shard *shard)
 {
-    while (over_limit(c) && shard->lru.head) {
-        forget_locked(shard->lru.head->data);
+    for (int kind = 0; kind < QCOW2_NB_TABLE_KINDS; kind++) {
+        while (over_limit(c, kind) && shard->lru[kind].head) {
+            drop_part_locked(shard->lru[kind].head->data);
+        }
     }
 }
 
 /* ---- the cache ---- */
 
-Qcow2Cache *qcow2_cache_new(BlockDriverState *bs, uint64_t limit_bytes)
+/* True when parts have another size than before. */
+static bool set_config(Qcow2Cache *c, const Qcow2CacheConfig *config)
+{
+    size_t part = CLAMP(config->l2_part, c->sector, c->table_bytes);
+
+    for (int kind = 0; kind < QCOW2_NB_TABLE_KINDS; kind++) {
+        atomic_store(&c->limit[kind], config->limit[kind]);
+    }
+    return atomic_exchange(&c->l2_part, part) != part;
+}
+
+Qcow2Cache *qcow2_cache_new(BlockDriverState *bs, const Qcow2CacheConfig *config)
 {
     const BDRVQcow2State *s = qcow2_state(bs);
     Qcow2Cache *c = g_new0(Qcow2Cache, 1);
@@ -242,7 +357,7 @@ Qcow2Cache *qcow2_cache_new(BlockDriverState *bs, uint64_t limit_bytes)
     c->table_bytes = s->cluster_size;
     c->sector = MIN(MAX(align, BDRV_SECTOR_SIZE), s->cluster_size);
     c->nb_sectors = (unsigned)(c->table_bytes / c->sector);
-    atomic_store(&c->limit, limit_bytes);
+    set_config(c, config);
     for (int i = 0; i < NB_SHARDS; i++) {
         qb_mutex_init(&c->shards[i].lock);
         qb_cond_init(&c->shards[i].loaded);
@@ -279,7 +394,7 @@ void qcow2_cache_free(Qcow2Cache *c)
         return;
     }
     qcow2_cache_reset(c);
-    assert(atomic_load(&c->bytes) == 0);
+    assert(atomic_load(&c->nb_tables) == 0);
     for (int i = 0; i < NB_SHARDS; i++) {
         g_hash_table_destroy(c->shards[i].tables);
         qb_cond_destroy(&c->shards[i].loaded);
@@ -288,9 +403,27 @@ void qcow2_cache_free(Qcow2Cache *c)
     g_free(c);
 }
 
-void qcow2_cache_set_limit(Qcow2Cache *c, uint64_t limit_bytes)
+/* Those that came into the lists before the cleaning @tick, which are the first of them. */
+static void drop_unused(Shard *shard, unsigned tick)
 {
-    atomic_store(&c->limit, limit_bytes);
+    QB_GUARD(&shard->lock);
+
+    for (int kind = 0; kind < QCOW2_NB_TABLE_KINDS; kind++) {
+        const GQueue *lru = &shard->lru[kind];
+        while (lru->head && ((const Part *)lru->head->data)->left_at != tick) {
+            drop_part_locked(lru->head->data);
+        }
+    }
+}
+
+void qcow2_cache_configure(Qcow2Cache *c, const Qcow2CacheConfig *config)
+{
+    if (set_config(c, config)) {
+        atomic_fetch_add(&c->tick, 1);
+        for (int i = 0; i < NB_SHARDS; i++) {
+            drop_unused(&c->shards[i], atomic_load(&c->tick));
+        }
+    }
     qcow2_cache_trim(c);
 }
 
@@ -299,17 +432,6 @@ void qcow2_cache_trim(Qcow2Cache *c)
     for (int i = 0; i < NB_SHARDS; i++) {
         QB_GUARD(&c->shards[i].lock);
         trim_shard_locked(c, &c->shards[i]);
-    }
-}
-
-/* Those that came into the list before the cleaning @tick, which are the first of it. */
-static void drop_unused(Shard *shard, unsigned tick)
-{
-    QB_GUARD(&shard->lock);
-    const Qcow2Table *t;
-
-    while (shard->lru.head && (t = shard->lru.head->data)->left_at != tick) {
-        forget_locked(shard->lru.head->data);
     }
 }
 
@@ -323,7 +445,7 @@ uint64_t qcow2_cache_clean_step(BlockDriverState *bs)
     for (int i = 0; i < NB_SHARDS; i++) {
         drop_unused(&c->shards[i], tick);
     }
-    if (atomic_load(&c->bytes) && s->cache_clean_interval) {
+    if (qcow2_cache_bytes(c) && s->cache_clean_interval) {
         return s->cache_clean_interval * 1000;
     }
     atomic_store(&c->cleaned, false);
@@ -332,39 +454,38 @@ uint64_t qcow2_cache_clean_step(BlockDriverState *bs)
 
 uint64_t qcow2_cache_bytes(Qcow2Cache *c)
 {
-    return atomic_load(&c->bytes);
+    return atomic_load(&c->bytes[QCOW2_TABLE_L2]) + atomic_load(&c->bytes[QCOW2_TABLE_REFBLOCK]);
 }
 
 uint64_t qcow2_cache_dirty_bytes(Qcow2Cache *c)
 {
-    return atomic_load(&c->dirty_bytes);
+    return atomic_load(&c->dirty_bytes[QCOW2_TABLE_L2]) +
+           atomic_load(&c->dirty_bytes[QCOW2_TABLE_REFBLOCK]);
+}
+
+/* Is more than an @nth of what either kind may have dirty? */
+static bool dirtier_than(Qcow2Cache *c, unsigned nth)
+{
+    for (int kind = 0; kind < QCOW2_NB_TABLE_KINDS; kind++) {
+        uint64_t limit = MIN(atomic_load(&c->limit[kind]), process_limit());
+        if (atomic_load(&c->dirty_bytes[kind]) > limit / nth) {
+            return true;
+        }
+    }
+    return qcow2_cache_dirty_bytes(c) > process_limit() / nth;
 }
 
 bool qcow2_cache_too_dirty(Qcow2Cache *c)
 {
-    uint64_t limit = atomic_load(&c->limit), all = process_limit();
+    return dirtier_than(c, 1);
+}
 
-    return atomic_load(&c->dirty_bytes) > MIN(limit, all);
+bool qcow2_cache_half_dirty(Qcow2Cache *c)
+{
+    return dirtier_than(c, 2);
 }
 
 /* ---- finding and loading ---- */
-
-/* Waits for another thread's load. 0, or the load's error with the pin dropped. */
-static int wait_loaded_locked(Shard *shard, Qcow2Table *t)
-    QB_REQUIRES(shard->lock)
-{
-    int error;
-
-    while (t->state == TABLE_LOADING) {
-        qb_cond_wait(&shard->loaded, &shard->lock);
-    }
-    if (t->state == TABLE_READY) {
-        return 0;
-    }
-    error = t->error;
-    unpin_locked(t);
-    return error;
-}
 
 /* A table must be aligned and begin inside the file; its last bytes may lie beyond the end. */
 static int judge_offset(const Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset)
@@ -388,46 +509,120 @@ static int judge_offset(const Qcow2Cache *c, Qcow2TableKind kind, uint64_t offse
     return 0;
 }
 
-static int read_table(Qcow2Table *t)
+/* Into the memory of @n parts from @first on, which this thread is loading. */
+static int read_run(Qcow2Table *t, unsigned first, unsigned n)
 {
-    const Qcow2Cache *c = t->cache;
-    int ret = judge_offset(c, t->kind, t->offset);
+    BdrvChild *file = t->cache->bs->file;
+    int64_t offset = (int64_t)(t->offset + first * t->part_bytes);
+    size_t bytes = n * t->part_bytes;
+    int ret = judge_offset(t->cache, t->kind, t->offset);
 
     if (ret < 0) {
         return ret;
     }
-    bdrv_debug_event(c->bs->file, t->kind == QCOW2_TABLE_L2 ? "l2_load" : "refblock_load");
-    return bdrv_pread(c->bs->file, (int64_t)t->offset, (int64_t)c->table_bytes, t->data, 0);
+    bdrv_debug_event(file, t->kind == QCOW2_TABLE_L2 ? "l2_load" : "refblock_load");
+    if (n == 1) {
+        return bdrv_pread(file, offset, (int64_t)bytes, t->parts[first]->data, 0);
+    }
+    uint8_t *buf = qb_try_memalign(4096, MAX(bytes, 4096));
+    ret = buf ? bdrv_pread(file, offset, (int64_t)bytes, buf, 0) : -ENOMEM;
+    for (unsigned i = 0; i < n && ret >= 0; i++) {
+        memcpy(t->parts[first + i]->data, buf + i * t->part_bytes, t->part_bytes);
+    }
+    free(buf);
+    return ret;
 }
 
-static void finish_load(Qcow2Table *t, int ret)
+static void finish_run(Qcow2Table *t, unsigned first, unsigned n, int ret)
 {
     Shard *shard = t->shard;
     QB_GUARD(&shard->lock);
-    t->state = ret < 0 ? TABLE_FAILED : TABLE_READY;
-    t->error = ret;
-    if (ret < 0 && !t->poisoned) {
-        forget_locked(t);
+
+    for (unsigned i = first; i < first + n; i++) {
+        if (ret < 0) {
+            part_free_locked(t->parts[i]);
+        } else {
+            part_hold_locked(t->parts[i]);
+        }
     }
     qb_cond_broadcast(&shard->loaded);
 }
 
-/* Finds and pins, or enters a new LOADING table and says so. */
+/* Holds the part @first, if others have loaded it or do so now: *ret_mine is 0 then.  Else enters
+ * it and those missing behind it, *ret_mine in all, for this thread to load.  -ENOMEM. */
+static int claim_run(Qcow2Table *t, unsigned first, unsigned end, unsigned *ret_mine)
+{
+    Shard *shard = t->shard;
+    QB_GUARD(&shard->lock);
+
+    *ret_mine = 0;
+    while (t->parts[first] && t->parts[first]->loading) {
+        qb_cond_wait(&shard->loaded, &shard->lock);
+    }
+    if (t->parts[first]) {
+        part_hold_locked(t->parts[first]);
+        return 0;
+    }
+    for (unsigned i = first; i < end && !t->parts[i] && part_new_locked(t, i); i++) {
+        ++*ret_mine;
+    }
+    trim_shard_locked(t->cache, shard);
+    return *ret_mine ? 0 : -ENOMEM;
+}
+
+/* Loads what is missing of the parts [first, end) of a pinned table. Whoever waits for another's
+ * part has none of his own under way (invariant 4). */
+static int bring_parts(Qcow2Table *t, unsigned first, unsigned end)
+{
+    while (first < end) {
+        unsigned mine;
+        int ret = claim_run(t, first, end, &mine);
+        if (ret == 0 && mine) {
+            ret = read_run(t, first, mine);
+            finish_run(t, first, mine, ret);
+        }
+        if (ret < 0) {
+            return ret;
+        }
+        first += MAX(mine, 1);
+    }
+    return 0;
+}
+
+/* Part numbers of the bytes [pos, +len), which are some. */
+static void range_of(const Qcow2Table *t, size_t pos, size_t len, unsigned *ret_first,
+                     unsigned *ret_end)
+{
+    assert(len > 0 && pos + len <= t->cache->table_bytes);
+    *ret_first = (unsigned)(pos / t->part_bytes);
+    *ret_end = (unsigned)((pos + len - 1) / t->part_bytes) + 1;
+}
+
+/* Holds the parts of a pinned table, if all of them are there. */
+static bool hold_range_locked(Qcow2Table *t, unsigned first, unsigned end)
+{
+    for (unsigned i = first; i < end; i++) {
+        if (!t->parts[i] || t->parts[i]->loading) {
+            return false;
+        }
+    }
+    for (unsigned i = first; i < end; i++) {
+        part_hold_locked(t->parts[i]);
+    }
+    return true;
+}
+
+/* Pins the table that is there, or enters a new one without parts. */
 static Qcow2Table *find_or_enter_locked(Qcow2Cache *c, Shard *shard, Qcow2TableKind kind,
-                                        uint64_t offset, bool *ret_new)
+                                        uint64_t offset)
 {
     Qcow2Table *t = g_hash_table_lookup(shard->tables, &offset);
 
-    *ret_new = !t;
     if (!t) {
-        t = table_alloc(c, kind, offset);
-        if (!t) {
-            return NULL;
-        }
-        t->state = TABLE_LOADING;
+        t = table_new(c, kind, offset);
         g_hash_table_insert(shard->tables, &t->offset, t);
     }
-    pin_locked(t);
+    t->pins++;
     return t;
 }
 
@@ -439,62 +634,67 @@ static int refuse_other_kind(const Qcow2Cache *c, uint64_t offset)
                                    offset);
 }
 
-/* Pins the table that is there, once it is loaded, or a new one that the caller has to load. */
-static int enter(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset, Qcow2Table **ret,
-                 bool *ret_new)
+int qcow2_cache_get_part(Qcow2Cache *c, const Qcow2TableRange *r, Qcow2Table **ret)
 {
-    Shard *shard = shard_of(c, offset);
-    bool other_kind;
+    Shard *shard = shard_of(c, r->offset);
+    unsigned first, end;
+    Qcow2Table *t;
+    bool there;
     int err = 0;
 
     qb_mutex_lock(&shard->lock);
-    *ret = find_or_enter_locked(c, shard, kind, offset, ret_new);
-    other_kind = *ret && (*ret)->kind != kind;
-    if (*ret_new) {
-        trim_shard_locked(c, shard);
-    } else if (other_kind) {
-        unpin_locked(*ret);
-    } else {
-        err = wait_loaded_locked(shard, *ret);
+    t = find_or_enter_locked(c, shard, r->kind, r->offset);
+    if (t->kind != r->kind) {
+        unpin_locked(t);
+        qb_mutex_unlock(&shard->lock);
+        return refuse_other_kind(c, r->offset);
     }
+    range_of(t, r->pos, r->len, &first, &end);
+    there = hold_range_locked(t, first, end);
     qb_mutex_unlock(&shard->lock);
-    if (other_kind) {
-        return refuse_other_kind(c, offset);
-    }
-    return *ret ? err : -ENOMEM;
-}
-
-int qcow2_cache_get(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset, Qcow2Table **ret)
-{
-    Qcow2Table *t;
-    bool is_new;
-    int err = enter(c, kind, offset, &t, &is_new);
-
-    if (err == 0 && is_new) {
-        err = read_table(t);
-        finish_load(t, err);
-        if (err < 0) {
-            qcow2_cache_put(t);
-        }
+    if (!there) {
+        err = bring_parts(t, first, end);
     }
     if (err < 0) {
+        qcow2_cache_put(t);
         return err;
     }
     *ret = t;
     return 0;
 }
 
-Qcow2Table *qcow2_cache_peek(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset)
+int qcow2_cache_get(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset, Qcow2Table **ret)
 {
-    Shard *shard = shard_of(c, offset);
-    QB_GUARD(&shard->lock);
-    Qcow2Table *t = g_hash_table_lookup(shard->tables, &offset);
+    const Qcow2TableRange whole = {kind, offset, 0, c->table_bytes};
 
-    if (!t || t->state != TABLE_READY || t->kind != kind) {
+    return qcow2_cache_get_part(c, &whole, ret);
+}
+
+Qcow2Table *qcow2_cache_peek_part(Qcow2Cache *c, const Qcow2TableRange *r)
+{
+    Shard *shard = shard_of(c, r->offset);
+    QB_GUARD(&shard->lock);
+    Qcow2Table *t = g_hash_table_lookup(shard->tables, &r->offset);
+    unsigned first, end;
+
+    if (!t || t->kind != r->kind) {
         return NULL;
     }
-    pin_locked(t);
+    if (r->len) {
+        range_of(t, r->pos, r->len, &first, &end);
+        if (!hold_range_locked(t, first, end)) {
+            return NULL;
+        }
+    }
+    t->pins++;
     return t;
+}
+
+Qcow2Table *qcow2_cache_peek(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset)
+{
+    const Qcow2TableRange whole = {kind, offset, 0, c->table_bytes};
+
+    return qcow2_cache_peek_part(c, &whole);
 }
 
 bool qcow2_cache_has(Qcow2Cache *c, uint64_t offset, Qcow2TableKind *ret_kind)
@@ -509,27 +709,42 @@ bool qcow2_cache_has(Qcow2Cache *c, uint64_t offset, Qcow2TableKind *ret_kind)
     return t != NULL;
 }
 
+/* All parts of a table that nobody else knows yet, in memory. */
+static bool fill_new(Qcow2Table *t, const uint8_t *init)
+{
+    QB_GUARD(&t->shard->lock);
+
+    for (unsigned i = 0; i < t->nb_parts; i++) {
+        if (!part_new_locked(t, i)) {
+            return false;
+        }
+        if (init) {
+            memcpy(t->parts[i]->data, init + i * t->part_bytes, t->part_bytes);
+        } else {
+            memset(t->parts[i]->data, 0, t->part_bytes);
+        }
+        part_hold_locked(t->parts[i]);
+    }
+    return true;
+}
+
 Qcow2Table *qcow2_cache_add(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset, const void *init)
 {
-    Qcow2Table *t = table_alloc(c, kind, offset), *old;
+    Qcow2Table *t = table_new(c, kind, offset), *old;
+    bool filled = fill_new(t, init);
 
-    if (!t) {
+    QB_GUARD(&t->shard->lock);
+    if (!filled) {
+        table_free_locked(t);
         return NULL;
     }
-    if (init) {
-        memcpy(t->data, init, c->table_bytes);
-    } else {
-        memset(t->data, 0, c->table_bytes);
-    }
-    QB_GUARD(&t->shard->lock);
     old = g_hash_table_lookup(t->shard->tables, &offset);
     if (old) {
         forget_locked(old);
     }
-    t->state = TABLE_READY;
     t->unlinked = true;
     g_hash_table_insert(t->shard->tables, &t->offset, t);
-    pin_locked(t);
+    t->pins++;
     set_dirty_locked(t, 0, c->table_bytes);
     trim_shard_locked(c, t->shard);
     return t;
@@ -583,10 +798,10 @@ void qcow2_cache_poison(Qcow2Cache *c, uint64_t offset, uint64_t bytes)
     uint64_t start = qb_align_down(offset, c->table_bytes);
     uint64_t end = qb_align_up(offset + bytes, c->table_bytes);
 
-    if (atomic_load(&c->bytes) == 0) {
+    if (atomic_load(&c->nb_tables) == 0) {
         return;
     }
-    if (end - start <= atomic_load(&c->bytes)) {
+    if ((end - start) / c->table_bytes <= atomic_load(&c->nb_tables)) {
         for (; start < end; start += c->table_bytes) {
             poison_one(c, start);
         }
@@ -621,21 +836,59 @@ uint64_t qcow2_table_offset(const Qcow2Table *t)
 
 /* ---- content ---- */
 
+/* Where the byte @pos of the table is in memory, and how many of the @len from there on. */
+static uint8_t *bytes_at_locked(const Qcow2Table *t, size_t pos, size_t len, size_t *ret_n)
+{
+    const Part *p = t->parts[pos / t->part_bytes];
+    size_t into = pos % t->part_bytes;
+
+    assert(p && !p->loading);
+    *ret_n = MIN(len, t->part_bytes - into);
+    return p->data + into;
+}
+
+static void copy_out_locked(const Qcow2Table *t, size_t pos, size_t len, uint8_t *out)
+{
+    assert(pos + len <= t->cache->table_bytes);
+    for (size_t n; len; pos += n, out += n, len -= n) {
+        const uint8_t *from = bytes_at_locked(t, pos, len, &n);
+        memcpy(out, from, n);
+    }
+}
+
 void qcow2_table_load(const Qcow2Table *t, size_t pos, size_t len, void *out)
 {
     QB_GUARD(&t->shard->lock);
 
-    assert(pos + len <= t->cache->table_bytes);
-    memcpy(out, t->data + pos, len);
+    copy_out_locked(t, pos, len, out);
+}
+
+bool qcow2_table_load_present(const Qcow2Table *t, void *out)
+{
+    bool all = true;
+    QB_GUARD(&t->shard->lock);
+
+    for (unsigned i = 0; i < t->nb_parts; i++) {
+        size_t pos = i * t->part_bytes;
+        if (t->parts[i] && !t->parts[i]->loading) {
+            memcpy((uint8_t *)out + pos, t->parts[i]->data, t->part_bytes);
+        } else {
+            all = false;
+        }
+    }
+    return all;
 }
 
 void qcow2_table_store(Qcow2Table *t, size_t pos, size_t len, const void *in)
 {
+    const uint8_t *from = in;
     QB_GUARD(&t->shard->lock);
 
     assert(pos + len <= t->cache->table_bytes);
-    lru_remove_locked(t);
-    memcpy(t->data + pos, in, len);
+    for (size_t done = 0, n; done < len; done += n) {
+        uint8_t *to = bytes_at_locked(t, pos + done, len - done, &n);
+        memcpy(to, from + done, n);
+    }
     set_dirty_locked(t, pos, len);
 }
 
@@ -643,7 +896,7 @@ uint8_t *qcow2_refblock_data(Qcow2Table *t)
 {
     assert(t->kind == QCOW2_TABLE_REFBLOCK);
     qb_mutex_assert_held(&qcow2_state(t->cache->bs)->alloc_lock);
-    return t->data;
+    return t->parts[0]->data;
 }
 
 void qcow2_table_mark_dirty(Qcow2Table *t, size_t pos, size_t len)
@@ -670,8 +923,8 @@ static bool collect_run_locked(Qcow2Table *t, unsigned first, unsigned end, GArr
     if (!piece.data) {
         return false;
     }
-    memcpy(piece.data, t->data + first * sector, bytes);
-    pin_locked(t);
+    copy_out_locked(t, first * sector, bytes, piece.data);
+    t->pins++;
     g_array_append_val(pieces, piece);
     return true;
 }

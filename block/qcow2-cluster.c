@@ -278,18 +278,20 @@ uint64_t qcow2_unmapped_by_l1(const BDRVQcow2State *s, uint64_t guest, uint64_t 
     return first_mapped > guest ? first_mapped - guest : 0;
 }
 
-/* Pins the table that @l1_entry names. With @nowait only if it is in memory. */
-static int get_table(BlockDriverState *bs, uint64_t l1_entry, uint64_t l1_index, bool nowait,
-                     Qcow2Table **ret)
+/* Pins @n entries from @guest on of the table that @l1_entry names. With @nowait only if they are in
+ * memory. */
+static int get_entries(BlockDriverState *bs, uint64_t l1_entry, uint64_t guest, size_t n,
+                       bool nowait, Qcow2Table **ret)
 {
     BDRVQcow2State *s = qcow2_state(bs);
     uint64_t offset = l1_entry & QCOW2_ENTRY_OFFSET_MASK;
+    Qcow2TableRange range = qcow2_l2_range(s, offset, qcow2_l2_index(s, guest), n);
     if (nowait) {
-        *ret = qcow2_cache_peek(s->cache, QCOW2_TABLE_L2, offset);
+        *ret = qcow2_cache_peek_part(s->cache, &range);
         return *ret ? 0 : -EAGAIN;
     }
-    int err = qcow2_l1_entry_judge(bs, l1_entry, l1_index);
-    return err < 0 ? err : qcow2_cache_get(s->cache, QCOW2_TABLE_L2, offset, ret);
+    int err = qcow2_l1_entry_judge(bs, l1_entry, qcow2_l1_index(s, guest));
+    return err < 0 ? err : qcow2_cache_get_part(s->cache, &range, ret);
 }
 
 /* Essay, point 3. */
@@ -347,7 +349,7 @@ static int load_of_one_l1_entry(BlockDriverState *bs, uint64_t guest, size_t n, 
             return 0;
         }
         g_autoptr(Qcow2Table) t = NULL;
-        err = get_table(bs, l1_entry, l1_index, false, &t);
+        err = get_entries(bs, l1_entry, guest, n, false, &t);
         if (err == 0) {
             err = load_from_table(bs, t, guest, n, ret);
         }
@@ -398,17 +400,25 @@ static int lookup_add_entry(Lookup *l, Qcow2L2Entry e, uint64_t cluster_end)
     return 1;
 }
 
+/* Entries to look at next, all of one table. */
+static size_t chunk_wanted(const Lookup *l)
+{
+    const BDRVQcow2State *s = l->s;
+    uint64_t guest = lookup_pos(l);
+    size_t most = l->m.bytes ? CHUNK_ENTRIES : FIRST_CHUNK; /* runs are short, or long */
+    uint64_t wanted = qcow2_size_to_clusters(s, l->end - qcow2_start_of_cluster(s, guest));
+    return (size_t)MIN(MIN(wanted, most), s->l2_entries - qcow2_l2_index(s, guest));
+}
+
 /* What is found here counts only if the table is still current afterwards: 1, 0, or QCOW2_STALE. */
-static int lookup_in_chunk(Lookup *l, Qcow2Table *t)
+static int lookup_in_chunk(Lookup *l, Qcow2Table *t, size_t n)
 {
     BDRVQcow2State *s = l->s;
     Qcow2L2Entry e[CHUNK_ENTRIES];
     uint64_t guest = lookup_pos(l);
     unsigned index = qcow2_l2_index(s, guest);
     uint64_t cluster = qcow2_start_of_cluster(s, guest);
-    size_t most = l->m.bytes ? CHUNK_ENTRIES : FIRST_CHUNK; /* runs are short, or long */
-    size_t wanted = (size_t)MIN(qcow2_size_to_clusters(s, l->end - cluster), most);
-    size_t n = copy_entries(s, t, index, MIN(wanted, s->l2_entries - index), e);
+    n = copy_entries(s, t, index, n, e);
     if (!table_is_current(s, t, qcow2_l1_index(s, guest))) {
         return QCOW2_STALE;
     }
@@ -428,18 +438,13 @@ static int lookup_in_chunk(Lookup *l, Qcow2Table *t)
 
 static int lookup_in_table(Lookup *l, uint64_t l1_entry)
 {
-    uint64_t l1_index = qcow2_l1_index(l->s, lookup_pos(l));
+    size_t n = chunk_wanted(l);
     g_autoptr(Qcow2Table) t = NULL;
-    int more = get_table(l->bs, l1_entry, l1_index, l->nowait, &t);
-    if (more < 0) {
-        return l->m.bytes ? 0 : more; /* who wants more asks again from there */
+    int ret = get_entries(l->bs, l1_entry, lookup_pos(l), n, l->nowait, &t);
+    if (ret < 0) {
+        return l->m.bytes ? 0 : ret; /* who wants more asks again from there */
     }
-    more = 1;
-    while (more == 1 && lookup_pos(l) < l->end
-           && qcow2_l1_index(l->s, lookup_pos(l)) == l1_index) {
-        more = lookup_in_chunk(l, t);
-    }
-    return more;
+    return lookup_in_chunk(l, t, n);
 }
 
 /* No table: unallocated as far as L1 says so. */

@@ -124,6 +124,7 @@ static int copy_refcounts(BDRVQcow2State *s, FlushCopy *c)
 
 static int copy_map(BDRVQcow2State *s, FlushCopy *c)
 {
+    qcow2_fetch_cleared_tables(s->bs);
     c->bitmap_tables = qcow2_bitmaps_take_tables(s);
     QB_GUARD(&s->lock);
     int ret;

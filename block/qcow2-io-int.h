@@ -119,6 +119,13 @@ void qcow2_free_entries(BlockDriverState *bs, const Qcow2L2Entry *e, size_t n,
  * while it loads, so that its cluster does not become something else before it is read. */
 int qcow2_get_active_table(BlockDriverState *bs, uint64_t l1_index, uint64_t *ret_entry,
                            Qcow2Table **ret);
+/* The same for some entries of it: the rest may be in the file only. */
+typedef struct Qcow2EntryRange {
+    unsigned index;
+    size_t n;
+} Qcow2EntryRange;
+int qcow2_get_active_entries(BlockDriverState *bs, uint64_t l1_index, Qcow2EntryRange r,
+                             uint64_t *ret_entry, Qcow2Table **ret);
 /* Takes the whole table @l1_index out of the active L1 and frees it with all that it refers to. Its
  * guest range is serialised; no lock held, not announced. */
 int qcow2_drop_table(BlockDriverState *bs, uint64_t l1_index, Qcow2DiscardType type);

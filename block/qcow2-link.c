@@ -108,8 +108,8 @@ static int replace_table(BlockDriverState *bs, uint64_t l1_index, uint64_t l1_en
     return ret;
 }
 
-int qcow2_get_active_table(BlockDriverState *bs, uint64_t l1_index, uint64_t *ret_entry,
-                           Qcow2Table **ret)
+int qcow2_get_active_entries(BlockDriverState *bs, uint64_t l1_index, Qcow2EntryRange r,
+                             uint64_t *ret_entry, Qcow2Table **ret)
 {
     BDRVQcow2State *s = qcow2_state(bs);
     Qcow2User user;
@@ -119,27 +119,42 @@ int qcow2_get_active_table(BlockDriverState *bs, uint64_t l1_index, uint64_t *re
     uint64_t offset = l1_entry & QCOW2_ENTRY_OFFSET_MASK;
     int err = qcow2_l1_entry_judge(bs, l1_entry, l1_index);
     if (err == 0 && offset) {
-        err = qcow2_cache_get(s->cache, QCOW2_TABLE_L2, offset, ret);
+        Qcow2TableRange range = qcow2_l2_range(s, offset, r.index, r.n);
+        err = qcow2_cache_get_part(s->cache, &range, ret);
     }
     qcow2_user_leave(s, &user);
     *ret_entry = l1_entry;
     return err;
 }
 
-/* Pins a table at @l1_index that the active L1 alone refers to (invariant 4). */
-static int get_writable_table(BlockDriverState *bs, uint64_t l1_index, Qcow2Table **ret)
+int qcow2_get_active_table(BlockDriverState *bs, uint64_t l1_index, uint64_t *ret_entry,
+                           Qcow2Table **ret)
+{
+    Qcow2EntryRange all = {0, qcow2_state(bs)->l2_entries};
+    return qcow2_get_active_entries(bs, l1_index, all, ret_entry, ret);
+}
+
+/* Pins @r of a table at @l1_index that the active L1 alone refers to (invariant 4). What is to be
+ * copied for that must be there as a whole. */
+static int get_writable_table(BlockDriverState *bs, uint64_t l1_index, Qcow2EntryRange r,
+                              Qcow2Table **ret)
 {
     BDRVQcow2State *s = qcow2_state(bs);
+    Qcow2EntryRange all = {0, s->l2_entries};
     for (;;) {
         uint64_t l1_entry;
         g_autoptr(Qcow2Table) t = NULL;
-        int err = qcow2_get_active_table(bs, l1_index, &l1_entry, &t);
+        int err = qcow2_get_active_entries(bs, l1_index, r, &l1_entry, &t);
         if (err < 0) {
             return err;
         }
         if (is_writable_entry(l1_entry)) {
             *ret = g_steal_pointer(&t);
             return 0;
+        }
+        if (t && r.n < all.n) {
+            r = all;
+            continue;
         }
         if (l1_index >= qcow2_l1_size(s)) {
             return -EIO; /* nothing that is written lies there: L1 covers the disk */
@@ -278,7 +293,7 @@ static int link_part(BlockDriverState *bs, Part p)
     bdrv_debug_event(bs->file, update_event(&p));
     do {
         g_autoptr(Qcow2Table) t = NULL;
-        ret = get_writable_table(bs, p.l1_index, &t);
+        ret = get_writable_table(bs, p.l1_index, (Qcow2EntryRange){p.index, p.n}, &t);
         if (ret == 0) {
             ret = store_checked(s, t, &p, &retry);
         }

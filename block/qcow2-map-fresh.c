@@ -79,7 +79,10 @@ static bool look(BDRVQcow2State *s, Qcow2FreshWrite *w)
     if (!(l1 & QCOW2_ENTRY_COPIED)) {
         return false;
     }
-    w->table = qcow2_cache_peek(s->cache, QCOW2_TABLE_L2, l1 & QCOW2_ENTRY_OFFSET_MASK);
+    unsigned before = index ? 1 : 0; /* for best_place() */
+    Qcow2TableRange range = qcow2_l2_range(s, l1 & QCOW2_ENTRY_OFFSET_MASK, index - before,
+                                           w->n + before);
+    w->table = qcow2_cache_peek_part(s->cache, &range);
     for (size_t i = 0; w->table && i < w->n; i++) {
         w->old[i] = load_entry(s, w->table, index + (unsigned)i);
         if (!is_vacant(w->old[i])) {

@@ -10,8 +10,8 @@
  *  2. Going read-only writes everything back in prepare, while the file is still writable; what
  *     fails there leaves the node writable.
  *
- * Not done: l2-cache-entry-size is judged and otherwise ignored (tables are cached whole).  A dirty image does not become writable by reopen: it must
- * be repaired first, which happens when it is opened.
+ * Not done: a dirty image does not become writable by reopen: it must be repaired first, which
+ * happens when it is opened.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -98,8 +98,12 @@ static bool take_overlap(json_t *options, int *ret, GError **errp)
 
 /* ---------------------------------------------------------------- caches */
 
-static bool take_entry_size(const BDRVQcow2State *s, json_t *options, GError **errp)
+#define DEFAULT_SLICE 4096
+
+static bool take_entry_size(const BDRVQcow2State *s, json_t *options, uint64_t *ret,
+                            GError **errp)
 {
+    bool said = json_object_get(options, "l2-cache-entry-size");
     uint64_t size;
     if (!qb_opt_take_size(options, "l2-cache-entry-size", s->cluster_size, &size, errp)) {
         return false;
@@ -110,7 +114,13 @@ static bool take_entry_size(const BDRVQcow2State *s, json_t *options, GError **e
                      " (%u)", s->cluster_size);
         return false;
     }
+    *ret = said ? size : 0;
     return true;
+}
+
+static uint64_t minimum_of_refblocks(const BDRVQcow2State *s)
+{
+    return (uint64_t)s->cluster_size * 4;
 }
 
 typedef struct CacheSizes {
@@ -118,8 +128,9 @@ typedef struct CacheSizes {
     uint64_t total, l2, refcount;
 } CacheSizes;
 
-/* The parts that were not said follow from the total: most of it for L2 tables. */
-static bool settle_cache_sizes(CacheSizes *c, GError **errp)
+/* What was not said follows from the total: a fifth of it for refcount blocks, but no more than
+ * what is enough for most. What was said is not 0 afterwards. */
+static bool settle_cache_sizes(const BDRVQcow2State *s, CacheSizes *c, GError **errp)
 {
     const char *problem = NULL;
     if (c->has_total && c->has_l2 && c->has_refcount) {
@@ -134,11 +145,16 @@ static bool settle_cache_sizes(CacheSizes *c, GError **errp)
         qb_error_set(errp, EINVAL, "%s", problem);
         return false;
     }
-    if (c->has_total && !c->has_l2) {
-        c->l2 = c->total - c->refcount;
+    if (c->has_total && !c->has_l2 && !c->has_refcount) {
+        c->refcount = MIN(c->total / 5, minimum_of_refblocks(s));
     } else if (c->has_total && !c->has_refcount) {
         c->refcount = c->total - c->l2;
     }
+    if (c->has_total && !c->has_l2) {
+        c->l2 = c->total - c->refcount;
+    }
+    c->l2 = c->has_total || c->has_l2 ? MAX(c->l2, 1) : 0;
+    c->refcount = c->has_total || c->has_refcount ? MAX(c->refcount, 1) : 0;
     return true;
 }
 
@@ -152,7 +168,8 @@ static bool take_caches(const BDRVQcow2State *s, json_t *options, Qcow2Options *
     if (!qb_opt_take_size(options, "cache-size", 0, &c.total, errp) ||
         !qb_opt_take_size(options, "l2-cache-size", 0, &c.l2, errp) ||
         !qb_opt_take_size(options, "refcount-cache-size", 0, &c.refcount, errp) ||
-        !settle_cache_sizes(&c, errp) || !take_entry_size(s, options, errp) ||
+        !settle_cache_sizes(s, &c, errp) ||
+        !take_entry_size(s, options, &o->l2_cache_entry_size, errp) ||
         !qb_opt_take_uint(options, "cache-clean-interval", 600, &o->cache_clean_interval, errp)) {
         return false;
     }
@@ -165,17 +182,32 @@ static bool take_caches(const BDRVQcow2State *s, json_t *options, Qcow2Options *
     return true;
 }
 
-/* The whole map of the image, up to an eighth of memory and 1 GiB; at least a few tables. */
-uint64_t qcow2_cache_limit(const BDRVQcow2State *s)
+/* An eighth of the memory, at most 1 GiB. */
+static uint64_t default_limit(uint64_t tables, const BDRVQcow2State *s)
 {
-    uint64_t minimum = (uint64_t)s->cluster_size * 8;
-    if (s->l2_cache_size || s->refcount_cache_size) {
-        return MAX(s->l2_cache_size + s->refcount_cache_size, minimum);
-    }
-    uint64_t tables = qcow2_size_to_l1(s, s->header.size);
-    uint64_t wanted = (tables + (tables >> 3) + 8) << s->cluster_bits;
     uint64_t memory = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
-    return MAX(MIN(wanted, MIN(memory / 8, UINT64_C(1) << 30)), minimum);
+    return MIN((tables + 8) << s->cluster_bits, MIN(memory / 8, UINT64_C(1) << 30));
+}
+
+/* Without options both kinds have room for the whole disk: L2 tables with a few for VM state, twice
+ * the refcount blocks, as snapshots make the file longer. Where L2 tables do not fit, and nobody
+ * says otherwise, they are loaded in slices. */
+Qcow2CacheConfig qcow2_cache_config(const BDRVQcow2State *s)
+{
+    uint64_t tables = qcow2_size_to_l1(s, s->header.size);
+    uint64_t clusters = qcow2_size_to_clusters(s, s->header.size);
+    uint64_t l2 = s->l2_cache_size ? s->l2_cache_size : default_limit(tables, s);
+    uint64_t refs = s->refcount_cache_size ? s->refcount_cache_size
+                                           : default_limit((clusters >> s->refblock_bits) * 2, s);
+    bool covers = l2 >> s->cluster_bits >= tables;
+    uint64_t part = s->l2_cache_entry_size  ? s->l2_cache_entry_size
+                    : covers ? s->cluster_size
+                             : MIN(s->cluster_size, DEFAULT_SLICE);
+    return (Qcow2CacheConfig){
+        .limit[QCOW2_TABLE_L2] = MAX(l2, part * 8),
+        .limit[QCOW2_TABLE_REFBLOCK] = MAX(refs, minimum_of_refblocks(s)),
+        .l2_part = part,
+    };
 }
 
 /* ---------------------------------------------------------------- all of them */
@@ -238,9 +270,11 @@ void qcow2_options_apply(BDRVQcow2State *s, const Qcow2Options *o)
     }
     s->l2_cache_size = o->l2_cache_size;
     s->refcount_cache_size = o->refcount_cache_size;
+    s->l2_cache_entry_size = o->l2_cache_entry_size;
     s->cache_clean_interval = o->cache_clean_interval;
     if (s->cache) {
-        qcow2_cache_set_limit(s->cache, qcow2_cache_limit(s));
+        Qcow2CacheConfig config = qcow2_cache_config(s);
+        qcow2_cache_configure(s->cache, &config);
         if (s->cache_clean_interval) { /* a longer one counts from the next cleaning on */
             qcow2_background_hasten(s, QCOW2_BG_CLEAN, s->cache_clean_interval * 1000);
         }

@@ -16,8 +16,11 @@
  *     is, the disk has the table as it was (invariants 0 to 3 of the driver).
  *  3. A table shared with a snapshot (L1 entry without COPIED) stays.  It would not be stored to
  *     anyway: whoever stores makes a copy first.
- *  4. Only tables stored to since the last flush are looked at.  They are dirty, hence in memory;
- *     one that is in use is looked at again by later flushes as long as it stays there.
+ *  4. Only tables stored to since the last flush are looked at.  They are dirty, hence in memory,
+ *     at least in part; one that is in use is looked at again by later flushes as long as it stays
+ *     there.  Of those that are in memory in part, and empty as far as that goes, the rest is loaded
+ *     before the flush takes the metadata lock, under which there is no I/O.  What cannot be loaded,
+ *     is dropped or cleared in between, stays: an empty table is no harm.
  *  5. A table that somebody has pinned stays, this time: it may be a queue's, which stores to it when
  *     its data are written and must not wait for another then.
  *
@@ -25,7 +28,7 @@
  *
  * SPDX-License-Identifier: MIT
  */
-#include "block/qcow2.h"
+#include "block/qcow2-io-int.h"
 
 #include <string.h>
 
@@ -57,6 +60,55 @@ static bool is_empty(const BDRVQcow2State *s, const Qcow2Table *t)
         }
     }
     return true;
+}
+
+/* Is part of the table missing in memory, and what is there, empty? */
+static bool may_be_empty(const BDRVQcow2State *s, uint64_t offset)
+{
+    const Qcow2TableRange any = {.kind = QCOW2_TABLE_L2, .offset = offset};
+    g_autoptr(Qcow2Table) t = qcow2_cache_peek_part(s->cache, &any);
+    g_autofree uint8_t *content = t ? g_try_malloc0(s->cluster_size) : NULL;
+
+    return content && !qcow2_table_load_present(t, content) &&
+           content[0] == 0 && !memcmp(content, content + 1, s->cluster_size - 1);
+}
+
+static GArray *cleared_indices(BDRVQcow2State *s)
+{
+    GArray *indices = g_array_new(FALSE, FALSE, sizeof(uint64_t));
+    QB_GUARD(&s->lock);
+    GHashTableIter iter;
+    gpointer key;
+
+    if (s->cleared) {
+        g_hash_table_iter_init(&iter, s->cleared);
+        while (g_hash_table_iter_next(&iter, &key, NULL)) {
+            uint64_t index = GPOINTER_TO_SIZE(key) - 1;
+            g_array_append_val(indices, index);
+        }
+    }
+    return indices;
+}
+
+void qcow2_fetch_cleared_tables(BlockDriverState *bs)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    g_autoptr(GPtrArray) tables = g_ptr_array_new_with_free_func((GDestroyNotify)qcow2_cache_put);
+    g_autoptr(GArray) indices = cleared_indices(s);
+
+    for (guint i = 0; i < indices->len; i++) {
+        uint64_t index = g_array_index(indices, uint64_t, i), entry = qcow2_l1_get(s, index);
+        Qcow2Table *t = NULL;
+        if (!may_be_empty(s, entry & QCOW2_ENTRY_OFFSET_MASK) ||
+            qcow2_get_active_table(bs, index, &entry, &t) < 0 || !t) {
+            continue;
+        }
+        if (is_empty(s, t)) {
+            g_ptr_array_add(tables, t);
+        } else {
+            qcow2_cache_put(t);
+        }
+    }
 }
 
 /* False: it is in use, to be looked at again. */

@@ -379,7 +379,7 @@ static int edit_copied(BlockDriverState *bs, const GArray *ones)
         uint64_t end = MIN(i + EDIT_TABLES, n);
         int ret = qcow2_walk_edit(bs, i << shift, end << shift, edit_l2_entry, &ed);
         edit_l1_entries(&ed, i, end);
-        if (ret == 0 && qcow2_cache_dirty_bytes(s->cache) > qcow2_cache_limit(s) / 2) {
+        if (ret == 0 && qcow2_cache_half_dirty(s->cache)) {
             ret = qcow2_flush(bs);
         }
         if (ret < 0) {

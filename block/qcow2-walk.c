@@ -13,7 +13,8 @@
  *
  * Invariants
  *  1. A table that is in memory is taken from there, for active and detached L1 alike: what is in
- *     the file may be older.  After reading from the file it is looked for once more.
+ *     the file may be older.  After reading from the file it is looked for once more.  One that is
+ *     there in part is pinned meanwhile: what is dirty then is not dropped before it is copied.
  *  2. Tables of the active L1 are read while announced, and read again if L1 names another
  *     one then.
  *  3. No lock is held and nobody is announced while a callback runs; walk_edit()'s runs under the
@@ -34,6 +35,7 @@
 typedef struct Slot {
     uint64_t l1_index, l1_entry, offset;
     uint8_t *data; /* in the walk's buffer */
+    Qcow2Table *part; /* pinned while the rest is read; NULL: nothing of it was in memory */
     int error;
     bool to_read;
 } Slot;
@@ -76,16 +78,22 @@ static bool batch_collect(Walk *w)
     return w->n > 0;
 }
 
-/* Takes the table from memory, if it is there. */
-static bool slot_from_cache(const Walk *w, Slot *slot)
+/* Takes what is in memory of the table; true: that is all of it. */
+static bool slot_from_cache(const Walk *w, Slot *slot, Qcow2Table **ret_part)
 {
-    g_autoptr(Qcow2Table) t = qcow2_cache_peek(w->s->cache, QCOW2_TABLE_L2, slot->offset);
+    const Qcow2TableRange any = {.kind = QCOW2_TABLE_L2, .offset = slot->offset};
+    g_autoptr(Qcow2Table) t = qcow2_cache_peek_part(w->s->cache, &any);
     if (!t) {
         return false;
     }
-    qcow2_table_load(t, 0, w->s->cluster_size, slot->data);
-    slot->error = 0;
-    return true;
+    if (qcow2_table_load_present(t, slot->data)) {
+        slot->error = 0;
+        return true;
+    }
+    if (ret_part) {
+        *ret_part = g_steal_pointer(&t);
+    }
+    return false;
 }
 
 static gint by_offset(gconstpointer a, gconstpointer b)
@@ -102,7 +110,7 @@ static GPtrArray *batch_to_read(Walk *w, uint64_t file_length)
         Slot *slot = &w->slots[i];
         if (qcow2_offset_into_cluster(w->s, slot->offset)) {
             slot->error = -EIO;
-        } else if (!slot_from_cache(w, slot)) {
+        } else if (!slot_from_cache(w, slot, &slot->part)) {
             slot->to_read = slot->offset < file_length;
             slot->error = slot->to_read ? 0 : -EIO;
         }
@@ -170,7 +178,7 @@ static void batch_read_file(Walk *w, const GPtrArray *list)
         read_singly(w, list);
     }
     for (guint i = 0; i < list->len; i++) {
-        slot_from_cache(w, list->pdata[i]); /* invariant 1 */
+        slot_from_cache(w, list->pdata[i], NULL); /* invariant 1 */
     }
 }
 
@@ -203,6 +211,9 @@ static int batch_read(Walk *w)
     qcow2_user_announce(w->s, &user);
     g_autoptr(GPtrArray) list = batch_to_read(w, (uint64_t)length);
     batch_read_file(w, list);
+    for (size_t i = 0; i < w->n; i++) {
+        g_clear_pointer(&w->slots[i].part, qcow2_cache_put);
+    }
     for (size_t i = 0; i < w->n && !w->src->be_l1; i++) {
         slot_catch_up(w, &w->slots[i]);
     }

@@ -241,7 +241,8 @@ static bool open_rooms(BlockDriverState *bs, GError **errp)
     s->quarantine = qcow2_quarantine_new();
     s->flusher = qcow2_flusher_new();
     s->compressor = qcow2_compressor_new();
-    s->cache = qcow2_cache_new(bs, qcow2_cache_limit(s));
+    Qcow2CacheConfig config = qcow2_cache_config(s);
+    s->cache = qcow2_cache_new(bs, &config);
     s->free_index = qcow2_free_index_new();
     s->background = qcow2_background_new(bs);
     s->bitmaps = qcow2_bitmaps_new();

@@ -115,7 +115,7 @@ struct BDRVQcow2State {
     /* --- options, changed by reopen with the node drained --- */
     bool discard_request, discard_snapshot, discard_other; /* pass-discard-* */
     bool discard_no_unref;
-    uint64_t l2_cache_size, refcount_cache_size; /* bytes, 0 = default */
+    uint64_t l2_cache_size, refcount_cache_size, l2_cache_entry_size; /* bytes, 0 = default */
     uint64_t cache_clean_interval; /* seconds without use after which clean tables go, 0 = never */
     bool lazy_refcounts;           /* the dirty bit is set while a session allocates */
     int overlap_check;             /* Qcow2Overlap bits that the overlap guard looks at */
@@ -327,15 +327,13 @@ typedef struct Qcow2Options {
     bool follow_discard; /* pass-discard-request was not said: as the node's "discard" */
     bool discard_request, discard_snapshot, discard_other, discard_no_unref;
     int overlap_check; /* Qcow2Overlap bits */
-    uint64_t l2_cache_size, refcount_cache_size, cache_clean_interval;
+    uint64_t l2_cache_size, refcount_cache_size, l2_cache_entry_size, cache_clean_interval;
 } Qcow2Options;
 /* Takes the driver's own options out of @options; those not named have their defaults. Header
  * known. */
 bool qcow2_options_take(BlockDriverState *bs, json_t *options, Qcow2Options *ret, GError **errp);
 /* Node drained or not yet open. */
 void qcow2_options_apply(BDRVQcow2State *s, const Qcow2Options *o);
-/* Bytes of tables to keep in memory, from the options or the size of the image. */
-uint64_t qcow2_cache_limit(const BDRVQcow2State *s);
 /* qcow2-crypto.c: what is known of an encrypted image without its key, in print order; NULL: it is
  * not encrypted. New reference. */
 json_t *qcow2_crypto_facts(BlockDriverState *bs);
@@ -353,21 +351,47 @@ void qcow2_refresh_limits(BlockDriverState *bs);
 /* ======================= qcow2-cache.c: tables in memory ======================= */
 
 /*
- * L2 tables and refcount blocks, whole clusters, big-endian as on disk, found by host offset.
- * A table is pinned by whoever holds a Qcow2Table; dirty ones are never dropped, clean unpinned ones
- * are when the cache is over its limit.  Nobody waits for an entry while holding one: the cache grows.
+ * L2 tables and refcount blocks, big-endian as on disk, found by host offset.  L2 tables may be in
+ * memory in parts.  A table is pinned by whoever holds a Qcow2Table, which may be used for the bytes
+ * that were asked for; dirty parts are never dropped, clean ones that nobody asked for are when
+ * their kind is over its limit.  Nobody waits for an entry while holding one: the cache grows.
  */
 typedef enum Qcow2TableKind { QCOW2_TABLE_L2, QCOW2_TABLE_REFBLOCK } Qcow2TableKind;
+#define QCOW2_NB_TABLE_KINDS 2
 
-Qcow2Cache *qcow2_cache_new(BlockDriverState *bs, uint64_t limit_bytes);
+typedef struct Qcow2CacheConfig {
+    uint64_t limit[QCOW2_NB_TABLE_KINDS]; /* bytes to keep in memory */
+    size_t l2_part; /* bytes of an L2 table loaded at a time, a power of two; a sector of the file at
+                     * least, the table at most */
+} Qcow2CacheConfig;
+/* qcow2-options.c: what the options say, or the size of the image. */
+Qcow2CacheConfig qcow2_cache_config(const BDRVQcow2State *s);
+Qcow2Cache *qcow2_cache_new(BlockDriverState *bs, const Qcow2CacheConfig *config);
 void qcow2_cache_free(Qcow2Cache *cache); /* asserts that nothing is pinned */
-void qcow2_cache_set_limit(Qcow2Cache *cache, uint64_t limit_bytes);
-/* Pins the table at @offset, loading it if needed. Blocks: not under lock or alloc_lock.
- * -EIO with the image marked corrupt when @offset is unaligned, begins beyond the end of the file, or is
- * known as a table of the other kind. */
+/* Node drained: what does not fit any more and is clean is dropped. Never fails, writes nothing. */
+void qcow2_cache_configure(Qcow2Cache *cache, const Qcow2CacheConfig *config);
+/* Bytes [pos, +len) of the table at @offset. */
+typedef struct Qcow2TableRange {
+    Qcow2TableKind kind;
+    uint64_t offset;
+    size_t pos, len;
+} Qcow2TableRange;
+/* Pins the table at @offset, loading it whole, or what is missing of a range. Blocks: not under lock or
+ * alloc_lock. -EIO with the image marked corrupt when @offset is unaligned, begins beyond the end of
+ * the file, or is known as a table of the other kind. */
 int qcow2_cache_get(Qcow2Cache *cache, Qcow2TableKind kind, uint64_t offset, Qcow2Table **ret);
-/* Pins it only if it is in memory; NULL otherwise. Never blocks. */
+int qcow2_cache_get_part(Qcow2Cache *cache, const Qcow2TableRange *range, Qcow2Table **ret);
+/* Pins it only if all of it, or of the range, is in memory; NULL otherwise. Never blocks. With a
+ * length of 0 anything of it will do; what is dirty or becomes so then stays until put(). */
 Qcow2Table *qcow2_cache_peek(Qcow2Cache *cache, Qcow2TableKind kind, uint64_t offset);
+Qcow2Table *qcow2_cache_peek_part(Qcow2Cache *cache, const Qcow2TableRange *range);
+/* The range of @n entries from @index on of the L2 table at @offset; some. */
+static inline Qcow2TableRange qcow2_l2_range(const BDRVQcow2State *s, uint64_t offset, unsigned index,
+                                             size_t n)
+{
+    return (Qcow2TableRange){QCOW2_TABLE_L2, offset, (size_t)index * s->l2_entry_size,
+                             n * s->l2_entry_size};
+}
 /* Is a table at @offset in memory (or being loaded), and of what kind? For the overlap guard. */
 bool qcow2_cache_has(Qcow2Cache *cache, uint64_t offset, Qcow2TableKind *ret_kind);
 /* A table for a cluster just allocated: zeroes or a copy of @init, all dirty, "unlinked": no stable
@@ -388,6 +412,8 @@ uint64_t qcow2_table_offset(const Qcow2Table *t);
  * the caller holds the lock that owns the kind (metadata lock for L2, alloc lock for refcount blocks). */
 void qcow2_table_load(const Qcow2Table *t, size_t pos, size_t len, void *out);
 void qcow2_table_store(Qcow2Table *t, size_t pos, size_t len, const void *in);
+/* Copies of the whole table what is in memory, each to its place in @out. True: that was all. */
+bool qcow2_table_load_present(const Qcow2Table *t, void *out);
 /* Direct view of a refcount block; alloc lock held throughout. After changing bytes call mark_dirty. */
 uint8_t *qcow2_refblock_data(Qcow2Table *t);
 void qcow2_table_mark_dirty(Qcow2Table *t, size_t pos, size_t len);
@@ -407,15 +433,17 @@ typedef struct Qcow2DirtyPiece {
 int qcow2_cache_collect_dirty(Qcow2Cache *cache, Qcow2TableKind kind, GArray *pieces);
 /* Marks pieces dirty again after a failed write; @relink: also unlinked as they were. Frees pieces. */
 void qcow2_cache_return_pieces(Qcow2Cache *cache, GArray *pieces, bool failed, bool relink);
-/* Drops clean unpinned tables down to the limit. */
+/* Drops clean parts that nobody holds down to the limits. */
 void qcow2_cache_trim(Qcow2Cache *cache);
 /* A step in the background: drops clean tables that were not used since the one before. */
 uint64_t qcow2_cache_clean_step(BlockDriverState *bs);
 /* Bytes of all tables in memory. */
 uint64_t qcow2_cache_bytes(Qcow2Cache *cache);
-/* Bytes of dirty tables, and whether they pass the limit: the driver then flushes by itself. */
+/* Bytes of dirty parts, and whether those of a kind pass its limit: the driver then flushes by itself;
+ * or half of it. */
 uint64_t qcow2_cache_dirty_bytes(Qcow2Cache *cache);
 bool qcow2_cache_too_dirty(Qcow2Cache *cache);
+bool qcow2_cache_half_dirty(Qcow2Cache *cache);
 
 /* ======================= qcow2-l1.c: the active L1 ======================= */
 
@@ -454,6 +482,9 @@ void qcow2_l1_replace(BDRVQcow2State *s, uint64_t *be_entries, uint32_t size, ui
 
 /* An entry of 0 was stored to the table at @l1_index: it may be empty now. */
 void qcow2_note_cleared_locked(BDRVQcow2State *s, uint64_t l1_index) QB_REQUIRES(s->lock);
+/* Loads what is missing of those that look empty; for the flush, before it takes the lock. Not pinned:
+ * it is there unless others load much meanwhile. */
+void qcow2_fetch_cleared_tables(BlockDriverState *bs);
 /* Takes those that are out of L1 and frees them; for the flush, before it copies. */
 void qcow2_drop_empty_tables_locked(BDRVQcow2State *s) QB_REQUIRES(s->lock);
 

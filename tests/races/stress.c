@@ -370,7 +370,8 @@ int main(int argc, char **argv)
         for (unsigned k = 0; k < nb_kinds; k++) {
             if (!opts.only || g_pattern_match_simple(opts.only, kinds[k].name)) {
                 bool few = (round + (int)k) % 2 && !(kinds[k].flags & KIND_QED);
-                run_round(&kinds[k], few ? ",l2-cache-size=4096,refcount-cache-size=4096" : "",
+                run_round(&kinds[k], few ? ",l2-cache-size=4096,l2-cache-entry-size=512,"
+                                           "refcount-cache-size=4096" : "",
                           (guint32)(opts.seed + round * 1000));
             }
         }

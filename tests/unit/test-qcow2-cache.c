@@ -11,6 +11,7 @@
 #define CLUSTER 4096
 #define FIRST (64 * CLUSTER) /* behind all that the image uses */
 #define TABLES 256
+#define SLICE 512
 
 typedef struct Fixture {
     RecFile *f;
@@ -24,6 +25,19 @@ static uint64_t place(unsigned i)
     return FIRST + (uint64_t)i * CLUSTER;
 }
 
+static void configure(Fixture *x, uint64_t l2, uint64_t refblocks, size_t part)
+{
+    const Qcow2CacheConfig config = {
+        .limit[QCOW2_TABLE_L2] = l2, .limit[QCOW2_TABLE_REFBLOCK] = refblocks, .l2_part = part,
+    };
+    qcow2_cache_configure(x->c, &config);
+}
+
+static void set_limit(Fixture *x, uint64_t bytes)
+{
+    configure(x, bytes, bytes, CLUSTER);
+}
+
 static void setup(Fixture *x, const void *data)
 {
     x->f = rec_image_new("a", "size=1M,cluster_size=4k", FIRST + TABLES * CLUSTER);
@@ -34,7 +48,7 @@ static void setup(Fixture *x, const void *data)
     x->blk = rec_open_rw(x->f);
     x->s = image_state(x->blk);
     x->c = x->s->cache;
-    qcow2_cache_set_limit(x->c, 4 * TABLES * CLUSTER);
+    set_limit(x, 4 * TABLES * CLUSTER);
     bdrv_graph_rdlock();
 }
 
@@ -58,6 +72,14 @@ static Qcow2Table *get(Fixture *x, unsigned i)
     Qcow2Table *t = NULL;
     g_assert_cmpint(qcow2_cache_get(x->c, QCOW2_TABLE_L2, place(i), &t), ==, 0);
     g_assert_cmpuint(qcow2_table_offset(t), ==, place(i));
+    return t;
+}
+
+static Qcow2Table *get_part(Fixture *x, unsigned i, size_t pos, size_t len)
+{
+    const Qcow2TableRange range = {QCOW2_TABLE_L2, place(i), pos, len};
+    Qcow2Table *t = NULL;
+    g_assert_cmpint(qcow2_cache_get_part(x->c, &range, &t), ==, 0);
     return t;
 }
 
@@ -213,7 +235,7 @@ static void test_trim(Fixture *x, const void *data)
     Qcow2Table *pinned = get(x, 0), *dirty = get(x, 1);
     store(dirty, 17, 0xee);
     qcow2_cache_put(dirty);
-    qcow2_cache_set_limit(x->c, 16 * CLUSTER);
+    set_limit(x, 16 * CLUSTER);
     for (unsigned i = 2; i < TABLES; i++) {
         qcow2_cache_put(get(x, i));
     }
@@ -229,6 +251,133 @@ static void test_trim(Fixture *x, const void *data)
     g_assert_cmpuint(byte_at(dirty, 17), ==, 0xee);
     qcow2_cache_put(dirty);
     qcow2_cache_put(pinned);
+}
+
+static void load_refblock(Fixture *x, unsigned i)
+{
+    Qcow2Table *t = NULL;
+    g_assert_cmpint(qcow2_cache_get(x->c, QCOW2_TABLE_REFBLOCK, place(i), &t), ==, 0);
+    qcow2_cache_put(t);
+}
+
+static unsigned count_there(Fixture *x, unsigned from, unsigned end)
+{
+    unsigned there = 0;
+    for (unsigned i = from; i < end; i++) {
+        there += has(x, place(i));
+    }
+    return there;
+}
+
+static void test_two_limits(Fixture *x, const void *data)
+{
+    configure(x, 4 * CLUSTER, 64 * CLUSTER, CLUSTER);
+    for (unsigned i = 0; i < 32; i++) {
+        load_refblock(x, i);
+    }
+    for (unsigned i = 32; i < 96; i++) {
+        qcow2_cache_put(get(x, i));
+    }
+    qcow2_cache_trim(x->c);
+    g_assert_cmpuint(count_there(x, 0, 32), ==, 32);
+    g_assert_cmpuint(count_there(x, 32, 96), <=, 4);
+    configure(x, 64 * CLUSTER, CLUSTER, CLUSTER);
+    g_assert_cmpuint(count_there(x, 0, 32), <=, 1);
+    qcow2_cache_poison(x->c, FIRST, TABLES * CLUSTER);
+
+    Qcow2Table *dirty = get(x, 0), *other = get(x, 1);
+    store(dirty, 0, 1);
+    store(other, 0, 1);
+    configure(x, 2 * CLUSTER, 64 * CLUSTER, CLUSTER);
+    g_assert_false(qcow2_cache_too_dirty(x->c));
+    g_assert_true(qcow2_cache_half_dirty(x->c));
+    configure(x, CLUSTER, 64 * CLUSTER, CLUSTER);
+    g_assert_true(qcow2_cache_too_dirty(x->c)); /* refcount blocks' room does not help */
+    qcow2_cache_put(dirty);
+    qcow2_cache_put(other);
+}
+
+/* --- parts --- */
+
+static void slices(Fixture *x)
+{
+    configure(x, 4 * TABLES * CLUSTER, TABLES * CLUSTER, SLICE);
+    g_assert_cmpuint(qcow2_cache_bytes(x->c), ==, 0);
+}
+
+static void test_loads_parts(Fixture *x, const void *data)
+{
+    slices(x);
+    Qcow2Table *t = get_part(x, 3, SLICE - 1, 2), *same;
+    g_assert_cmpuint(qcow2_cache_bytes(x->c), ==, 2 * SLICE);
+    g_assert_cmpuint(byte_at(t, SLICE - 1), ==, 3);
+    g_assert_cmpuint(byte_at(t, SLICE), ==, 3);
+    store(t, SLICE, 0xee);
+    g_assert_cmpuint(qcow2_cache_dirty_bytes(x->c), ==, SLICE);
+    g_assert_null(qcow2_cache_peek(x->c, QCOW2_TABLE_L2, place(3)));
+    same = get(x, 3); /* the rest: what was stored stays */
+    g_assert_true(same == t);
+    g_assert_cmpuint(qcow2_cache_bytes(x->c), ==, CLUSTER);
+    g_assert_cmpuint(byte_at(t, SLICE), ==, 0xee);
+    g_assert_cmpuint(byte_at(t, CLUSTER - 1), ==, 3);
+    qcow2_cache_put(t);
+    qcow2_cache_put(same);
+}
+
+/* Of a table under its pin: what others asked for goes, what this one did and what is dirty stays. */
+static void test_drops_parts(Fixture *x, const void *data)
+{
+    slices(x);
+    qcow2_cache_put(get(x, 3));
+    Qcow2Table *t = get_part(x, 3, 0, 1), *dirty = get_part(x, 4, SLICE, 1);
+    store(dirty, SLICE, 0xee);
+    qcow2_cache_put(dirty);
+    configure(x, 0, 0, SLICE);
+    g_assert_cmpuint(qcow2_cache_bytes(x->c), ==, 2 * SLICE);
+    g_assert_cmpuint(byte_at(t, 0), ==, 3);
+    qcow2_cache_put(t);
+    qcow2_cache_trim(x->c);
+    g_assert_false(has(x, place(3)));
+    dirty = get_part(x, 4, SLICE, 1);
+    g_assert_cmpuint(byte_at(dirty, SLICE), ==, 0xee);
+    qcow2_cache_put(dirty);
+}
+
+static void test_poisons_parts(Fixture *x, const void *data)
+{
+    slices(x);
+    for (size_t pos = 0; pos < CLUSTER; pos += SLICE) {
+        Qcow2Table *t = get_part(x, 3, pos, SLICE);
+        if (pos != SLICE) {
+            store(t, pos, 0xee);
+        }
+        qcow2_cache_put(t);
+    }
+    qcow2_cache_poison(x->c, place(3), 1);
+    g_assert_false(has(x, place(3)));
+    g_assert_cmpuint(qcow2_cache_bytes(x->c), ==, 0);
+    g_assert_cmpuint(qcow2_cache_dirty_bytes(x->c), ==, 0);
+    Qcow2Table *fresh = get(x, 3);
+    for (size_t pos = 0; pos < CLUSTER; pos += SLICE) {
+        g_assert_cmpuint(byte_at(fresh, pos), ==, 3);
+    }
+    qcow2_cache_put(fresh);
+}
+
+/* Another size of parts: tables with something to write keep theirs. */
+static void test_other_parts(Fixture *x, const void *data)
+{
+    Qcow2Table *dirty = get(x, 3);
+    store(dirty, 0, 0xee);
+    qcow2_cache_put(dirty);
+    qcow2_cache_put(get(x, 4));
+    configure(x, 4 * TABLES * CLUSTER, TABLES * CLUSTER, SLICE);
+    g_assert_cmpuint(qcow2_cache_bytes(x->c), ==, CLUSTER);
+    qcow2_cache_put(get_part(x, 4, 0, 1));
+    g_assert_cmpuint(qcow2_cache_bytes(x->c), ==, CLUSTER + SLICE);
+    dirty = get_part(x, 3, 0, CLUSTER);
+    g_assert_cmpuint(byte_at(dirty, 0), ==, 0xee);
+    qcow2_cache_put(dirty);
 }
 
 /* --- collecting --- */
@@ -339,9 +488,12 @@ static void brawl_once(Brawler *b)
         give_back(b->x, collect(b->x), g_rand_boolean(b->rand), true);
         break;
     default: {
-        Qcow2Table *t = get(b->x, i);
-        g_assert_cmpuint(byte_at(t, (size_t)g_rand_int_range(b->rand, 0, CLUSTER)), ==, i);
-        store(t, (size_t)g_rand_int_range(b->rand, 0, CLUSTER), (uint8_t)i);
+        size_t pos = (size_t)g_rand_int_range(b->rand, 0, CLUSTER);
+        size_t len = (size_t)g_rand_int_range(b->rand, 1, (gint32)(CLUSTER - pos) + 1);
+        Qcow2Table *t = get_part(b->x, i, pos, len);
+        g_assert_cmpuint(byte_at(t, pos), ==, i);
+        g_assert_cmpuint(byte_at(t, pos + len - 1), ==, i);
+        store(t, pos + len / 2, (uint8_t)i);
         qcow2_cache_put(t);
     }
     }
@@ -358,11 +510,11 @@ static void *run_brawl(void *opaque)
     return NULL;
 }
 
-static void test_brawl(Fixture *x, const void *data)
+static void brawl(Fixture *x, size_t part)
 {
     Brawler b[4];
     pthread_t threads[G_N_ELEMENTS(b)];
-    qcow2_cache_set_limit(x->c, 8 * CLUSTER);
+    configure(x, 8 * part, CLUSTER, part);
     for (guint i = 0; i < G_N_ELEMENTS(b); i++) {
         b[i] = (Brawler){.x = x, .rand = g_rand_new_with_seed(i)};
         g_assert_true(qb_thread_start(&threads[i], "brawl", run_brawl, &b[i]));
@@ -371,6 +523,12 @@ static void test_brawl(Fixture *x, const void *data)
         pthread_join(threads[i], NULL);
         g_rand_free(b[i].rand);
     }
+}
+
+static void test_brawl(Fixture *x, const void *data)
+{
+    brawl(x, CLUSTER);
+    brawl(x, SLICE);
 }
 
 static void add(const char *name, void (*fn)(Fixture *x, const void *data))
@@ -391,6 +549,11 @@ int main(int argc, char **argv)
     add("poison-ranges", test_poison_ranges);
     add("poison-loading", test_poison_loading);
     add("trim", test_trim);
+    add("two-limits", test_two_limits);
+    add("loads-parts", test_loads_parts);
+    add("drops-parts", test_drops_parts);
+    add("poison-parts", test_poisons_parts);
+    add("other-parts", test_other_parts);
     add("collect", test_collect);
     add("unlinked", test_unlinked);
     add("poison-collected", test_poison_collected);

@@ -42,6 +42,12 @@ static const Config configs[] = {
      .compressed = true},
     {"no-unref", "cluster_size=64k", MB4, 65536, .open_opts = "discard=unmap,discard-no-unref=on"},
     {"prealloc", "cluster_size=64k,preallocation=metadata", MB4, 65536, .compressed = false},
+    {"slices", "cluster_size=4k", MB4, 4096, .compressed = true,
+     .open_opts = "discard=unmap,l2-cache-size=4096,l2-cache-entry-size=512"},
+    {"slices-backing", "cluster_size=64k", MB4, 65536, .backing = true, .compressed = true,
+     .open_opts = "discard=unmap,l2-cache-size=4096,l2-cache-entry-size=512"},
+    {"slices-ext", "extended_l2=on,cluster_size=16k", MB4, 16384,
+     .open_opts = "discard=unmap,l2-cache-size=2048,l2-cache-entry-size=1024"},
     {"small-cache", "cluster_size=512", 2 * MIB, 512,
      .open_opts = "discard=unmap,l2-cache-size=4096,refcount-cache-size=4096"},
 };

@@ -56,6 +56,34 @@ static void test_goes_when_empty(void)
     rec_file_free(f);
 }
 
+/* Only slices of it are in memory: the rest is looked at, too. */
+static void test_goes_from_parts(void)
+{
+    const Qcow2CacheConfig slices = {.limit = {0, 64 * KIB}, .l2_part = 512};
+    RecFile *f;
+    BlockBackend *blk = open_v2(&f, "size=1M,cluster_size=4k,compat=0.10");
+    BDRVQcow2State *s = image_state(blk);
+
+    image_write(blk, 0, 4 * KIB, 1);
+    image_write(blk, 512 * KIB, 4 * KIB, 2);
+    g_assert_cmpint(blk_flush(blk), ==, 0);
+    uint64_t table = qcow2_l1_get(s, 0) & QCOW2_ENTRY_OFFSET_MASK;
+    qcow2_cache_configure(s->cache, &slices);
+    discard(blk, 0, 4 * KIB);
+    g_assert_cmpint(blk_flush(blk), ==, 0);
+    g_assert_cmphex(qcow2_l1_get(s, 0) & QCOW2_ENTRY_OFFSET_MASK, ==, table);
+    image_expect(blk, 512 * KIB, 4 * KIB, 2);
+    qcow2_cache_trim(s->cache);
+    discard(blk, 512 * KIB, 4 * KIB);
+    g_assert_null(qcow2_cache_peek(s->cache, QCOW2_TABLE_L2, table));
+    g_assert_cmpint(blk_flush(blk), ==, 0);
+    g_assert_cmphex(qcow2_l1_get(s, 0), ==, 0);
+    g_assert_cmpuint(refcount_of(blk, table), ==, 0);
+    blk_unref(blk);
+    rec_check(f, false);
+    rec_file_free(f);
+}
+
 static void test_stays_in_snapshot(void)
 {
     GError *err = NULL;
@@ -136,6 +164,7 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     rec_setup();
     g_test_add_func("/qcow2-prune/goes-when-empty", test_goes_when_empty);
+    g_test_add_func("/qcow2-prune/goes-from-parts", test_goes_from_parts);
     g_test_add_func("/qcow2-prune/stays-in-snapshot", test_stays_in_snapshot);
     g_test_add_func("/qcow2-prune/no-store-is-lost", test_no_store_is_lost);
     int ret = g_test_run();

@@ -117,13 +117,13 @@ static void test_many_tables(void)
     g_array_free(detached.runs, true);
 }
 
-/* What memory has counts, not the older table in the file. */
-static void test_dirty_tables(void)
+/* What memory has counts, not the older table in the file; also when it has but a slice. */
+static void test_dirty_tables_of(const char *options)
 {
     Seen seen = {0};
     uint32_t l1_size;
     image_create("image", "size=1M");
-    BlockBackend *blk = image_open_rw("image");
+    BlockBackend *blk = image_open("image", options, BDRV_O_RDWR);
     image_write(blk, 0, 64 * KIB, 1);
     g_assert_cmpint(blk_flush(blk), ==, 0);
     image_write(blk, 128 * KIB, 64 * KIB, 2);
@@ -134,6 +134,12 @@ static void test_dirty_tables(void)
     expect_run(&seen, 1, QCOW2_NORMAL, 128 * KIB, 64 * KIB);
     blk_unref(blk);
     g_array_free(seen.runs, true);
+}
+
+static void test_dirty_tables(void)
+{
+    test_dirty_tables_of("l2-cache-entry-size=64k");
+    test_dirty_tables_of("l2-cache-entry-size=512,l2-cache-size=512");
 }
 
 /* An L1 that names nonsense: each table gets its own error, the good ones are seen. */
