@@ -32,8 +32,7 @@
  * Each kind has a limit for the bytes of its parts in one image; beside it a process-wide limit (an
  * eighth of the memory, at most 1 GiB) makes every cache trim when all together are over it.
  *
- * Deliberately not done: writing back single tables (the order of writes is the flusher's
- * business).
+ * Deliberately not done: writing back single tables (their order is the flusher's business).
  *
  * SPDX-License-Identifier: MIT
  */
@@ -589,13 +588,12 @@ static int bring_parts(Qcow2Table *t, unsigned first, unsigned end)
     return 0;
 }
 
-/* Part numbers of the bytes [pos, +len), which are some. */
-static void range_of(const Qcow2Table *t, size_t pos, size_t len, unsigned *ret_first,
-                     unsigned *ret_end)
+/* Numbers of the parts that it lies in. */
+static void range_of(const Qcow2Table *t, const Qcow2TableRange *r, unsigned *first, unsigned *end)
 {
-    assert(len > 0 && pos + len <= t->cache->table_bytes);
-    *ret_first = (unsigned)(pos / t->part_bytes);
-    *ret_end = (unsigned)((pos + len - 1) / t->part_bytes) + 1;
+    assert(r->len > 0 && r->pos + r->len <= t->cache->table_bytes);
+    *first = (unsigned)(r->pos / t->part_bytes);
+    *end = (unsigned)((r->pos + r->len - 1) / t->part_bytes) + 1;
 }
 
 /* Holds the parts of a pinned table, if all of them are there. */
@@ -640,7 +638,7 @@ int qcow2_cache_get_part(Qcow2Cache *c, const Qcow2TableRange *r, Qcow2Table **r
     unsigned first, end;
     Qcow2Table *t;
     bool there;
-    int err = 0;
+    int err;
 
     qb_mutex_lock(&shard->lock);
     t = find_or_enter_locked(c, shard, r->kind, r->offset);
@@ -649,12 +647,10 @@ int qcow2_cache_get_part(Qcow2Cache *c, const Qcow2TableRange *r, Qcow2Table **r
         qb_mutex_unlock(&shard->lock);
         return refuse_other_kind(c, r->offset);
     }
-    range_of(t, r->pos, r->len, &first, &end);
+    range_of(t, r, &first, &end);
     there = hold_range_locked(t, first, end);
     qb_mutex_unlock(&shard->lock);
-    if (!there) {
-        err = bring_parts(t, first, end);
-    }
+    err = there ? 0 : bring_parts(t, first, end);
     if (err < 0) {
         qcow2_cache_put(t);
         return err;
@@ -681,7 +677,7 @@ Qcow2Table *qcow2_cache_peek_part(Qcow2Cache *c, const Qcow2TableRange *r)
         return NULL;
     }
     if (r->len) {
-        range_of(t, r->pos, r->len, &first, &end);
+        range_of(t, r, &first, &end);
         if (!hold_range_locked(t, first, end)) {
             return NULL;
         }

@@ -324,7 +324,7 @@ static void test_loads_parts(Fixture *x, const void *data)
     qcow2_cache_put(same);
 }
 
-/* Of a table under its pin: what others asked for goes, what this one did and what is dirty stays. */
+/* Under the pin of a table what others asked for goes; what this one did, or is dirty, stays. */
 static void test_drops_parts(Fixture *x, const void *data)
 {
     slices(x);
