@@ -161,6 +161,18 @@ static void test_hostile_header(void)
     }
 }
 
+/* Neither is believed where its checksum is wrong. */
+static void test_checksums(void)
+{
+    static const unsigned damaged[] = {512 + 40, 512 + 16, 512 + 88, 1024 + 32};
+    for (size_t i = 0; i < G_N_ELEMENTS(damaged); i++) {
+        make_gpt(512);
+        memset(disk.bytes + DISK_BYTES - 512, 0, 512);
+        disk.bytes[damaged[i]] ^= 1;
+        check_none();
+    }
+}
+
 static void test_hostile_entries(void)
 {
     static const uint64_t bad[][2] = {
@@ -239,6 +251,7 @@ int main(int argc, char **argv)
     g_test_add_data_func("/partitions/gpt-512", GUINT_TO_POINTER(512), test_gpt);
     g_test_add_data_func("/partitions/gpt-4096", GUINT_TO_POINTER(4096), test_gpt);
     g_test_add_func("/partitions/gpt-header-lies", test_hostile_header);
+    g_test_add_func("/partitions/gpt-checksums", test_checksums);
     g_test_add_func("/partitions/gpt-entries-lie", test_hostile_entries);
     g_test_add_func("/partitions/gpt-backup-elsewhere", test_backup_elsewhere);
     g_test_add_func("/partitions/mbr", test_mbr);
