@@ -239,13 +239,13 @@ static void run(Bench *b)
 
 /* ---- around it ---- */
 
-/* `depth` slots, each with its part of @buf. */
+/* `depth` slots, each with its part of @buf; NULL: no memory for so many. */
 static BenchSlot *make_slots(Bench *b, uint8_t *buf)
 {
     const BenchPlan *plan = b->plan;
-    BenchSlot *slots = g_new0(BenchSlot, plan->depth);
+    BenchSlot *slots = g_try_new0(BenchSlot, plan->depth);
 
-    for (unsigned i = plan->depth; i-- > 0;) {
+    for (unsigned i = slots ? plan->depth : 0; i-- > 0;) {
         slots[i].bench = b;
         iov_vector_init_buf(&slots[i].qiov, buf + (size_t)i * plan->size, plan->size);
         slots[i].next = b->free;
@@ -299,7 +299,10 @@ static int bench_image(BlockBackend *blk, const BenchPlan *plan)
     }
     memset(buf, plan->write ? plan->pattern : 0, bytes);
     BenchSlot *slots = make_slots(&b, buf);
-    int status = measure(&b);
+    int status = slots ? measure(&b) : 1;
+    if (!slots) {
+        img_error("Could not allocate the requests: %s", g_strerror(ENOMEM));
+    }
     g_free(slots);
     blk_queue_free(b.queue);
     return status;
