@@ -129,6 +129,13 @@ def bases(lab, outputs):
         run(["qemu-img", "compare", "-q", *(lab.path(name, "base") for name in outputs)])
 
 
+def converted(lab, outputs):
+    """What was written to b is sound and reads as the source does."""
+    for name in outputs:
+        run(["qemu-img", "check", "-q", lab.path(name, "b")])
+        run(["qemu-img", "compare", "-q", lab.path(name, "a"), lab.path(name, "b")])
+
+
 def printed(lab, outputs):
     texts = {json.dumps(json.loads(text)) if text.startswith(("[", "{")) else "" for text in
              outputs.values()}
@@ -220,4 +227,16 @@ ROWS = [
         then(prepared(GIB, data=GIB)),
         img("bench", "-f", "qcow2", "-t", "writeback", "-c", "300000", "-d", "64", "-s", "4096", "{dir}/a"),
         same=sizes),
+    Row("bench/write-4K-depth-64", 1, ["a"],
+        then(prepared(GIB, data=GIB)),
+        img("bench", "-w", "-f", "qcow2", "-t", "writeback", "-c", "100000", "-d", "64", "-s", "4096", "{dir}/a"),
+        same=sizes),
+
+    Row("convert/256M", 1, ["a"], prepared(256 * MIB, data=256 * MIB),
+        img("convert", "-O", "qcow2", "{dir}/a", "{dir}/b"), same=converted,
+        limit=["cp", "{dir}/a", "{dir}/c"]),
+    Row("convert/256M-any-order", 1, ["a"], prepared(256 * MIB, data=256 * MIB),
+        img("convert", "-W", "-O", "qcow2", "{dir}/a", "{dir}/b"), same=converted),
+    Row("convert/256M-compressed", 1, ["a"], prepared(256 * MIB, data=256 * MIB),
+        img("convert", "-c", "-O", "qcow2", "{dir}/a", "{dir}/b"), same=converted),
 ]
