@@ -36,7 +36,7 @@
  *
  * SPDX-License-Identifier: MIT
  */
-#include "block/qcow2.h"
+#include "block/qcow2-cache-int.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -44,62 +44,8 @@
 
 #include "util/iov.h"
 
-#define NB_SHARDS 16
 #define MAX_PROCESS_BYTES (UINT64_C(1) << 30)
 #define SHORT_LIFE_NS UINT64_C(1000000000)
-
-typedef struct Part Part;
-
-typedef struct Shard {
-    QbMutex lock;
-    QbCond loaded;
-    GHashTable *tables; /* &offset -> Qcow2Table */
-    GQueue dirty;       /* of Qcow2Table, by dirty_link */
-    GQueue lru[QCOW2_NB_TABLE_KINDS]; /* of Part, by link */
-} Shard;
-
-struct Part {
-    Qcow2Table *table;
-    unsigned index;
-    uint8_t *data;    /* readers of refcount blocks look at it under the alloc lock instead */
-    bool loading;     /* data belongs to the thread that loads it */
-    GQueue *list;     /* the shard's LRU, the table's held or dirty ones; NULL while loading */
-    GList link;
-    unsigned left_at; /* the cache's tick when it came into the LRU list */
-};
-
-struct Qcow2Table {
-    /* constant */
-    Qcow2Cache *cache;
-    Shard *shard;
-    uint64_t offset;
-    Qcow2TableKind kind;
-    size_t part_bytes;
-    unsigned nb_parts;
-    /* guarded by shard->lock */
-    unsigned pins;
-    bool poisoned, unlinked;
-    uint64_t *dirty;          /* bit per sector */
-    unsigned nb_dirty;        /* bits set */
-    GList dirty_link;
-    GQueue held, dirty_parts; /* of Part */
-    unsigned nb_there;
-    Part *parts[];            /* NULL: not in memory */
-};
-
-struct Qcow2Cache {
-    BlockDriverState *bs;
-    size_t table_bytes, sector;
-    unsigned nb_sectors;
-    _Atomic(size_t) l2_part; /* bytes of a part, for L2 tables entered from now on */
-    _Atomic(uint64_t) limit[QCOW2_NB_TABLE_KINDS], bytes[QCOW2_NB_TABLE_KINDS];
-    _Atomic(uint64_t) dirty_bytes[QCOW2_NB_TABLE_KINDS];
-    _Atomic(uint64_t) nb_tables;
-    _Atomic(unsigned) tick; /* cleanings */
-    uint64_t born;          /* qb_now_ns() */
-    _Atomic(bool) cleaned;  /* the background has been told that there are tables */
-    Shard shards[NB_SHARDS];
-};
 
 static _Atomic(uint64_t) process_bytes;
 
@@ -214,7 +160,7 @@ static void table_free_locked(Qcow2Table *t)
     g_free(t);
 }
 
-static void set_clean_locked(Qcow2Table *t)
+void qcow2_table_set_clean_locked(Qcow2Table *t)
 {
     if (!t->nb_dirty) {
         return;
@@ -228,7 +174,7 @@ static void set_clean_locked(Qcow2Table *t)
     }
 }
 
-static void set_dirty_locked(Qcow2Table *t, size_t pos, size_t len)
+void qcow2_table_set_dirty_locked(Qcow2Table *t, size_t pos, size_t len)
 {
     size_t first = pos / t->cache->sector, last = (pos + len - 1) / t->cache->sector;
 
@@ -257,7 +203,7 @@ static void set_dirty_locked(Qcow2Table *t, size_t pos, size_t len)
 static void forget_locked(Qcow2Table *t)
 {
     g_hash_table_remove(t->shard->tables, &t->offset);
-    set_clean_locked(t);
+    qcow2_table_set_clean_locked(t);
     t->poisoned = true;
     for (unsigned i = 0; i < t->nb_parts && t->pins; i++) {
         if (t->parts[i] && t->parts[i]->list == &t->shard->lru[t->kind]) {
@@ -298,7 +244,7 @@ static void release_held_locked(Qcow2Table *t)
     arm_cleaning(t->cache);
 }
 
-static void unpin_locked(Qcow2Table *t)
+void qcow2_table_unpin_locked(Qcow2Table *t)
 {
     assert(t->pins > 0);
     if (--t->pins) {
@@ -643,7 +589,7 @@ int qcow2_cache_get_part(Qcow2Cache *c, const Qcow2TableRange *r, Qcow2Table **r
     qb_mutex_lock(&shard->lock);
     t = find_or_enter_locked(c, shard, r->kind, r->offset);
     if (t->kind != r->kind) {
-        unpin_locked(t);
+        qcow2_table_unpin_locked(t);
         qb_mutex_unlock(&shard->lock);
         return refuse_other_kind(c, r->offset);
     }
@@ -741,7 +687,7 @@ Qcow2Table *qcow2_cache_add(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset,
     t->unlinked = true;
     g_hash_table_insert(t->shard->tables, &t->offset, t);
     t->pins++;
-    set_dirty_locked(t, 0, c->table_bytes);
+    qcow2_table_set_dirty_locked(t, 0, c->table_bytes);
     trim_shard_locked(c, t->shard);
     return t;
 }
@@ -755,7 +701,7 @@ void qcow2_cache_put(Qcow2Table *t)
     }
     shard = t->shard;
     QB_GUARD(&shard->lock);
-    unpin_locked(t);
+    qcow2_table_unpin_locked(t);
 }
 
 /* ---- poison ---- */
@@ -843,7 +789,7 @@ static uint8_t *bytes_at_locked(const Qcow2Table *t, size_t pos, size_t len, siz
     return p->data + into;
 }
 
-static void copy_out_locked(const Qcow2Table *t, size_t pos, size_t len, uint8_t *out)
+void qcow2_table_copy_out_locked(const Qcow2Table *t, size_t pos, size_t len, uint8_t *out)
 {
     assert(pos + len <= t->cache->table_bytes);
     for (size_t n; len; pos += n, out += n, len -= n) {
@@ -856,7 +802,7 @@ void qcow2_table_load(const Qcow2Table *t, size_t pos, size_t len, void *out)
 {
     QB_GUARD(&t->shard->lock);
 
-    copy_out_locked(t, pos, len, out);
+    qcow2_table_copy_out_locked(t, pos, len, out);
 }
 
 bool qcow2_table_load_present(const Qcow2Table *t, void *out)
@@ -885,7 +831,7 @@ void qcow2_table_store(Qcow2Table *t, size_t pos, size_t len, const void *in)
         uint8_t *to = bytes_at_locked(t, pos + done, len - done, &n);
         memcpy(to, from + done, n);
     }
-    set_dirty_locked(t, pos, len);
+    qcow2_table_set_dirty_locked(t, pos, len);
 }
 
 uint8_t *qcow2_refblock_data(Qcow2Table *t)
@@ -899,108 +845,5 @@ void qcow2_table_mark_dirty(Qcow2Table *t, size_t pos, size_t len)
 {
     QB_GUARD(&t->shard->lock);
 
-    set_dirty_locked(t, pos, len);
-}
-
-/* ---- collecting what is dirty ---- */
-
-static bool sector_dirty(const Qcow2Table *t, unsigned i)
-{
-    return t->dirty[i / 64] & (UINT64_C(1) << (i % 64));
-}
-
-static bool collect_run_locked(Qcow2Table *t, unsigned first, unsigned end, GArray *pieces)
-{
-    size_t sector = t->cache->sector, bytes = (end - first) * sector;
-    Qcow2DirtyPiece piece = {.offset = t->offset + first * sector, .bytes = bytes, .table = t,
-                             .unlinked = t->unlinked,
-                             .data = qb_try_memalign(4096, MAX(bytes, 4096))};
-
-    if (!piece.data) {
-        return false;
-    }
-    copy_out_locked(t, first * sector, bytes, piece.data);
-    t->pins++;
-    g_array_append_val(pieces, piece);
-    return true;
-}
-
-static bool collect_table_locked(Qcow2Table *t, GArray *pieces)
-{
-    unsigned n = t->cache->nb_sectors;
-
-    for (unsigned first = 0, end; first < n; first = end) {
-        end = first + 1;
-        if (!sector_dirty(t, first)) {
-            continue;
-        }
-        while (end < n && sector_dirty(t, end)) {
-            end++;
-        }
-        if (!collect_run_locked(t, first, end, pieces)) {
-            return false;
-        }
-    }
-    set_clean_locked(t);
-    t->unlinked = false;
-    return true;
-}
-
-static bool collect_shard(Shard *shard, Qcow2TableKind kind, GArray *pieces)
-{
-    QB_GUARD(&shard->lock);
-    GList *next;
-
-    for (GList *l = shard->dirty.head; l; l = next) {
-        Qcow2Table *t = l->data;
-        next = l->next;
-        if (t->kind == kind && !collect_table_locked(t, pieces)) {
-            return false;
-        }
-    }
-    return true;
-}
-
-static gint compare_pieces(gconstpointer a, gconstpointer b)
-{
-    const Qcow2DirtyPiece *pa = a, *pb = b;
-
-    return pa->offset < pb->offset ? -1 : pa->offset > pb->offset;
-}
-
-int qcow2_cache_collect_dirty(Qcow2Cache *c, Qcow2TableKind kind, GArray *pieces)
-{
-    for (int i = 0; i < NB_SHARDS; i++) {
-        if (!collect_shard(&c->shards[i], kind, pieces)) {
-            qcow2_cache_return_pieces(c, pieces, true, true);
-            return -ENOMEM;
-        }
-    }
-    g_array_sort(pieces, compare_pieces);
-    return 0;
-}
-
-static void return_piece(Qcow2DirtyPiece *p, bool failed, bool relink)
-{
-    Qcow2Table *t = p->table;
-    Shard *shard = t->shard; /* the last unpin may free the table */
-    QB_GUARD(&shard->lock);
-
-    if (failed) {
-        set_dirty_locked(t, (size_t)(p->offset - t->offset), p->bytes);
-        t->unlinked |= relink && p->unlinked;
-    }
-    unpin_locked(t);
-}
-
-void qcow2_cache_return_pieces(Qcow2Cache *c, GArray *pieces, bool failed, bool relink)
-{
-    for (guint i = 0; i < pieces->len; i++) {
-        Qcow2DirtyPiece *p = &g_array_index(pieces, Qcow2DirtyPiece, i);
-        if (p->table) {
-            return_piece(p, failed, relink);
-        }
-        free(p->data);
-    }
-    g_array_set_size(pieces, 0);
+    qcow2_table_set_dirty_locked(t, pos, len);
 }

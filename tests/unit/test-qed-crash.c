@@ -153,7 +153,7 @@ static Request random_request(GRand *rand)
 
 static int run_request(BlockBackend *blk, const Request *r)
 {
-    g_autofree uint8_t *buf = g_malloc(r->bytes);
+    g_autofree uint8_t *buf = g_malloc(MAX(r->bytes, 1));
     memset(buf, r->byte, r->bytes);
     switch (r->kind) {
     case 'w':
