@@ -48,7 +48,7 @@ static void make_bases(void)
     disk_init();
     bases = g_new0(DamageBase, nb_kinds);
     for (unsigned i = 0; i < nb_kinds; i++) {
-        if (!(kinds[i].flags & (KIND_BACKING | KIND_DATA_FILE))) {
+        if (!(kinds[i].flags & (KIND_BACKING | KIND_DATA_FILE | KIND_QED))) {
             make_base(&kinds[i]);
         }
     }
