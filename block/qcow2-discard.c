@@ -14,7 +14,8 @@
  * header names one, or when the creator of the node says that one will come (BDRV_O_BACKING_LATER);
  * see qcow2_may_be_backed().  Version 2 has no zero flag: there all is 0 where the image is not
  * backed, and declined where it may be.  discard-no-unref turns "unmap" into "keep" followed by a
- * hole in the file.  A part of an extended L2 cluster changes its bits only.
+ * hole in the file.  A part of an extended L2 cluster changes its bits; with "unmap", the last part
+ * of it that held data takes the host cluster along.
  *
  *     step:  skip what L1 does not map | drop a table that is cleared whole | load, change, link
  *
@@ -48,7 +49,7 @@ typedef struct Clear {
     uint64_t guest, end; /* multiples of the subcluster size */
     uint64_t below_end;  /* up to here the backing file shows where nothing is allocated */
     uint64_t disk_end;   /* rounded up to whole clusters */
-    GArray *kept;        /* Qcow2HostRun: host clusters that stay, their content void */
+    GArray *kept;        /* Qcow2HostRun: parts of host clusters that stay, their content void */
 } Clear;
 
 /* --- entries --- */
@@ -76,15 +77,25 @@ static bool clears_to_nothing(const Clear *c)
     return c->mode == CLEAR_FULL || c->s->version < 3 || unallocates;
 }
 
-static Qcow2L2Entry cleared_entry(const Clear *c)
+/* Without a host cluster; the subclusters in @mask read zero, the others as they did: none of them
+ * has data. */
+static Qcow2L2Entry cleared_entry(const Clear *c, Qcow2L2Entry e, uint64_t mask)
 {
     if (clears_to_nothing(c)) {
         return (Qcow2L2Entry){0};
     }
     if (c->s->has_subclusters) {
-        return (Qcow2L2Entry){.bitmap = ALL_SUBCLUSTERS << 32};
+        return (Qcow2L2Entry){.bitmap = (e.bitmap & ALL_SUBCLUSTERS << 32) | mask << 32};
     }
     return (Qcow2L2Entry){.entry = QCOW2_ENTRY_ZERO};
+}
+
+/* All of the cluster, or all the data that a part of it still has. */
+static bool takes_all(const Clear *c, Qcow2L2Entry e, uint64_t mask)
+{
+    bool parts = c->s->has_subclusters && !qcow2_entry_is_compressed(e);
+    uint64_t data = parts ? e.bitmap & ALL_SUBCLUSTERS : 0;
+    return covers_all(c, mask) || (data && !(data & ~mask));
 }
 
 /* Do the subclusters in @mask read zero as they are? @below: the backing file shows. */
@@ -119,25 +130,32 @@ static int new_entry(const Clear *c, Qcow2L2Entry e, uint64_t cluster, Qcow2L2En
 {
     const BDRVQcow2State *s = c->s;
     uint64_t mask = covered(c, cluster);
-    bool all = covers_all(c, mask), compressed = qcow2_entry_is_compressed(e);
+    bool all = takes_all(c, e, mask), compressed = qcow2_entry_is_compressed(e);
     bool releases = compressed || (c->mode == CLEAR_UNMAP && qcow2_entry_has_host(s, e));
     *ret = e;
     if (c->mode == CLEAR_FULL || (all && clears_to_nothing(c))) {
         *ret = (Qcow2L2Entry){0};
     } else if (all && releases) {
-        *ret = cleared_entry(c);
+        *ret = cleared_entry(c, e, mask);
     } else if (compressed) {
         return -ENOTSUP; /* a part of a stream cannot be taken out */
     } else if (!reads_zero(s, e, mask, cluster < c->below_end)) {
-        bool keep_host = !all || qcow2_entry_has_host(s, e);
-        *ret = keep_host ? zeroed_entry(s, e, mask) : cleared_entry(c);
+        *ret = zeroed_entry(s, e, mask);
     }
     return 0;
 }
 
 /* --- host clusters that stay --- */
 
-static void remember_kept(Clear *c, const Qcow2L2Entry *old, const Qcow2L2Entry *new, size_t n)
+/* The host bytes of the cluster at @cluster that the range covers. */
+static Qcow2HostRun covered_run(const Clear *c, uint64_t cluster, Qcow2L2Entry e)
+{
+    uint64_t from = MAX(c->guest, cluster), to = MIN(c->end, cluster + c->s->cluster_size);
+    return (Qcow2HostRun){qcow2_entry_host(e) + (from - cluster), to - from};
+}
+
+static void remember_kept(Clear *c, uint64_t cluster, const Qcow2L2Entry *old,
+                          const Qcow2L2Entry *new, size_t n)
 {
     const BDRVQcow2State *s = c->s;
     for (size_t i = 0; i < n; i++) {
@@ -145,7 +163,7 @@ static void remember_kept(Clear *c, const Qcow2L2Entry *old, const Qcow2L2Entry 
         if (!stays || qcow2_entry_equal(old[i], new[i])) {
             continue;
         }
-        Qcow2HostRun run = {qcow2_entry_host(old[i]), s->cluster_size};
+        Qcow2HostRun run = covered_run(c, cluster + ((uint64_t)i << s->cluster_bits), old[i]);
         Qcow2HostRun *last = c->kept->len
                                  ? &g_array_index(c->kept, Qcow2HostRun, c->kept->len - 1)
                                  : NULL;
@@ -204,7 +222,7 @@ static int64_t change_entries(Clear *c, uint64_t cluster, size_t n, Qcow2L2Entry
     }
     Qcow2Change change = {.guest = cluster, .n = n, .old = old, .new = new, .type = c->type};
     ret = qcow2_link(c->bs, &change, &done);
-    remember_kept(c, old, new, done);
+    remember_kept(c, cluster, old, new, done);
     return ret < 0 ? ret : (int64_t)done;
 }
 
@@ -361,7 +379,7 @@ int qcow2_discard_clusters(BlockDriverState *bs, uint64_t guest, uint64_t bytes,
 {
     BDRVQcow2State *s = qcow2_state(bs);
     bool to_zero = how == QCOW2_DISCARD_TO_ZERO;
-    assert(qcow2_offset_into_cluster(s, guest) == 0);
+    assert(qcow2_offset_into_cluster(s, guest) == 0 || to_zero);
     if (to_zero && s->version < 3 && qcow2_may_be_backed(bs)) {
         return 0; /* version 2 cannot say "zero" over a backing file; a discard is advice */
     }
@@ -506,20 +524,22 @@ int qcow2_pwrite_zeroes(BlockDriverState *bs, BdrvRequest *req, int64_t offset, 
     return ret == 0 && (flags & BDRV_REQ_FUA) ? qcow2_flush(bs) : ret;
 }
 
+/* Parts of clusters come alone (the core cuts at pdiscard_alignment), so that a compressed one, which
+ * declines, keeps nobody else from going. */
 int qcow2_pdiscard(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    uint64_t start = qb_align_up((uint64_t)offset, s->cluster_size);
+    uint64_t start = qb_align_up((uint64_t)offset, s->subcluster_size);
     uint64_t end = (uint64_t)(offset + bytes);
     int64_t length = bdrv_getlength(bs);
     if (length < 0) {
         return (int)length;
     }
     if (end < (uint64_t)length) {
-        end = qcow2_start_of_cluster(s, end);
+        end = qb_align_down(end, s->subcluster_size);
     }
     if (start >= end) {
-        return 0; /* no whole cluster: a discard is advice */
+        return 0; /* no whole subcluster: a discard is advice */
     }
     int ret = begin_request(bs, req);
     return ret < 0 ? ret

@@ -736,8 +736,9 @@ typedef struct Qcow2Mapping {
  * Blocks on cache misses; takes no metadata lock. Marks the image corrupt on impossible entries. */
 int qcow2_lookup(BlockDriverState *bs, uint64_t guest, uint64_t bytes, Qcow2Mapping *ret);
 
-/* Bulk changes of the map over cluster-aligned guest ranges (ends of the disk excepted). The request
- * is serialised by the caller. Bounded lock holds; ranges never allocated allocate nothing. */
+/* Bulk changes of the map. Ranges are aligned to clusters (ends of the disk excepted), to subclusters
+ * where they are to read zero; -ENOTSUP where that takes a part of a compressed cluster. The request is
+ * serialised by the caller. Bounded lock holds; ranges never allocated allocate nothing. */
 typedef enum Qcow2DiscardHow {
     QCOW2_DISCARD_TO_ZERO, /* reads zeroes afterwards (plain zero; 0 where nothing can shine through) */
     QCOW2_DISCARD_FULL,    /* entry becomes 0: the backing file shows (shrink, make_empty) */

@@ -193,6 +193,57 @@ static void test_subclusters(void)
     image_check("image");
 }
 
+/* Discards of parts change bits; the last one takes the cluster along. */
+static void check_partial_discards(bool backed)
+{
+    enum { SC = 2 * KIB };
+    if (backed) {
+        create_over_base("size=4M,extended_l2=on");
+    } else {
+        image_create("image", "size=4M,extended_l2=on");
+    }
+    BlockBackend *blk = image_open_rw("image");
+    image_write(blk, 0, 2 * C, 3);
+    g_assert_cmpint(blk_pdiscard(blk, SC + 512, C - SC - 512), ==, 0);
+    g_assert_cmphex(image_entry(blk, 0).bitmap, ==, 0xfffffffc00000003);
+    image_expect(blk, 0, 2 * SC, 3);
+    image_expect(blk, 2 * SC, C - 2 * SC, 0);
+    g_assert_cmpint(blk_pdiscard(blk, 0, 2 * SC), ==, 0);
+    g_assert_cmphex(image_entry(blk, 0).entry, ==, 0);
+    g_assert_cmphex(image_entry(blk, 0).bitmap, ==, backed ? 0xffffffff00000000 : 0);
+    write_compressed(blk, 2 * C, C, 5, 0);
+    g_assert_cmpint(blk_pdiscard(blk, C, C + SC), ==, 0);
+    image_expect(blk, 0, 2 * C, 0);
+    image_expect(blk, 2 * C, C, 5);
+    image_expect(blk, 3 * C, C, backed ? 0xbb : 0);
+    blk_unref(blk);
+    image_check("image");
+}
+
+static void test_partial_discards(void)
+{
+    check_partial_discards(false);
+    check_partial_discards(true);
+}
+
+/* The hole is no larger than what was asked for. */
+static void test_partial_no_unref(void)
+{
+    enum { SC = 2 * KIB };
+    image_create("image", "size=4M,extended_l2=on");
+    BlockBackend *blk = image_open("image", "discard=unmap,discard-no-unref=on", BDRV_O_RDWR);
+    image_write(blk, 0, 2 * C, 3);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, SC, SC, BDRV_REQ_MAY_UNMAP), ==, 0);
+    g_assert_cmpint(blk_pdiscard(blk, C - 4 * SC, C), ==, 0);
+    image_expect(blk, 0, SC, 3);
+    image_expect(blk, SC, SC, 0);
+    image_expect(blk, 2 * SC, C - 6 * SC, 3);
+    image_expect(blk, C - 4 * SC, C, 0);
+    image_expect(blk, 2 * C - 4 * SC, 4 * SC, 3);
+    blk_unref(blk);
+    image_check("image");
+}
+
 /* --- allocation that does not happen --- */
 
 static void test_nothing_from_nothing(void)
@@ -903,6 +954,8 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-requests/discard-ignored", test_discard_ignored);
     g_test_add_func("/qcow2-requests/version-2", test_version_2);
     g_test_add_func("/qcow2-requests/subclusters", test_subclusters);
+    g_test_add_func("/qcow2-requests/partial-discards", test_partial_discards);
+    g_test_add_func("/qcow2-requests/partial-no-unref", test_partial_no_unref);
     g_test_add_func("/qcow2-requests/nothing-from-nothing", test_nothing_from_nothing);
     g_test_add_func("/qcow2-requests/unchanged-is-not-written", test_unchanged_is_not_written);
     g_test_add_func("/qcow2-requests/zero-part", test_zero_part);
