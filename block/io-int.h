@@ -35,6 +35,9 @@ void bdrv_request_enter(BdrvRequest *req);
  * one. @wait_plain: and waits for the plain requests there. */
 void bdrv_request_enter_serialising(BdrvRequest *req, bool wait_plain);
 void bdrv_request_end(BdrvRequest *req);
+/* @to becomes @req, a write that has entered and changed nothing, as it was when it began with
+ * [offset, +bytes); @req ends. */
+void bdrv_request_hand_over(BdrvRequest *req, BdrvRequest *to, int64_t offset, int64_t bytes);
 /* The unit that serialising ranges of @bs are rounded to, a power of two. */
 uint32_t bdrv_serialising_unit(const BlockDriverState *bs);
 

@@ -10,6 +10,8 @@
  *  1. Each layer has a request that has begun, and entered if it writes; a layer that declines is
  *     undone before bdrv_map() returns, with the extents its children added.
  *  2. Nothing here waits: a range is only tried.
+ *  3. A write that must be done anew by a worker keeps its ticket from map to worker, in the node
+ *     that the user mapped; nothing overlapping that came later gets in between.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -52,8 +54,8 @@ static bool begin_layer(BdrvMapLayer *layer, BdrvMapIntent intent, int64_t offse
     return false;
 }
 
-/* Takes the topmost layer off, its driver told. */
-static int finish_layer(BlkQueue *queue, BdrvMapping *mapping, int result)
+/* Takes the topmost layer off, its driver told; who ends the request is for the caller to say. */
+static int leave_layer(BlkQueue *queue, BdrvMapping *mapping, int result)
 {
     unsigned depth = --mapping->layers;
     BdrvMapLayer *layer = &mapping->layer[depth];
@@ -65,23 +67,27 @@ static int finish_layer(BlkQueue *queue, BdrvMapping *mapping, int result)
     if (result == 0 && writes) {
         bdrv_raise_length(layer->bs, layer->end);
     }
-    if (writes && result != -ECANCELED) {
-        int64_t start = (int64_t)layer->req.range.offset;
-        bdrv_dirty_after(layer->bs, start, layer->end - start);
+    if (writes && !mapping->unused) {
+        bdrv_dirty_after(layer->bs, layer->start, layer->end - layer->start);
     }
-    bdrv_request_end(&layer->req);
     return result;
 }
 
-/* The driver of layer[depth] declined; children it had mapped by then are told that nothing
- * happens. */
-static void undo_layer(BlkQueue *queue, BdrvMapping *mapping, unsigned depth)
+static int finish_layer(BlkQueue *queue, BdrvMapping *mapping, int result)
 {
-    while (mapping->layers > depth + 1) {
-        (void)finish_layer(queue, mapping, -ECANCELED);
+    result = leave_layer(queue, mapping, result);
+    bdrv_request_end(&mapping->layer[mapping->layers].req);
+    return result;
+}
+
+/* Takes layers off until @layers are left, as if they had never been there. */
+static void undo_layers(BlkQueue *queue, BdrvMapping *mapping, unsigned layers)
+{
+    mapping->unused = true;
+    while (mapping->layers > layers) {
+        (void)finish_layer(queue, mapping, -ECANCELED); /* any error: drivers give back what they took */
     }
-    bdrv_request_end(&mapping->layer[depth].req);
-    mapping->layers = depth;
+    mapping->unused = false;
 }
 
 int bdrv_map(BdrvChild *child, BlkQueue *queue, BdrvMapIntent intent, int64_t offset,
@@ -95,7 +101,7 @@ int bdrv_map(BdrvChild *child, BlkQueue *queue, BdrvMapIntent intent, int64_t of
         || !lane_is_open(bs, intent, offset, bytes)) {
         return -EAGAIN;
     }
-    mapping->layer[depth] = (BdrvMapLayer){.bs = bs};
+    mapping->layer[depth] = (BdrvMapLayer){.bs = bs, .start = offset};
     if (!begin_layer(&mapping->layer[depth], intent, offset, bytes)) {
         return -EAGAIN;
     }
@@ -104,7 +110,9 @@ int bdrv_map(BdrvChild *child, BlkQueue *queue, BdrvMapIntent intent, int64_t of
     int ret = bs->drv->map(bs, queue, intent, offset, bytes, mapping);
     mapping->layer[depth].end = offset + mapping->bytes - bytes_before;
     if (ret < 0) {
-        undo_layer(queue, mapping, depth);
+        undo_layers(queue, mapping, depth + 1); /* children it had mapped by then */
+        bdrv_request_end(&mapping->layer[depth].req);
+        mapping->layers = depth;
         mapping->n = n_before;
         mapping->bytes = bytes_before;
     }
@@ -119,4 +127,26 @@ int bdrv_map_done(BlkQueue *queue, BdrvMapping *mapping, int result)
         result = finish_layer(queue, mapping, result);
     }
     return result;
+}
+
+int bdrv_map_done_or_redo(BlkQueue *queue, BdrvMapping *mapping, int result, BdrvRequest *redo)
+{
+    BdrvMapLayer *top = &mapping->layer[0];
+    assert(bdrv_graph_held() && mapping->layers > 0);
+    while (mapping->layers > 1) {
+        result = finish_layer(queue, mapping, result);
+    }
+    result = leave_layer(queue, mapping, result);
+    if (result == -EAGAIN && top->req.type == BDRV_TRACKED_WRITE) {
+        bdrv_request_hand_over(&top->req, redo, top->start, top->end - top->start);
+    } else {
+        bdrv_request_end(&top->req);
+    }
+    return result;
+}
+
+void bdrv_map_undo(BlkQueue *queue, BdrvMapping *mapping)
+{
+    assert(bdrv_graph_held() && mapping->layers > 0);
+    undo_layers(queue, mapping, 0);
 }

@@ -97,6 +97,8 @@ void queue_finish(QueueSlot *slot, int ret);
 void queue_want_flush(QueueSlot *slot);
 /* Hands what is not transferred yet to a worker. Graph lock held. */
 void queue_to_worker(QueueSlot *slot);
+/* The same for a write as a whole whose place in the order is in slot->task.req. */
+void queue_redo_by_worker(QueueSlot *slot);
 
 /* --- queue-lane.c --- */
 

@@ -137,10 +137,16 @@ static int map_next(QueueSlot *slot)
     int ret = bdrv_map(blk_root(slot->queue->blk), slot->queue, intent,
                        slot->req.offset + slot->transferred, left, map);
     if (ret == 0 && is_write(slot) && map->bytes < left) {
-        (void)bdrv_map_done(slot->queue, map, -ECANCELED);
+        bdrv_map_undo(slot->queue, map);
         return -EAGAIN;
     }
     return ret;
+}
+
+/* -EAGAIN for a write: it is as if nothing had happened, and its place in the order is the task's. */
+static int end_mapping(QueueSlot *slot, int ret)
+{
+    return bdrv_map_done_or_redo(slot->queue, &slot->map, ret, &slot->task.req);
 }
 
 /* Transfers what the mapping has left, and ends it. */
@@ -150,7 +156,7 @@ static int transfer_mapped(QueueSlot *slot)
     while (ret == 0 && slot->ext < slot->map.n) {
         ret = transfer_extent(slot);
     }
-    return ret == LANE_WAITS ? ret : bdrv_map_done(slot->queue, &slot->map, ret);
+    return ret == LANE_WAITS ? ret : end_mapping(slot, ret);
 }
 
 static void all_transferred(QueueSlot *slot)
@@ -165,12 +171,10 @@ static void all_transferred(QueueSlot *slot)
     queue_finish(slot, 0);
 }
 
-/* -EAGAIN is what a driver says of a write that it could not link: nothing has happened. */
 static void fail(QueueSlot *slot, int ret)
 {
-    if (ret == -EAGAIN) {
-        slot->transferred = 0;
-        queue_to_worker(slot);
+    if (ret == -EAGAIN && is_write(slot)) {
+        queue_redo_by_worker(slot);
     } else {
         queue_finish(slot, ret);
     }
@@ -204,7 +208,7 @@ static void transfer_done(QbRingOp *op)
     iov_vector_destroy(&slot->part);
     bdrv_graph_borrow();
     if (ret < 0) {
-        ret = bdrv_map_done(slot->queue, &slot->map, ret);
+        ret = end_mapping(slot, ret);
     } else {
         extent_end(slot, &slot->map.ext[slot->ext]);
         ret = transfer_mapped(slot);

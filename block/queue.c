@@ -22,7 +22,8 @@
  *      Later completions admit it; when nothing is under way, a doorman, a worker that does wait,
  *      tells when to try again.
  *  Tickets: drawn on admission, which is in the order of submission, by bdrv_map() or blk_draw().  A
- *      write is mapped as a whole or goes to a worker as a whole, so it has one ticket.
+ *      write is mapped as a whole or goes to a worker as a whole, so it has one ticket, which it keeps
+ *      when a worker must do again what could not be linked.
  *  Range lock: the lane only tries; whoever is in the way sends the request to a worker, which
  *      waits there, behind it.
  *  Announced: what a driver announced in map() leaves in map_done(), after the I/O.  The owner
@@ -121,24 +122,45 @@ static void task_done(QbRingOp *op)
     queue_finish(slot, slot->ret);
 }
 
-void queue_to_worker(QueueSlot *slot)
+/* All of the task but its request in the order. */
+static void set_task(QueueSlot *slot)
 {
-    BlkQueue *q = slot->queue;
     const BlkQueueRequest *req = &slot->req;
-    slot->task = (BlkDrawn){
-        .blk = q->blk, .op = req->op, .offset = req->offset + slot->transferred,
-        .bytes = req->bytes - slot->transferred, .qiov = req->qiov, .flags = req->flags,
-    };
+    BlkDrawn *task = &slot->task;
+    task->blk = slot->queue->blk;
+    task->op = req->op;
+    task->offset = req->offset + slot->transferred;
+    task->bytes = req->bytes - slot->transferred;
+    task->qiov = req->qiov;
+    task->flags = req->flags;
+    task->failed = 0;
     if (slot->transferred) {
         iov_vector_init_slice(&slot->part, req->qiov, (size_t)slot->transferred,
-                              (size_t)slot->task.bytes);
-        slot->task.qiov = &slot->part;
+                              (size_t)task->bytes);
+        task->qiov = &slot->part;
     }
-    q->stats.workers++;
-    blk_draw(&slot->task);
+}
+
+static void submit_task(QueueSlot *slot)
+{
+    slot->queue->stats.workers++;
     slot->op.done = task_done;
-    qb_ring_expect(q->ring);
+    qb_ring_expect(slot->queue->ring);
     qb_pool_submit(qb_request_pool(), run_task, slot);
+}
+
+void queue_to_worker(QueueSlot *slot)
+{
+    set_task(slot);
+    blk_draw(&slot->task);
+    submit_task(slot);
+}
+
+void queue_redo_by_worker(QueueSlot *slot)
+{
+    slot->transferred = 0;
+    set_task(slot);
+    submit_task(slot);
 }
 
 /* --- admission --- */

@@ -102,6 +102,14 @@ void bdrv_request_end(BdrvRequest *req)
     }
 }
 
+void bdrv_request_hand_over(BdrvRequest *req, BdrvRequest *to, int64_t offset, int64_t bytes)
+{
+    assert(req->type == BDRV_TRACKED_WRITE);
+    *to = (BdrvRequest){.bs = req->bs, .type = req->type}; /* in_flight counts it from now on */
+    qb_range_hand_over(&req->bs->ranges, &req->range, &to->range, (uint64_t)offset,
+                       (uint64_t)bytes);
+}
+
 void bdrv_request_begin_whole(BlockDriverState *bs, BdrvRequest *req)
 {
     bdrv_request_begin(req, bs, BDRV_TRACKED_WHOLE, 0, INT64_MAX);

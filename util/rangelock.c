@@ -17,7 +17,8 @@
  *  3. waiters is the number of threads that wait; while it is 0 nobody needs to be woken.
  *  4. No cycle of waits: a granted or entered request waits for nothing, any other waits for
  *     granted or entered ones or for smaller tickets.  A request that goes from ENTERED to
- *     WAITING stops blocking those with smaller tickets in the same moment, and wakes them.
+ *     WAITING stops blocking those with smaller tickets in the same moment, and wakes them.  So does
+ *     one that is handed over, which goes back to PLAIN with its ticket.
  *  5. A waiting request is overtaken by none that is submitted later and overlaps it: those see a
  *     smaller ticket.  So nobody starves.
  *
@@ -220,6 +221,30 @@ bool qb_range_try_serialise(QbRangeLock *l, QbRangeRequest *r, uint64_t offset, 
     }
     r->state = QB_RANGE_GRANTED;
     return true;
+}
+
+/* The neighbours of @r point to it, who has the pointers of who was there. */
+static void relink_locked(QbRangeLock *l, QbRangeRequest *r) QB_REQUIRES(l->lock)
+{
+    qb_mutex_assert_held(&l->lock);
+    *(r->prev ? &r->prev->next : &l->first) = r;
+    *(r->next ? &r->next->prev : &l->last) = r;
+}
+
+void qb_range_hand_over(QbRangeLock *l, QbRangeRequest *from, QbRangeRequest *to, uint64_t offset,
+                        uint64_t bytes)
+{
+    uint64_t end = end_of(offset, bytes);
+    QB_GUARD(&l->lock);
+    assert(from->state == QB_RANGE_ENTERED || from->state == QB_RANGE_GRANTED);
+    assert(from->offset <= offset && end <= from->end);
+    *to = (QbRangeRequest){
+        .prev = from->prev, .next = from->next, .ticket = from->ticket,
+        .offset = offset, .end = end, .state = QB_RANGE_PLAIN,
+    };
+    relink_locked(l, to);
+    *from = (QbRangeRequest){.state = QB_RANGE_IDLE};
+    wake_locked(l); /* those that a granted range kept away and a smaller ticket lets through */
 }
 
 void qb_range_leave(QbRangeLock *l, QbRangeRequest *r)

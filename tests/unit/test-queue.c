@@ -349,6 +349,81 @@ static void test_order(gconstpointer opts)
     expect_oracle(blk, 0, oracle);
 }
 
+/* A node above a file that waits for the device, and refuses to link the first writes. */
+static unsigned refusals;
+
+static bool redo_open(BlockDriverState *bs, json_t *options, int flags, GError **errp)
+{
+    return bdrv_open_file_child(bs, NULL, options, BDRV_CHILD_IMAGE, errp);
+}
+
+static int64_t redo_getlength(BlockDriverState *bs)
+{
+    return bdrv_getlength(bs->file->bs);
+}
+
+static int redo_pwritev(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes,
+                        IoVector *qiov, size_t qiov_offset, int flags)
+{
+    return bdrv_pwritev_part(bs->file, offset, bytes, qiov, qiov_offset, flags);
+}
+
+static int redo_preadv(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes,
+                       IoVector *qiov, size_t qiov_offset, int flags)
+{
+    return bdrv_preadv_part(bs->file, offset, bytes, qiov, qiov_offset, flags);
+}
+
+static int redo_map(BlockDriverState *bs, BlkQueue *queue, BdrvMapIntent intent, int64_t offset,
+                    int64_t bytes, BdrvMapping *m)
+{
+    unsigned n = m->n;
+    int ret = bdrv_map(bs->file, queue, intent, offset, bytes, m);
+    for (; ret == 0 && n < m->n; n++) {
+        m->ext[n].direct = true;
+    }
+    return ret;
+}
+
+static int redo_map_done(BlockDriverState *bs, BlkQueue *queue, BdrvMapping *m, int result)
+{
+    bool refuses = result == 0 && refusals > 0;
+    refusals -= refuses;
+    return refuses ? -EAGAIN : result;
+}
+
+static const BlockDriver redo_driver = {
+    .format_name = "test-redo", .open = redo_open, .getlength = redo_getlength,
+    .preadv = redo_preadv, .pwritev = redo_pwritev,
+    .map = redo_map, .map_done = redo_map_done,
+};
+
+/* The second write overlaps the first and comes later, also when the first is done again. */
+static void test_redone_in_its_place(void)
+{
+    image_create("r", "size=1M");
+    g_autoptr(BlockBackend) blk = image_open("r", "driver=test-redo", BDRV_O_RDWR);
+    BlkQueue *q = blk_queue_new(blk);
+    QB_AUTO_FREE uint8_t *buf = qb_try_memalign(4096, 2 * BLOCK);
+    Result results[2];
+    IoVector qiov[2];
+    memset(buf, 1, BLOCK);
+    memset(buf + BLOCK, 2, BLOCK);
+    image_write(blk, 4 * BLOCK, BLOCK, 0); /* now the length of the file is known */
+    refusals = 1;
+    for (int i = 0; i < 2; i++) {
+        iov_vector_init_buf(&qiov[i], buf + i * BLOCK, BLOCK);
+        BlkQueueRequest req = request(BLK_OP_WRITE, 4 * BLOCK, BLOCK, &qiov[i], &results[i]);
+        blk_queue_submit(q, &req);
+    }
+    collect_all(q);
+    g_assert_cmpuint(refusals, ==, 0);
+    g_assert_cmpuint(blk_queue_stats(q).workers, ==, 2);
+    g_assert_cmpint(results[0].ret | results[1].ret, ==, 0);
+    expect_by_queue(q, 4 * BLOCK, BLOCK, 2);
+    blk_queue_free(q);
+}
+
 /* --- drains and the graph --- */
 
 static void test_drain(void)
@@ -562,6 +637,8 @@ int main(int argc, char **argv)
     g_test_add_func("/queue/failed-flush", test_failed_flush);
     g_test_add_data_func("/queue/order/plain", "driver=qcow2", test_order);
     g_test_add_data_func("/queue/order/worker", "driver=qcow2,detect-zeroes=on", test_order);
+    bdrv_register(&redo_driver);
+    g_test_add_func("/queue/order/redone", test_redone_in_its_place);
     g_test_add_func("/queue/drain", test_drain);
     g_test_add_func("/queue/descriptor", test_descriptor);
     g_test_add_data_func("/queue/many", "driver=qcow2", test_many_queues);

@@ -105,6 +105,32 @@ static void test_plain_requests_in_order(void)
     qb_range_lock_destroy(&l);
 }
 
+/* Who takes another's place is as early as that one was, with a smaller range. */
+static void test_handed_over(void)
+{
+    QbRangeLock l;
+    Actor before, a, later, beside;
+    QbRangeRequest heir;
+    qb_range_lock_init(&l);
+    submit(&l, &before, 8 * K, K);
+    submit(&l, &a, 4 * K, K);
+    submit(&l, &later, 4 * K, K);
+    submit(&l, &beside, 6 * K, K);
+    g_assert_true(qb_range_try_serialise(&l, &a.req, 4 * K, 4 * K));
+    g_assert_false(qb_range_try_enter(&l, &beside.req));
+    qb_range_hand_over(&l, &a.req, &heir, 4 * K, K);
+    g_assert_cmpint(a.req.state, ==, QB_RANGE_IDLE);
+    g_assert_true(qb_range_try_enter(&l, &beside.req));
+    g_assert_false(qb_range_try_enter(&l, &later.req));
+    g_assert_true(qb_range_try_enter(&l, &heir));
+    leave(&before);
+    leave(&beside);
+    qb_range_leave(&l, &heir);
+    g_assert_true(qb_range_try_enter(&l, &later.req));
+    leave(&later);
+    qb_range_lock_destroy(&l);
+}
+
 /* A granted request blocks plain ones that overlap it. */
 static void test_granted_blocks_plain(void)
 {
@@ -472,6 +498,7 @@ static void test_storm(void)
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
+    g_test_add_func("/rangelock/handed-over", test_handed_over);
     g_test_add_func("/rangelock/tickets-rise", test_tickets_rise);
     g_test_add_func("/rangelock/plain-in-order", test_plain_requests_in_order);
     g_test_add_func("/rangelock/try-serialise", test_try_serialise);
