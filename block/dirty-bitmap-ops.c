@@ -10,6 +10,8 @@
  * Invariants
  *  1. No request is inside the node while a bitmap comes, goes, or changes other than by a write.
  *  2. Inconsistent, lost and busy bitmaps are left alone, but that the first two can be removed.
+ *  3. The source of a merge from another node is busy meanwhile: not removed, cleared or resized.  Two
+ *     merges that go both ways at once may refuse each other.
  *
  * Not done: a merge that fails half-way (memory, reading) leaves bits set that it had set by then;
  * that is more than was dirty, never less.
@@ -27,16 +29,6 @@ static bool check_writable(BlockDriverState *bs, const BdrvDirtyBitmap *bm, GErr
 {
     if (bm->persistent && bs->read_only) {
         qb_error_set(errp, EACCES, "Bitmap '%s' is readonly and cannot be modified", bm->name);
-        return false;
-    }
-    return true;
-}
-
-static bool check_idle(const BdrvDirtyBitmap *bm, GError **errp)
-{
-    if (atomic_load(&bm->busy)) {
-        qb_error_set(errp, EBUSY, "Bitmap '%s' is currently in use by another operation and cannot"
-                     " be used", bm->name);
         return false;
     }
     return true;
@@ -66,7 +58,7 @@ static BdrvDirtyBitmap *find(BlockDriverState *bs, const char *name, GError **er
 static BdrvDirtyBitmap *find_to_change(BlockDriverState *bs, const char *name, GError **errp)
 {
     BdrvDirtyBitmap *bm = find(bs, name, errp);
-    if (!bm || !check_idle(bm, errp) || !check_consistent(bm, errp) ||
+    if (!bm || !bdrv_dirty_check_idle(bm, errp) || !check_consistent(bm, errp) ||
         !check_writable(bs, bm, errp)) {
         return NULL;
     }
@@ -176,7 +168,7 @@ bool bdrv_bitmap_add(BlockDriverState *bs, const char *name, uint32_t granularit
 
 static bool remove_one(BlockDriverState *bs, BdrvDirtyBitmap *bm, GError **errp)
 {
-    if (!check_idle(bm, errp) || !check_writable(bs, bm, errp)) {
+    if (!bdrv_dirty_check_idle(bm, errp) || !check_writable(bs, bm, errp)) {
         return false;
     }
     if (bm->persistent) {
@@ -200,7 +192,7 @@ static bool remove_all(BlockDriverState *bs, GError **errp)
 {
     GPtrArray *all = bs->dirty.all;
     for (guint i = 0; i < all->len; i++) {
-        if (!check_idle(g_ptr_array_index(all, i), errp)) {
+        if (!bdrv_dirty_check_idle(g_ptr_array_index(all, i), errp)) {
             return false;
         }
     }
@@ -295,14 +287,38 @@ static bool merge(BlockDriverState *bs, const char *name, BdrvDirtyBitmap *from,
     return to && ret == 0;
 }
 
-bool bdrv_bitmap_merge(BlockDriverState *bs, const char *name, BlockDriverState *source_bs,
-                       const char *source, GError **errp)
+/* A bitmap of another node, left alone by others until it is given back.  Its node is not held for so
+ * long: what marks the target in the image may go through it. */
+static BdrvDirtyBitmap *borrow(BlockDriverState *bs, const char *name, GError **errp)
 {
     BdrvHold h;
     bdrv_hold_begin(&h, bs);
-    BdrvDirtyBitmap *from = find(bs, name, errp) ? find(source_bs, source, errp) : NULL;
+    BdrvDirtyBitmap *bm = find(bs, name, errp);
+    if (bm) {
+        atomic_fetch_add(&bm->busy, 1);
+    }
+    bdrv_hold_end(&h);
+    return bm;
+}
+
+bool bdrv_bitmap_merge(BlockDriverState *bs, const char *name, BlockDriverState *source_bs,
+                       const char *source, GError **errp)
+{
+    BdrvDirtyBitmap *borrowed = NULL;
+    if (!find(bs, name, errp)) {
+        return false; /* the error that comes first */
+    }
+    if (source_bs != bs && !(borrowed = borrow(source_bs, source, errp))) {
+        return false;
+    }
+    BdrvHold h;
+    bdrv_hold_begin(&h, bs);
+    BdrvDirtyBitmap *from = borrowed ? borrowed : find(bs, source, errp);
     bool ok = from && merge(bs, name, from, errp);
     bdrv_hold_end(&h);
+    if (borrowed) {
+        atomic_fetch_sub(&borrowed->busy, 1);
+    }
     return ok;
 }
 

@@ -178,8 +178,31 @@ bool bdrv_dirty_lane_is_open(BlockDriverState *bs, int64_t offset, int64_t bytes
 
 /* ---------------------------------------------------------------- size */
 
+bool bdrv_dirty_check_idle(const BdrvDirtyBitmap *bm, GError **errp)
+{
+    if (atomic_load(&bm->busy)) {
+        qb_error_set(errp, EBUSY, "Bitmap '%s' is currently in use by another operation and cannot"
+                     " be used", bm->name);
+        return false;
+    }
+    return true;
+}
+
+static bool all_idle(BlockDriverState *bs, GError **errp)
+{
+    for (guint i = 0; i < bs->dirty.all->len; i++) {
+        if (!bdrv_dirty_check_idle(at(bs, i), errp)) {
+            return false;
+        }
+    }
+    return true;
+}
+
 bool bdrv_dirty_before_resize(BlockDriverState *bs, GError **errp)
 {
+    if (!all_idle(bs, errp)) {
+        return false;
+    }
     for (guint i = 0; i < bs->dirty.all->len; i++) {
         if (at(bs, i)->persistent && !atomic_load(&at(bs, i)->in_use)) {
             int ret = bs->drv->bitmaps_mark_in_use(bs, BDRV_BITMAPS_ALL, NULL);

@@ -309,3 +309,22 @@ int bdrv_run_batch(BdrvChild *child, BdrvBatchOp *ops, size_t n)
     }
     return 0;
 }
+
+/* --- making one --- */
+
+void bdrv_batch_add(GArray *ops, BdrvBatchKind kind, int64_t offset, int64_t bytes,
+                    const IoVector *qiov, size_t qiov_offset)
+{
+    IOV_VECTOR_AUTO part;
+    iov_vector_init_slice(&part, qiov, qiov_offset, (size_t)bytes);
+    for (int i = 0; i < part.niov; i++) {
+        BdrvBatchOp op = {
+            .kind = kind,
+            .offset = offset,
+            .bytes = (int64_t)part.iov[i].iov_len,
+            .buf = part.iov[i].iov_base,
+        };
+        g_array_append_val(ops, op);
+        offset += op.bytes;
+    }
+}

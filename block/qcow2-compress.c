@@ -280,7 +280,7 @@ typedef struct Batch {
     Qcow2L2Entry old[MAX_BATCH], new[MAX_BATCH];
     size_t n;
     uint64_t guest;
-    uint64_t below_end; /* up to here the backing file shows where nothing is allocated */
+    int64_t below_end; /* up to here the backing file shows where nothing is allocated */
 } Batch;
 
 /* The cluster's data in one piece, zero-padded; *ret_owned when that needed memory of its own. */
@@ -370,7 +370,7 @@ static Qcow2L2Entry stream_entry(const BDRVQcow2State *s, const Packed *p)
 static Qcow2L2Entry zero_entry(const Batch *b, size_t i)
 {
     const BDRVQcow2State *s = b->io->s;
-    bool below = b->p[i].guest < b->below_end;
+    bool below = (int64_t)b->p[i].guest < b->below_end;
     bool partly_unallocated = s->has_subclusters && b->old[i].bitmap != 0;
     if (!below && !partly_unallocated) {
         return b->old[i]; /* reads zero as it is */
@@ -540,10 +540,8 @@ static int write_batch(const Qcow2Io *io, uint64_t guest, uint64_t bytes, uint64
     Batch b;
     batch_init(&b, io, guest, bytes);
     *ret_done = MIN(bytes, (uint64_t)b.n << io->s->cluster_bits);
-    int ret = qcow2_backing_end(io->bs, &b.below_end);
-    if (ret == 0) {
-        ret = batch_run(&b);
-    }
+    b.below_end = bdrv_backing_end(io->bs, qcow2_may_be_backed(io->bs));
+    int ret = b.below_end < 0 ? (int)b.below_end : batch_run(&b);
     for (size_t i = 0; i < b.n; i++) {
         g_free(b.p[i].out);
     }

@@ -83,8 +83,8 @@ static int write_in_place_batch(const Qcow2Io *io, const InPlace *plan)
     g_autoptr(GArray) ops = g_array_new(false, false, sizeof(BdrvBatchOp));
     for (unsigned i = 0; i < plan->n; i++) {
         const Qcow2Mapping *m = &plan->run[i];
-        qcow2_batch_add(ops, BDRV_BATCH_WRITE, m->host, m->bytes, io->qiov,
-                        qcow2_io_pos(io, m->guest));
+        bdrv_batch_add(ops, BDRV_BATCH_WRITE, (int64_t)m->host, (int64_t)m->bytes, io->qiov,
+                       qcow2_io_pos(io, m->guest));
     }
     return bdrv_run_batch(io->s->data_file, (BdrvBatchOp *)ops->data, ops->len);
 }

@@ -47,7 +47,7 @@ typedef struct Clear {
     Qcow2DiscardType type;
     bool punch_kept;     /* CLEAR_KEEP stands for an unmap: make holes */
     uint64_t guest, end; /* multiples of the subcluster size */
-    uint64_t below_end;  /* up to here the backing file shows where nothing is allocated */
+    int64_t below_end;   /* up to here the backing file shows where nothing is allocated */
     uint64_t disk_end;   /* rounded up to whole clusters */
     GArray *kept;        /* Qcow2HostRun: parts of host clusters that stay, their content void */
 } Clear;
@@ -139,7 +139,7 @@ static int new_entry(const Clear *c, Qcow2L2Entry e, uint64_t cluster, Qcow2L2En
         *ret = cleared_entry(c, e, mask);
     } else if (compressed) {
         return -ENOTSUP; /* a part of a stream cannot be taken out */
-    } else if (!reads_zero(s, e, mask, cluster < c->below_end)) {
+    } else if (!reads_zero(s, e, mask, (int64_t)cluster < c->below_end)) {
         *ret = zeroed_entry(s, e, mask);
     }
     return 0;
@@ -229,7 +229,7 @@ static int64_t change_entries(Clear *c, uint64_t cluster, size_t n, Qcow2L2Entry
 /* Bytes from @cluster on that stay as they are because L1 maps nothing there; 0: look closer. */
 static uint64_t skippable(const Clear *c, uint64_t cluster)
 {
-    bool stays = c->mode == CLEAR_FULL || cluster >= c->below_end;
+    bool stays = c->mode == CLEAR_FULL || (int64_t)cluster >= c->below_end;
     return stays ? qcow2_unmapped_by_l1(c->s, cluster, c->end - cluster) : 0;
 }
 
@@ -315,7 +315,8 @@ static int clear_init(Clear *c, BlockDriverState *bs, uint64_t guest, uint64_t b
         c->end = qb_align_up(c->end, s->cluster_size); /* what lies behind the end is nobody's */
     }
     assert(qb_is_aligned(c->guest | c->end, s->subcluster_size));
-    return qcow2_backing_end(bs, &c->below_end);
+    c->below_end = bdrv_backing_end(bs, qcow2_may_be_backed(bs));
+    return (int)MIN(c->below_end, 0);
 }
 
 static int clear_range(Clear *c, uint64_t guest, uint64_t bytes)

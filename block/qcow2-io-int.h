@@ -139,17 +139,6 @@ int qcow2_read_guest(const Qcow2Io *io, uint64_t guest, uint64_t bytes);
 /* 1 when all of the range reads as zeroes and no write in place can change that (no mapped cluster
  * is in it), 0 when not or not known, or -errno. Not announced. */
 int qcow2_reads_zero(BlockDriverState *bs, uint64_t guest, uint64_t bytes);
-/* Bytes from @guest on, at most @bytes, that the backing file decides on where this image has
- * nothing; the rest reads zero: it lies beyond the end of the backing file or of the disk. 0 or
- * -errno. */
-int qcow2_backing_bytes(BlockDriverState *bs, uint64_t guest, uint64_t bytes, uint64_t *ret);
-/* Up to here an entry that says nothing may show the backing file, now or later: the end of the
- * disk does not count (truncate clears behind it before it moves it), and a backing file that is
- * named but not open may hold anything. 0 or -errno. */
-int qcow2_backing_end(BlockDriverState *bs, uint64_t *ret);
-/* Appends operations for [host, +bytes) of @io's vector position @pos, one per piece of memory. */
-void qcow2_batch_add(GArray *ops, BdrvBatchKind kind, uint64_t host, uint64_t bytes,
-                     const IoVector *qiov, size_t pos);
 
 /* --- qcow2-cow.c --- */
 

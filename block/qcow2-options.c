@@ -210,6 +210,12 @@ Qcow2CacheConfig qcow2_cache_config(const BDRVQcow2State *s)
     };
 }
 
+void qcow2_cache_fit(BDRVQcow2State *s)
+{
+    Qcow2CacheConfig config = qcow2_cache_config(s);
+    qcow2_cache_configure(s->cache, &config);
+}
+
 /* ---------------------------------------------------------------- all of them */
 
 static bool take_discards(BlockDriverState *bs, json_t *options, Qcow2Options *o, GError **errp)
@@ -273,8 +279,7 @@ void qcow2_options_apply(BDRVQcow2State *s, const Qcow2Options *o)
     s->l2_cache_entry_size = o->l2_cache_entry_size;
     s->cache_clean_interval = o->cache_clean_interval;
     if (s->cache) {
-        Qcow2CacheConfig config = qcow2_cache_config(s);
-        qcow2_cache_configure(s->cache, &config);
+        qcow2_cache_fit(s);
         if (s->cache_clean_interval) { /* a longer one counts from the next cleaning on */
             qcow2_background_hasten(s, QCOW2_BG_CLEAN, s->cache_clean_interval * 1000);
         }

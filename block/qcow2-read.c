@@ -63,23 +63,6 @@ static int plan_read(const Qcow2Io *io, uint64_t guest, uint64_t bytes, ReadPlan
 
 /* --- file: announced --- */
 
-void qcow2_batch_add(GArray *ops, BdrvBatchKind kind, uint64_t host, uint64_t bytes,
-                     const IoVector *qiov, size_t pos)
-{
-    IOV_VECTOR_AUTO part;
-    iov_vector_init_slice(&part, qiov, pos, (size_t)bytes);
-    for (int i = 0; i < part.niov; i++) {
-        BdrvBatchOp op = {
-            .kind = kind,
-            .offset = (int64_t)host,
-            .bytes = (int64_t)part.iov[i].iov_len,
-            .buf = part.iov[i].iov_base,
-        };
-        g_array_append_val(ops, op);
-        host += part.iov[i].iov_len;
-    }
-}
-
 static int read_one_run(const Qcow2Io *io, const Qcow2Mapping *m)
 {
     return bdrv_preadv_part(io->s->data_file, (int64_t)m->host, (int64_t)m->bytes, io->qiov,
@@ -92,8 +75,8 @@ static int read_many_runs(const Qcow2Io *io, const ReadPlan *plan)
     for (unsigned i = 0; i < plan->n; i++) {
         const Qcow2Mapping *m = &plan->run[i];
         if (m->type == QCOW2_NORMAL) {
-            qcow2_batch_add(ops, BDRV_BATCH_READ, m->host, m->bytes, io->qiov,
-                            qcow2_io_pos(io, m->guest));
+            bdrv_batch_add(ops, BDRV_BATCH_READ, (int64_t)m->host, (int64_t)m->bytes, io->qiov,
+                           qcow2_io_pos(io, m->guest));
         }
     }
     return bdrv_run_batch(io->s->data_file, (BdrvBatchOp *)ops->data, ops->len);
@@ -156,53 +139,11 @@ static int read_announced(const Qcow2Io *io, uint64_t guest, uint64_t bytes, Rea
 
 /* --- the rest: not announced --- */
 
-int qcow2_backing_bytes(BlockDriverState *bs, uint64_t guest, uint64_t bytes, uint64_t *ret)
-{
-    *ret = 0;
-    if (!bs->backing) {
-        return 0;
-    }
-    int64_t below = bdrv_getlength(bs->backing->bs);
-    int64_t here = bdrv_getlength(bs);
-    if (below < 0 || here < 0) {
-        return (int)MIN(below, here);
-    }
-    uint64_t end = (uint64_t)MIN(below, here);
-    *ret = guest < end ? MIN(bytes, end - guest) : 0;
-    return 0;
-}
-
-int qcow2_backing_end(BlockDriverState *bs, uint64_t *ret)
-{
-    if (!bs->backing) {
-        *ret = qcow2_may_be_backed(bs) ? UINT64_MAX : 0;
-        return 0;
-    }
-    int64_t length = bdrv_getlength(bs->backing->bs);
-    *ret = (uint64_t)MAX(length, 0);
-    return (int)MIN(length, 0);
-}
-
-static int read_below(const Qcow2Io *io, const Qcow2Mapping *m)
-{
-    uint64_t shown;
-    size_t pos = qcow2_io_pos(io, m->guest);
-    int ret = qcow2_backing_bytes(io->bs, m->guest, m->bytes, &shown);
-    if (ret == 0 && shown > 0) {
-        bdrv_debug_event(io->bs->file, "read_backing_aio");
-        ret = bdrv_preadv_part(io->bs->backing, (int64_t)m->guest, (int64_t)shown, io->qiov, pos,
-                               0);
-    }
-    if (ret == 0) {
-        iov_vector_memset(io->qiov, pos + (size_t)shown, 0, (size_t)(m->bytes - shown));
-    }
-    return ret;
-}
-
 static int fill_run(const Qcow2Io *io, const Qcow2Mapping *m)
 {
     if (qcow2_type_is_unallocated(m->type)) {
-        return read_below(io, m);
+        return bdrv_backing_read(io->bs, (int64_t)m->guest, (int64_t)m->bytes, io->qiov,
+                                 qcow2_io_pos(io, m->guest));
     }
     if (qcow2_type_is_zero(m->type)) {
         iov_vector_memset(io->qiov, qcow2_io_pos(io, m->guest), 0, (size_t)m->bytes);
@@ -247,18 +188,13 @@ int qcow2_read_guest(const Qcow2Io *io, uint64_t guest, uint64_t bytes)
 
 static int run_reads_zero(BlockDriverState *bs, const Qcow2Mapping *m)
 {
-    uint64_t shown;
     if (qcow2_type_is_zero(m->type)) {
         return 1;
     }
     if (!qcow2_type_is_unallocated(m->type)) {
         return 0;
     }
-    int ret = qcow2_backing_bytes(bs, m->guest, m->bytes, &shown);
-    if (ret < 0 || shown == 0) {
-        return ret < 0 ? ret : 1;
-    }
-    return bdrv_is_zero_fast(bs->backing->bs, (int64_t)m->guest, (int64_t)shown);
+    return bdrv_backing_reads_zero(bs, (int64_t)m->guest, (int64_t)m->bytes);
 }
 
 static int lookup_announced(BlockDriverState *bs, uint64_t guest, uint64_t bytes, Qcow2Mapping *ret)

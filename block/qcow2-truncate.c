@@ -143,21 +143,6 @@ static int write_zeroes(BlockDriverState *bs, uint64_t guest, uint64_t bytes)
     return 0;
 }
 
-/* End of what the backing file would show in the grown part; old_size when it shows nothing. One
- * that the header names but that is not open may be of any length. */
-static int backing_end(const Resize *r, uint64_t *ret)
-{
-    BlockDriverState *bs = r->bs;
-    int64_t length = bs->backing ? bdrv_getlength(bs->backing->bs) : 0;
-    if (length < 0) {
-        return (int)length;
-    }
-    bool unknown = !bs->backing && !bs->has_backing_override && *bdrv_backing_name(bs);
-    uint64_t end = unknown ? r->new_size : MIN((uint64_t)length, r->new_size);
-    *ret = r->zero_new ? MAX(end, r->old_size) : r->old_size;
-    return 0;
-}
-
 /* ---------------------------------------------------------------- grow: clean ground */
 
 /* Entries for clusters that begin beyond the old end: left by others, or VM state. */
@@ -421,10 +406,13 @@ static bool fill_growth(const Resize *r, uint64_t shown_end, GError **errp)
 
 static bool grow(const Resize *r, GError **errp)
 {
-    uint64_t shown_end = 0;
-    return check(backing_end(r, &shown_end), "Could not get the length of the backing file",
-                 errp) &&
-           prepare_growth(r, shown_end, errp) && fill_growth(r, shown_end, errp);
+    int64_t shown_end = (int64_t)r->old_size;
+    if (r->zero_new) {
+        shown_end = bdrv_backing_end_in_growth(r->bs, shown_end, (int64_t)r->new_size);
+    }
+    return check((int)MIN(shown_end, 0), "Could not get the length of the backing file", errp) &&
+           prepare_growth(r, (uint64_t)shown_end, errp) &&
+           fill_growth(r, (uint64_t)shown_end, errp);
 }
 
 /* ---------------------------------------------------------------- shrink */
@@ -566,5 +554,9 @@ bool qcow2_truncate(BlockDriverState *bs, int64_t offset, bool exact, PreallocMo
     if (r.new_size == r.old_size) {
         return true;
     }
-    return r.new_size > r.old_size ? grow(&r, errp) : shrink(&r, errp);
+    bool ok = r.new_size > r.old_size ? grow(&r, errp) : shrink(&r, errp);
+    if (ok) {
+        qcow2_cache_fit(s);
+    }
+    return ok;
 }

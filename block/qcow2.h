@@ -368,7 +368,9 @@ typedef struct Qcow2CacheConfig {
 Qcow2CacheConfig qcow2_cache_config(const BDRVQcow2State *s);
 Qcow2Cache *qcow2_cache_new(BlockDriverState *bs, const Qcow2CacheConfig *config);
 void qcow2_cache_free(Qcow2Cache *cache); /* asserts that nothing is pinned */
-/* Node drained: what does not fit any more and is clean is dropped. Never fails, writes nothing. */
+/* The size of the image is another one; nobody else changes it now. */
+void qcow2_cache_fit(BDRVQcow2State *s);
+/* What does not fit any more and is clean and unused is dropped. Never fails, writes nothing. */
 void qcow2_cache_configure(Qcow2Cache *cache, const Qcow2CacheConfig *config);
 /* Bytes [pos, +len) of the table at @offset. */
 typedef struct Qcow2TableRange {

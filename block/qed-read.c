@@ -43,23 +43,6 @@ static int plan_read(const QedIo *io, uint64_t guest, uint64_t bytes, ReadPlan *
 
 /* ---------------------------------------------------------------- the file: as a user */
 
-void qed_batch_add(GArray *ops, BdrvBatchKind kind, uint64_t host, uint64_t bytes,
-                   const IoVector *qiov, size_t pos)
-{
-    IOV_VECTOR_AUTO part;
-    iov_vector_init_slice(&part, qiov, pos, (size_t)bytes);
-    for (int i = 0; i < part.niov; i++) {
-        BdrvBatchOp op = {
-            .kind = kind,
-            .offset = (int64_t)host,
-            .bytes = (int64_t)part.iov[i].iov_len,
-            .buf = part.iov[i].iov_base,
-        };
-        g_array_append_val(ops, op);
-        host += part.iov[i].iov_len;
-    }
-}
-
 static int read_one_run(const QedIo *io, const QedMapping *m)
 {
     return bdrv_preadv_part(io->bs->file, (int64_t)m->host, (int64_t)m->bytes, io->qiov,
@@ -81,7 +64,8 @@ static int read_data(const QedIo *io, const ReadPlan *plan)
         if (plan->n_data == 1) {
             return read_one_run(io, m);
         }
-        qed_batch_add(ops, BDRV_BATCH_READ, m->host, m->bytes, io->qiov, qed_io_pos(io, m->guest));
+        bdrv_batch_add(ops, BDRV_BATCH_READ, (int64_t)m->host, (int64_t)m->bytes, io->qiov,
+                       qed_io_pos(io, m->guest));
     }
     return bdrv_run_batch(io->bs->file, (BdrvBatchOp *)ops->data, ops->len);
 }
@@ -98,42 +82,11 @@ static int read_as_user(const QedIo *io, uint64_t guest, uint64_t bytes, ReadPla
 
 /* ---------------------------------------------------------------- below */
 
-int qed_backing_bytes(BlockDriverState *bs, uint64_t guest, uint64_t bytes, uint64_t *ret)
-{
-    *ret = 0;
-    if (!bs->backing) {
-        return 0;
-    }
-    int64_t below = bdrv_getlength(bs->backing->bs);
-    int64_t here = bdrv_getlength(bs);
-    if (below < 0 || here < 0) {
-        return (int)MIN(below, here);
-    }
-    uint64_t end = (uint64_t)MIN(below, here);
-    *ret = guest < end ? MIN(bytes, end - guest) : 0;
-    return 0;
-}
-
-static int read_below(const QedIo *io, const QedMapping *m)
-{
-    uint64_t shown;
-    size_t pos = qed_io_pos(io, m->guest);
-    int ret = qed_backing_bytes(io->bs, m->guest, m->bytes, &shown);
-    if (ret == 0 && shown > 0) {
-        bdrv_debug_event(io->bs->file, "read_backing_aio");
-        ret = bdrv_preadv_part(io->bs->backing, (int64_t)m->guest, (int64_t)shown, io->qiov, pos,
-                               0);
-    }
-    if (ret == 0) {
-        iov_vector_memset(io->qiov, pos + (size_t)shown, 0, (size_t)(m->bytes - shown));
-    }
-    return ret;
-}
-
 static int fill_run(const QedIo *io, const QedMapping *m)
 {
     if (m->type == QED_UNALLOCATED) {
-        return read_below(io, m);
+        return bdrv_backing_read(io->bs, (int64_t)m->guest, (int64_t)m->bytes, io->qiov,
+                                 qed_io_pos(io, m->guest));
     }
     if (m->type == QED_ZERO) {
         iov_vector_memset(io->qiov, qed_io_pos(io, m->guest), 0, (size_t)m->bytes);
@@ -180,15 +133,10 @@ int qed_preadv(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t b
 
 static int run_reads_zero(BlockDriverState *bs, const QedMapping *m)
 {
-    uint64_t shown;
     if (m->type != QED_UNALLOCATED) {
         return m->type == QED_ZERO;
     }
-    int ret = qed_backing_bytes(bs, m->guest, m->bytes, &shown);
-    if (ret < 0 || shown == 0) {
-        return ret < 0 ? ret : 1;
-    }
-    return bdrv_is_zero_fast(bs->backing->bs, (int64_t)m->guest, (int64_t)shown);
+    return bdrv_backing_reads_zero(bs, (int64_t)m->guest, (int64_t)m->bytes);
 }
 
 int qed_reads_zero(BlockDriverState *bs, uint64_t guest, uint64_t bytes)

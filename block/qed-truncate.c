@@ -96,27 +96,16 @@ static int hide_backing_in_tail(const Resize *r, uint64_t shown_end)
 
 /* ---------------------------------------------------------------- grow */
 
-/* End of what the backing file would show in the grown part; old_size when it shows nothing. One
- * that the header names but that is not open may be of any length. */
-static int backing_end(const Resize *r, uint64_t *ret)
-{
-    BlockDriverState *bs = r->bs;
-    int64_t length = bs->backing ? bdrv_getlength(bs->backing->bs) : 0;
-    if (length < 0) {
-        return (int)length;
-    }
-    bool unknown = !bs->backing && !bs->has_backing_override && *bdrv_backing_name(bs);
-    uint64_t end = unknown ? r->new_size : MIN((uint64_t)length, r->new_size);
-    *ret = r->zero_new ? MAX(end, r->old_size) : r->old_size;
-    return 0;
-}
-
 static int hide_backing(const Resize *r)
 {
-    uint64_t shown_end = 0, start = qed_round_up(r->s, r->old_size);
-    int ret = backing_end(r, &shown_end);
-    ret = ret < 0 ? ret : hide_backing_in_tail(r, shown_end);
-    uint64_t end = qed_round_up(r->s, shown_end);
+    int64_t shown_end = bdrv_backing_end_in_growth(r->bs, (int64_t)r->old_size,
+                                                   (int64_t)r->new_size);
+    if (shown_end < 0) {
+        return (int)shown_end;
+    }
+    uint64_t start = qed_round_up(r->s, r->old_size);
+    uint64_t end = qed_round_up(r->s, (uint64_t)shown_end);
+    int ret = hide_backing_in_tail(r, (uint64_t)shown_end);
     return ret == 0 && start < end ? qed_hide_range(r->bs, start, end - start) : ret;
 }
 
@@ -124,7 +113,7 @@ static int grow(const Resize *r)
 {
     int ret = qed_drop_beyond(r->bs, qed_round_up(r->s, r->old_size));
     ret = ret < 0 ? ret : zero_mapped_tail(r->bs, r->old_size);
-    ret = ret < 0 ? ret : hide_backing(r);
+    ret = ret < 0 || !r->zero_new ? ret : hide_backing(r);
     ret = ret < 0 ? ret : qed_flush(r->bs);
     return ret < 0 ? ret : qed_header_update(r->bs, set_size, (void *)r);
 }

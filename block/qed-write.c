@@ -65,8 +65,8 @@ static int write_runs(const QedIo *io, const InPlace *plan)
                                  qed_io_pos(io, m->guest), 0);
     }
     for (; m < plan->run + plan->n; m++) {
-        qed_batch_add(ops, BDRV_BATCH_WRITE, m->host, m->bytes, io->qiov,
-                      qed_io_pos(io, m->guest));
+        bdrv_batch_add(ops, BDRV_BATCH_WRITE, (int64_t)m->host, (int64_t)m->bytes, io->qiov,
+                       qed_io_pos(io, m->guest));
     }
     return bdrv_run_batch(io->bs->file, (BdrvBatchOp *)ops->data, ops->len);
 }

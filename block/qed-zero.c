@@ -32,19 +32,6 @@ typedef struct Clear {
     int flags;       /* for zeroing in place */
 } Clear;
 
-/* The end of what may show through an entry 0. A backing file that is named but not open may be of
- * any length. */
-static int below_end(BlockDriverState *bs, uint64_t *ret)
-{
-    if (!bs->backing) {
-        *ret = *bdrv_backing_name(bs) ? UINT64_MAX : 0;
-        return 0;
-    }
-    int64_t length = bdrv_getlength(bs->backing->bs);
-    *ret = (uint64_t)MAX(length, 0);
-    return (int)MIN(length, 0);
-}
-
 static bool is_backed(BlockDriverState *bs)
 {
     return bs->backing || *bdrv_backing_name(bs);
@@ -90,10 +77,9 @@ static int64_t zero_in_place(const Clear *c, uint64_t guest, uint64_t bytes)
 /* An unallocated run: hidden as far as something may show through it. */
 static int64_t clear_unallocated(const Clear *c, const QedMapping *m)
 {
-    uint64_t below;
-    int ret = below_end(c->bs, &below);
-    if (ret < 0 || m->guest >= below) {
-        return ret < 0 ? ret : (int64_t)m->bytes;
+    int64_t below = bdrv_backing_end(c->bs, is_backed(c->bs));
+    if (below <= (int64_t)m->guest) {
+        return below < 0 ? below : (int64_t)m->bytes;
     }
     uint64_t whole = whole_clusters(c, m->guest, m->bytes);
     if (whole) {
@@ -101,7 +87,7 @@ static int64_t clear_unallocated(const Clear *c, const QedMapping *m)
     }
     uint64_t rest = m->guest & (c->s->cluster_size - 1);
     uint64_t part = MIN(m->bytes, c->s->cluster_size - rest);
-    ret = c->bs->backing ? qed_reads_zero(c->bs, m->guest, part) : 0;
+    int ret = c->bs->backing ? qed_reads_zero(c->bs, m->guest, part) : 0;
     return ret == 1 ? (int64_t)part : ret < 0 ? ret : -ENOTSUP;
 }
 

@@ -349,11 +349,6 @@ int qed_block_status(BlockDriverState *bs, int64_t offset, int64_t bytes, BdrvSt
 int qed_read_guest(const QedIo *io, uint64_t guest, uint64_t bytes);
 /* 1 when the range reads as zeroes and no write in place can change that, 0 when not, or -errno. */
 int qed_reads_zero(BlockDriverState *bs, uint64_t guest, uint64_t bytes);
-/* Bytes from @guest on, at most @bytes, that the backing file decides on where nothing is here. */
-int qed_backing_bytes(BlockDriverState *bs, uint64_t guest, uint64_t bytes, uint64_t *ret);
-/* Appends an operation for each piece of memory of @bytes at vector position @pos. */
-void qed_batch_add(GArray *ops, BdrvBatchKind kind, uint64_t host, uint64_t bytes,
-                   const IoVector *qiov, size_t pos);
 
 /* qed-write.c */
 int qed_pwritev(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes,

@@ -68,6 +68,8 @@ int bdrv_dirty_before(BlockDriverState *bs, int64_t offset, int64_t bytes);
 void bdrv_dirty_after(BlockDriverState *bs, int64_t offset, int64_t bytes);
 /* Would before() and after() neither wait nor do I/O? */
 bool bdrv_dirty_lane_is_open(BlockDriverState *bs, int64_t offset, int64_t bytes);
+/* False and an error while somebody uses the bitmap. */
+bool bdrv_dirty_check_idle(const BdrvDirtyBitmap *bm, GError **errp);
 /* Around a change of the node's size; the range from the smaller size on is taken. */
 bool bdrv_dirty_before_resize(BlockDriverState *bs, GError **errp);
 void bdrv_dirty_after_resize(BlockDriverState *bs, int64_t size);

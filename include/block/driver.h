@@ -106,7 +106,7 @@ typedef struct BdrvMapExtent {
 typedef struct BdrvMapLayer {
     BlockDriverState *bs;
     BdrvRequest req;
-    int64_t end; /* in the node, of what was mapped */
+    int64_t start, end; /* in the node, of what was mapped */
     void *token; /* the driver's, from its map to its map_done */
 } BdrvMapLayer;
 /* Rules in block/queue.h. Must stay where it is from bdrv_map() to bdrv_map_done(). */
@@ -116,6 +116,7 @@ typedef struct BdrvMapping {
     int64_t bytes;     /* covered in all; the rest is mapped by another call */
     BdrvMapLayer layer[BDRV_MAP_MAX_LAYERS]; /* in the order of the calls of bdrv_map() */
     unsigned layers;
+    bool unused;       /* in map_done: nothing was transferred, the mapping is only given back */
     bool copied;       /* a write: done by copying inside the kernel, which may make holes */
     unsigned depth;    /* in callbacks: the driver's own layer is layer[depth] */
 } BdrvMapping;
@@ -303,6 +304,21 @@ void bdrv_default_perms(BlockDriverState *bs, int role, unsigned perm, unsigned 
 void bdrv_set_length(BlockDriverState *bs, int64_t length);
 /* The backing names the header holds; called by open and change_backing_file. */
 void bdrv_set_backing_names(BlockDriverState *bs, const char *file, const char *fmt);
+
+/* --- for formats: what the backing file shows where the image has nothing --- */
+/* Bytes from @offset on, at most @bytes, that the backing file decides on, or -errno. What follows reads
+ * zero: it lies beyond the end of the backing file or of the disk. */
+int64_t bdrv_backing_bytes(BlockDriverState *bs, int64_t offset, int64_t bytes);
+/* Reads it, with those zeroes, to @qiov_offset of the vector. */
+int bdrv_backing_read(BlockDriverState *bs, int64_t offset, int64_t bytes, IoVector *qiov,
+                      size_t qiov_offset);
+/* 1 when that is known to be zero, 0 when not, or -errno. Never reads data. */
+int bdrv_backing_reads_zero(BlockDriverState *bs, int64_t offset, int64_t bytes);
+/* Up to here something may show, now or later, or -errno: the end of the disk does not count, since growing
+ * clears what it uncovers. @may_be_backed: one that is not open may be there, of any length. */
+int64_t bdrv_backing_end(BlockDriverState *bs, bool may_be_backed);
+/* End of what it would show in the grown part of the disk, @old_length when nothing, or -errno. */
+int64_t bdrv_backing_end_in_growth(BlockDriverState *bs, int64_t old_length, int64_t new_length);
 
 /* For a format's create: makes the protocol file @filename, empty ("size" is not looked at), and takes
  * the options its protocol knows out of @options. A file that exists is emptied: check everything else

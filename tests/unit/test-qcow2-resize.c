@@ -5,6 +5,7 @@
  * SPDX-License-Identifier: MIT
  */
 #include "qcow2-rec.h"
+#include "block/qcow2-cache-int.h"
 
 enum { C = 64 * KIB, CAPACITY = 160 * MIB };
 
@@ -358,6 +359,66 @@ static void test_empty_beside_bitmap(void)
     rec_file_free(f);
 }
 
+/* The limits of the caches are those of the disk as it is, not as it was when it was opened. */
+static void test_caches_follow_size(void)
+{
+    RecFile *f = rec_image_new("a", "size=64M", CAPACITY);
+    BlockBackend *blk = rec_open_rw(f);
+    Qcow2Cache *c = image_state(blk)->cache;
+    uint64_t before = c->limit[QCOW2_TABLE_L2];
+    shrink(blk, (int64_t)65536 * MIB);
+    g_assert_cmpuint(c->limit[QCOW2_TABLE_L2], >=, before + 127 * C);
+    shrink(blk, 64 * MIB);
+    g_assert_cmpuint(c->limit[QCOW2_TABLE_L2], ==, before);
+    blk_unref(blk);
+    rec_check(f, false);
+    rec_file_free(f);
+}
+
+static void *change_source(void *opaque)
+{
+    BlockBackend *blk = opaque;
+    GError *err = NULL;
+    g_assert_false(bdrv_bitmap_remove(blk_bs(blk), "b", &err));
+    g_assert_error(err, QB_ERROR, EBUSY);
+    g_clear_error(&err);
+    g_assert_false(blk_truncate(blk, 32 * MIB, true, PREALLOC_MODE_OFF, false, &err));
+    g_assert_error(err, QB_ERROR, EBUSY);
+    g_clear_error(&err);
+    return NULL;
+}
+
+/* Called by the flush of a merge, in the target. */
+static void try_to_change_source(void *opaque)
+{
+    pthread_t thread;
+    g_assert_true(qb_thread_start(&thread, "remover", change_source, opaque));
+    pthread_join(thread, NULL);
+}
+
+/* The source of a merge from another node stays as it is until the merge is done. */
+static void test_merge_keeps_source(void)
+{
+    GError *err = NULL;
+    RecFile *f = rec_image_new("a", "size=64M", CAPACITY);
+    RecFile *g = rec_image_new("b", "size=64M", CAPACITY);
+    BlockBackend *target = rec_open_rw(f), *source = rec_open_rw(g);
+    g_assert_true(bdrv_bitmap_add(blk_bs(target), "t", 0, true, false, &err));
+    g_assert_true(bdrv_bitmap_add(blk_bs(source), "b", 0, true, false, &err));
+    image_write(source, 0, C, 1);
+    f->opaque = source;
+    f->on_flush = try_to_change_source;
+    g_assert_true(bdrv_bitmap_merge(blk_bs(target), "t", blk_bs(source), "b", &err));
+    g_assert_true(!f->on_flush);
+    int64_t at, bytes;
+    g_assert_cmpint(bdrv_bitmap_next_dirty(blk_bs(target), "t", 0, &at, &bytes), ==, 1);
+    g_assert_true(bdrv_bitmap_remove(blk_bs(source), "b", &err));
+    blk_unref(target);
+    blk_unref(source);
+    rec_file_free(f);
+    rec_file_free(g);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -373,6 +434,8 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-resize/empty-switch-fails", test_empty_switch_fails);
     g_test_add_func("/qcow2-resize/empty-second-switch-fails", test_empty_second_switch_fails);
     g_test_add_func("/qcow2-resize/empty-without-room", test_empty_without_room);
+    g_test_add_func("/qcow2-resize/caches-follow-size", test_caches_follow_size);
+    g_test_add_func("/qcow2-resize/merge-keeps-source", test_merge_keeps_source);
     int ret = g_test_run();
     image_teardown();
     return ret;
