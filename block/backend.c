@@ -416,17 +416,25 @@ int blk_flush(BlockBackend *blk)
     return ret;
 }
 
-bool blk_truncate(BlockBackend *blk, int64_t offset, bool exact, PreallocMode prealloc,
-                  bool zero_new, GError **errp)
+bool blk_resize(BlockBackend *blk, const BdrvResize *how, GError **errp)
 {
     blk_begin_request(blk);
     bool ok;
     {
         BDRV_GRAPH_GUARD();
-        ok = bdrv_truncate(blk->root, offset, exact, prealloc, zero_new, errp);
+        ok = bdrv_resize(blk->root, how, errp);
     }
     blk_end_request(blk);
     return ok;
+}
+
+bool blk_truncate(BlockBackend *blk, int64_t offset, bool exact, PreallocMode prealloc,
+                  bool zero_new, GError **errp)
+{
+    const BdrvResize how = {
+        .length = offset, .exact = exact, .prealloc = prealloc, .zero_new = zero_new,
+    };
+    return blk_resize(blk, &how, errp);
 }
 
 static int check_batch(BlockBackend *blk, const BdrvBatchOp *ops, size_t n)

@@ -54,10 +54,8 @@ int bdrv_flush(BlockDriverState *bs)
 /* --- truncate --- */
 
 typedef struct Truncation {
+    const BdrvResize *how;
     int64_t old_length, length;
-    bool exact;
-    PreallocMode prealloc;
-    bool zero_new;
 } Truncation;
 
 /* Enters @req so that the length cannot change under it; fills in what the length was. */
@@ -89,15 +87,16 @@ static bool backing_shows_through(BlockDriverState *bs, const Truncation *tr)
 
 static bool call_truncate(BlockDriverState *bs, const Truncation *tr, GError **errp)
 {
-    bool zero_new = tr->zero_new || backing_shows_through(bs, tr);
+    BdrvResize how = *tr->how;
+    how.zero_new |= backing_shows_through(bs, tr);
     if (tr->length != tr->old_length && !bdrv_dirty_before_resize(bs, errp)) {
         return false;
     }
     if (bs->drv->truncate) {
-        return bs->drv->truncate(bs, tr->length, tr->exact, tr->prealloc, zero_new, errp);
+        return bs->drv->truncate(bs, how.length, how.exact, how.prealloc, how.zero_new, errp);
     }
     if (bs->drv->is_filter && bs->file) {
-        return bdrv_truncate(bs->file, tr->length, tr->exact, tr->prealloc, zero_new, errp);
+        return bdrv_resize(bs->file, &how, errp);
     }
     qb_error_set(errp, ENOTSUP, "Image format driver does not support resize");
     return false;
@@ -116,14 +115,13 @@ static void refresh_length(BlockDriverState *bs, int64_t otherwise)
     }
 }
 
-bool bdrv_truncate(BdrvChild *child, int64_t offset, bool exact, PreallocMode prealloc,
-                   bool zero_new, GError **errp)
+bool bdrv_resize(BdrvChild *child, const BdrvResize *how, GError **errp)
 {
     BDRV_GRAPH_GUARD();
     BlockDriverState *bs = child->bs;
-    Truncation tr = {.length = offset, .exact = exact, .prealloc = prealloc, .zero_new = zero_new};
+    Truncation tr = {.how = how, .length = how->length};
     BdrvRequest req;
-    if (offset < 0) {
+    if (how->length < 0) {
         qb_error_set(errp, EINVAL, "Image size cannot be negative");
         return false;
     }
@@ -134,7 +132,9 @@ bool bdrv_truncate(BdrvChild *child, int64_t offset, bool exact, PreallocMode pr
     if (!begin_truncate(bs, &req, &tr, errp)) {
         return false;
     }
+    bs->resize_progress = how->progress;
     bool ok = call_truncate(bs, &tr, errp);
+    bs->resize_progress = NULL;
     refresh_length(bs, ok ? tr.length : tr.old_length);
     int64_t length = bdrv_getlength(bs);
     if (length >= 0 && length != tr.old_length) {
@@ -142,6 +142,15 @@ bool bdrv_truncate(BdrvChild *child, int64_t offset, bool exact, PreallocMode pr
     }
     bdrv_request_end(&req);
     return ok;
+}
+
+bool bdrv_truncate(BdrvChild *child, int64_t offset, bool exact, PreallocMode prealloc,
+                   bool zero_new, GError **errp)
+{
+    const BdrvResize how = {
+        .length = offset, .exact = exact, .prealloc = prealloc, .zero_new = zero_new,
+    };
+    return bdrv_resize(child, &how, errp);
 }
 
 /* --- VM state --- */

@@ -40,7 +40,10 @@
 
 #include "util/iov.h"
 
-enum { ZERO_PIECE = 2 << 20 }; /* bytes of zeroes written at a time, where writing them is needed */
+enum {
+    ZERO_PIECE = 2 << 20, /* bytes of zeroes written at a time, where writing them is needed */
+    TAIL_PIECES = 200,    /* for who watches the tail go */
+};
 
 typedef struct Resize {
     BlockDriverState *bs;
@@ -287,6 +290,14 @@ static bool settle_file(const Resize *r, GError **errp)
     return bdrv_truncate(r->bs->file, (int64_t)end, false, PREALLOC_MODE_OFF, false, errp);
 }
 
+/* Maps the grown part, but not a partial cluster at the old end: it may show the backing file. */
+static bool map_growth(const Resize *r, GError **errp)
+{
+    uint64_t start = round_up(r->s, r->old_size), bytes = round_up(r->s, r->new_size) - start;
+    qb_progress_grow(r->bs->resize_progress, bytes);
+    return qcow2_preallocate(r->bs, start, bytes, r->bs->resize_progress, errp);
+}
+
 static bool preallocate_inside(const Resize *r, GError **errp)
 {
     uint64_t start = round_up(r->s, r->old_size), from;
@@ -296,8 +307,7 @@ static bool preallocate_inside(const Resize *r, GError **errp)
         return false;
     }
     holes.end = from;
-    /* A partial cluster at the old end is left as it is: it may show the backing file. */
-    if (!qcow2_preallocate(r->bs, start, round_up(r->s, r->new_size) - start, NULL, errp)) {
+    if (!map_growth(r, errp)) {
         g_prefix_error(errp, "Could not preallocate: ");
         return false;
     }
@@ -348,7 +358,6 @@ static bool grow_data_file(const Resize *r, GError **errp)
 /* Maps the grown part as the mode says. */
 static bool preallocate(const Resize *r, GError **errp)
 {
-    uint64_t start = round_up(r->s, r->old_size);
     if (!r->s->has_data_file) {
         return r->prealloc == PREALLOC_MODE_OFF || preallocate_inside(r, errp);
     }
@@ -358,7 +367,7 @@ static bool preallocate(const Resize *r, GError **errp)
     if (r->prealloc == PREALLOC_MODE_OFF && !r->s->data_file_raw) {
         return true;
     }
-    return qcow2_preallocate(r->bs, start, round_up(r->s, r->new_size) - start, NULL, errp);
+    return map_growth(r, errp);
 }
 
 bool qcow2_fill_new(BlockDriverState *bs, PreallocMode prealloc, GError **errp)
@@ -449,14 +458,26 @@ static void shorten_l1(const Resize *r)
     }
 }
 
-static int discard_tail(const Resize *r)
+static uint64_t tail_bytes(const Resize *r)
 {
     uint64_t start = round_up(r->s, r->new_size), end = l1_span(r->s);
-    if (start >= end) {
-        return 0;
+    return end > start ? end - start : 0;
+}
+
+static int discard_tail(const Resize *r)
+{
+    uint64_t pos = round_up(r->s, r->new_size), end = pos + tail_bytes(r);
+    uint64_t table = (uint64_t)r->s->l2_entries << r->s->cluster_bits;
+    uint64_t piece = qb_align_up(MAX((end - pos) / TAIL_PIECES, 1), table);
+    int ret = 0;
+    while (pos < end && ret == 0) {
+        uint64_t next = MIN(qb_align_down(pos, table) + piece, end); /* tables go as a whole */
+        ret = qcow2_discard_clusters(r->bs, pos, next - pos, QCOW2_DISCARD_FULL,
+                                     QCOW2_DISCARD_ALWAYS);
+        qb_progress_add(r->bs->resize_progress, next - pos);
+        pos = next;
     }
-    return qcow2_discard_clusters(r->bs, start, end - start, QCOW2_DISCARD_FULL,
-                                  QCOW2_DISCARD_ALWAYS);
+    return ret;
 }
 
 static bool warn(int ret, const char *text)
@@ -470,14 +491,19 @@ static bool warn(int ret, const char *text)
 /* Steps 3 to 6; false when something of it failed, which costs space only. */
 static bool give_back(const Resize *r)
 {
+    QbProgress *progress = r->bs->resize_progress;
+    uint64_t tail = tail_bytes(r);
+    qb_progress_grow(progress, 2 * tail); /* taking it out is about half of the work */
     if (!warn(discard_tail(r), "Failed to discard cropped clusters")) {
         return false;
     }
     shorten_l1(r);
-    bool ok = warn(qcow2_flush(r->bs), "Failed to discard cropped clusters") &&
-              warn(qcow2_refcount_shrink(r->bs), "Failed to discard unused refblocks") &&
-              (qcow2_is_clean(r->s) ||
-               warn(qcow2_flush_all(r->bs), "Failed to discard unused refblocks"));
+    bool ok = warn(qcow2_flush(r->bs), "Failed to discard cropped clusters");
+    qb_progress_add(progress, tail / 2);
+    ok = ok && warn(qcow2_refcount_shrink(r->bs), "Failed to discard unused refblocks") &&
+         (qcow2_is_clean(r->s) ||
+          warn(qcow2_flush_all(r->bs), "Failed to discard unused refblocks"));
+    qb_progress_add(progress, tail / 4);
     if (!ok) {
         return false;
     }
@@ -487,6 +513,7 @@ static bool give_back(const Resize *r)
                                               PREALLOC_MODE_OFF, false, &err)) {
         bdrv_warn("Failed to truncate the data file: %s", err->message);
     }
+    qb_progress_add(progress, tail - tail / 2 - tail / 4);
     return true;
 }
 

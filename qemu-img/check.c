@@ -189,13 +189,32 @@ static int check_status(const BdrvCheckResult *r)
     return r->corruptions ? CHECK_CORRUPT : r->leaks ? CHECK_LEAKS : CHECK_OK;
 }
 
-/* A pass; a repaired image gets a second one, whose counts replace the first's. */
-static bool run_check(BlockDriverState *bs, BdrvCheckOptions *opts, bool say, BdrvCheckResult *r,
-                      GError **errp)
+typedef struct CheckRun {
+    BlockDriverState *bs;
+    BdrvCheckOptions opts;
+    bool say, show_progress;
+} CheckRun;
+
+/* A pass, with progress on a line of its own. */
+static bool check_once(CheckRun *run, BdrvCheckResult *r, GError **errp)
+{
+    QbProgress progress;
+    bool ok;
+
+    qb_progress_init(&progress, 0);
+    run->opts.progress = &progress;
+    img_progress_start(&progress, run->show_progress);
+    ok = bdrv_check(run->bs, &run->opts, r, errp);
+    img_progress_end(ok);
+    return ok;
+}
+
+/* A repaired image gets a second pass, whose counts replace the first's. */
+static bool run_check(CheckRun *run, BdrvCheckResult *r, GError **errp)
 {
     uint64_t leaks_fixed, corruptions_fixed;
 
-    if (!bdrv_check(bs, opts, r, errp)) {
+    if (!check_once(run, r, errp)) {
         return false;
     }
     leaks_fixed = r->leaks_fixed;
@@ -203,12 +222,12 @@ static bool run_check(BlockDriverState *bs, BdrvCheckOptions *opts, bool say, Bd
     if (!leaks_fixed && !corruptions_fixed) {
         return true;
     }
-    if (say) {
+    if (run->say) {
         print_repaired(r);
     }
-    opts->fix = 0;
+    run->opts.fix = 0;
     *r = (BdrvCheckResult){0};
-    if (!bdrv_check(bs, opts, r, errp)) {
+    if (!check_once(run, r, errp)) {
         return false;
     }
     r->leaks_fixed = leaks_fixed;
@@ -233,18 +252,14 @@ static int check_blk(BlockBackend *blk, const char *file, const CheckArgs *args,
 {
     g_autoptr(json_t) list = json ? json_array() : NULL;
     Findings findings = {.list = list};
-    BdrvCheckOptions opts = {.fix = fix, .finding = on_finding, .opaque = &findings};
+    bool for_people = !json && !args->quiet;
+    CheckRun check = {.bs = blk_bs(blk), .say = for_people,
+                      .opts = {.fix = fix, .finding = on_finding, .opaque = &findings},
+                      .show_progress = args->progress && for_people};
     BdrvCheckResult result = {0};
-    QbProgress progress;
     GError *err = NULL;
-    bool ok;
 
-    qb_progress_init(&progress, 0);
-    opts.progress = &progress;
-    img_progress_start(&progress, args->progress && !args->quiet && !json);
-    ok = run_check(blk_bs(blk), &opts, !json && !args->quiet, &result, &err);
-    img_progress_end(ok);
-    if (!ok) {
+    if (!run_check(&check, &result, &err)) {
         return check_failed(err, args->quiet);
     }
     if (args->quiet) {

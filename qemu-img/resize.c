@@ -30,7 +30,7 @@ static const ImgOption resize_options[] = {
     {IMG_STRING, 0, "output", offsetof(ResizeArgs, output), "FORMAT",
      "of --dry-run: human or json"},
     {IMG_FLAG, 'p', "progress", offsetof(ResizeArgs, progress), NULL,
-     "show progress of --dry-run"},
+     "show progress"},
     {IMG_FLAG, 'q', "quiet", offsetof(ResizeArgs, quiet), NULL, "print errors only"},
     {IMG_LIST, 0, "object", offsetof(ResizeArgs, objects), "OBJDEF", "object definition"},
     {IMG_END},
@@ -95,12 +95,16 @@ static bool may_shrink(const ResizeArgs *args)
 static int change_size(BlockBackend *blk, int64_t size, const ResizeArgs *args,
                        PreallocMode prealloc)
 {
+    QbProgress progress;
+    BdrvResize how = {.length = size, .exact = true, .prealloc = prealloc, .zero_new = true,
+                      .progress = &progress};
     GError *err = NULL;
 
-    if (!blk_truncate(blk, size, true, prealloc, true, &err)) {
-        return img_report(err, 1);
-    }
-    return 0;
+    qb_progress_init(&progress, 0);
+    img_progress_start(&progress, args->progress && !args->quiet);
+    bool ok = blk_resize(blk, &how, &err);
+    img_progress_end(ok);
+    return ok ? 0 : img_report(err, 1);
 }
 
 static int resize_blk(BlockBackend *blk, const char *size_text, const ResizeArgs *args,
@@ -156,8 +160,8 @@ static int open_and_resize(const char *file, const char *size_text, const Resize
 /* False: said. */
 static bool check_usage(ResizeArgs *args)
 {
-    if (!args->dry_run && (args->output || args->progress)) {
-        img_usage_error("resize", "%s is for --dry-run", args->output ? "--output" : "-p");
+    if (!args->dry_run && args->output) {
+        img_usage_error("resize", "--output is for --dry-run");
         return false;
     }
     return img_parse_output("resize", args->output, &args->json) &&

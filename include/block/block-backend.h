@@ -52,6 +52,7 @@ int blk_pwritev(BlockBackend *blk, int64_t offset, int64_t bytes, IoVector *qiov
 int blk_pwrite_zeroes(BlockBackend *blk, int64_t offset, int64_t bytes, int flags);
 int blk_pdiscard(BlockBackend *blk, int64_t offset, int64_t bytes);
 int blk_flush(BlockBackend *blk);
+bool blk_resize(BlockBackend *blk, const BdrvResize *how, GError **errp);
 bool blk_truncate(BlockBackend *blk, int64_t offset, bool exact, PreallocMode prealloc,
                   bool zero_new, GError **errp);
 int blk_run_batch(BlockBackend *blk, BdrvBatchOp *ops, size_t n);

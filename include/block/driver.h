@@ -286,6 +286,7 @@ struct BlockDriverState {
     _Atomic(unsigned) quiesce;
     _Atomic(int) refcnt;
     _Atomic(int64_t) length; /* bytes, -1: not known */
+    QbProgress *resize_progress; /* of the truncate under way, there is one at most; NULL: nobody looks */
 };
 
 /* --- for drivers' open --- */

@@ -49,8 +49,15 @@ int bdrv_copy_range(BdrvChild *src, int64_t src_offset, BdrvChild *dst, int64_t 
                     int64_t bytes);
 /* Makes all writes that have returned stable, down to the last protocol node. */
 int bdrv_flush(BlockDriverState *bs);
-/* New length. @exact: -ENOTSUP rather than a longer node. @prealloc of the grown part.
- * @zero_new: the grown part must read as zeroes, also where a longer backing file would show. */
+typedef struct BdrvResize {
+    int64_t length;       /* the new one */
+    bool exact;           /* ENOTSUP rather than a longer node */
+    PreallocMode prealloc; /* of the grown part */
+    bool zero_new;        /* the grown part reads as zeroes, also where a longer backing file would show */
+    QbProgress *progress; /* grows by what is found to do; NULL: nobody looks */
+} BdrvResize;
+bool bdrv_resize(BdrvChild *child, const BdrvResize *how, GError **errp);
+/* The same without progress. */
 bool bdrv_truncate(BdrvChild *child, int64_t offset, bool exact, PreallocMode prealloc,
                    bool zero_new, GError **errp);
 

@@ -40,11 +40,11 @@ static inline bool qb_progress_cancelled(QbProgress *p)
 {
     return p && atomic_load_explicit(&p->cancel, memory_order_relaxed);
 }
-/* 0..100 */
+/* 0..100; 0 while it is not known how much there is to do */
 static inline double qb_progress_percent(QbProgress *p)
 {
     uint64_t total = atomic_load(&p->total), current = atomic_load(&p->current);
-    return total ? (current >= total ? 100.0 : 100.0 * (double)current / (double)total) : 100.0;
+    return total ? (current >= total ? 100.0 : 100.0 * (double)current / (double)total) : 0.0;
 }
 
 #endif
