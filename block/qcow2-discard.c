@@ -267,13 +267,14 @@ static int64_t clear_step(Clear *c, uint64_t cluster, Qcow2L2Entry *entries)
     return n < 0 ? n : n << s->cluster_bits;
 }
 
-/* Who cuts all off wants the space in the end, and pays for few flushes: what waits costs memory by
- * what is really mapped. Others would see the file grow. */
+/* Who cuts all off wants the space in the end, and pays for few flushes: what waits is bounded by the
+ * memory for its runs. Who allocates meanwhile flushes by the usual bound (qcow2_relieve()). */
 static int relieve(const Clear *c)
 {
     bool waits = c->mode == CLEAR_FULL && c->type == QCOW2_DISCARD_ALWAYS;
     if (waits) {
-        return qcow2_cache_too_dirty(c->s->cache) ? qcow2_write_back(c->bs) : 0;
+        bool much = qcow2_cache_too_dirty(c->s->cache) || qcow2_quarantine_crowded(c->s);
+        return much ? qcow2_write_back(c->bs) : 0;
     }
     return qcow2_relieve(c->bs);
 }

@@ -16,7 +16,8 @@
  * 3. One release at a time (the flusher calls it, holding its turn).
  *
  * The amount is bounded by those who allocate, write and discard: qcow2_quarantine_full() makes
- * them flush (qcow2_relieve()).  What users held back at the last flush does not count, another one
+ * them flush (qcow2_relieve()); those who cut all off go on to MAX_RUNS, which bounds its memory, as
+ * all they free shall be released at few barriers.  What users held back at the last flush does not count, another one
  * would not move it.  When nothing was freed for a second the background flushes (release step);
  * what that flush cannot release, because it fails or because somebody still uses it, waits for the
  * next flush.
@@ -29,6 +30,7 @@
 
 #define QUARANTINE_MAX (UINT64_C(64) << 20)
 #define QUARANTINE_MIN (UINT64_C(1) << 20)
+#define MAX_RUNS (1u << 18) /* 10 MiB of FreedRun */
 #define NS_PER_MS UINT64_C(1000000)
 #define IDLE_MS 1000
 
@@ -45,6 +47,7 @@ struct Qcow2Quarantine {
     _Atomic(uint64_t) bytes;
     _Atomic(uint64_t) held;      /* of them: not released by the last flush because of users */
     _Atomic(uint64_t) last_free; /* qb_now_ns() */
+    _Atomic(unsigned) fresh;     /* runs entered since the last release */
 };
 
 Qcow2Quarantine *qcow2_quarantine_new(void)
@@ -85,6 +88,7 @@ static void enter(BDRVQcow2State *s, const FreedRun *run)
         last->seq = MAX(last->seq, run->seq); /* others may have been here since we asked */
     } else {
         g_array_append_vals(q->runs, run, 1);
+        atomic_fetch_add(&q->fresh, 1);
     }
     atomic_fetch_add(&q->bytes, run->bytes);
     atomic_store(&q->last_free, qb_now_ns());
@@ -143,6 +147,11 @@ bool qcow2_quarantine_full(BDRVQcow2State *s)
     return qcow2_quarantine_releasable(s) > CLAMP(part, QUARANTINE_MIN, QUARANTINE_MAX);
 }
 
+bool qcow2_quarantine_crowded(BDRVQcow2State *s)
+{
+    return atomic_load(&s->quarantine->fresh) > MAX_RUNS;
+}
+
 uint64_t qcow2_release_step(BlockDriverState *bs)
 {
     BDRVQcow2State *s = qcow2_state(bs);
@@ -165,6 +174,7 @@ void qcow2_quarantine_forget(BDRVQcow2State *s)
 
     g_array_set_size(q->runs, 0);
     atomic_store(&q->bytes, 0);
+    atomic_store(&q->fresh, 0);
     atomic_store(&q->held, 0);
 }
 
@@ -208,6 +218,7 @@ static GArray *take_ready(BDRVQcow2State *s, uint64_t gen)
     }
     g_array_set_size(q->runs, kept);
     atomic_store(&q->held, held);
+    atomic_store(&q->fresh, 0);
     return ready;
 }
 

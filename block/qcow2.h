@@ -543,6 +543,8 @@ void qcow2_free_entry(BlockDriverState *bs, uint64_t l2_entry, Qcow2DiscardType 
 /* Bytes waiting, and whether that is more than it should be (64 MiB or 1/16 of the file). */
 uint64_t qcow2_quarantine_bytes(BDRVQcow2State *s);
 bool qcow2_quarantine_full(BDRVQcow2State *s);
+/* More runs than a flush should have to release, of whatever length. */
+bool qcow2_quarantine_crowded(BDRVQcow2State *s);
 /* Bytes that a flush could release: without what users held back at the last one. */
 uint64_t qcow2_quarantine_releasable(BDRVQcow2State *s);
 /* A step in the background: when nothing was freed for a second, flushes to release what waits. */
@@ -806,8 +808,10 @@ int qcow2_walk_tables(BlockDriverState *bs, const Qcow2WalkSource *src, uint64_t
 typedef int (*Qcow2RunFn)(const Qcow2Mapping *run, void *opaque);
 int qcow2_walk_runs(BlockDriverState *bs, const Qcow2WalkSource *src, uint64_t start, uint64_t end,
                     Qcow2RunFn fn, void *opaque);
-/* Rewrites entries of the active tables: @fn edits @e in place and returns 1 if it changed, 0, or
- * -errno. Under the metadata lock, one table per hold. */
+/* Rewrites entries of the active tables that begin in [start, end): @fn edits @e in place and returns 1
+ * if it changed, 0, or -errno. Whole node in the range lock. What is dirty is flushed; then tables are
+ * written by the batch, past the cache and without a barrier, each entry as it was or as it shall be.
+ * When that fails the tables before are done. */
 typedef int (*Qcow2EditFn)(uint64_t guest, Qcow2L2Entry *e, void *opaque);
 int qcow2_walk_edit(BlockDriverState *bs, uint64_t start, uint64_t end, Qcow2EditFn fn,
                     void *opaque);
@@ -835,10 +839,11 @@ int qcow2_counts_have_room(BlockDriverState *bs, const GArray *runs);
 int qcow2_free_runs(BlockDriverState *bs, const GArray *runs, Qcow2DiscardType type);
 /* Of @runs the clusters whose count is 1 now, sorted and merged, into @ret. */
 int qcow2_runs_with_count_one(BlockDriverState *bs, const GArray *runs, GArray *ret);
-/* Clears COPIED in all entries of the active L1 and its L2 tables, in memory. */
+/* Clears COPIED in all entries of the L2 tables of the active L1, in the file but without a barrier, and
+ * of L1 itself, in memory. Whole node in the range lock. */
 int qcow2_clear_all_copied(BlockDriverState *bs);
 /* Sets COPIED in all entries of the active tables whose host cluster lies in @ones (sorted,
- * merged). */
+ * merged); likewise. */
 int qcow2_set_copied_in(BlockDriverState *bs, const GArray *ones);
 /* Flushes until quarantine is empty too and its counts are written. Whole node in the
  * range lock. */

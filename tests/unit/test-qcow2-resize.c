@@ -64,6 +64,56 @@ static void test_shrink_barriers(void)
     }
 }
 
+/* A cluster with many references, which go one by one: what waits is bounded by its number, too. */
+static void test_shrink_is_bounded(void)
+{
+    const unsigned many = (1 << 18) + 1;
+    RecFile *f = rec_image_new("a", "size=1M,refcount_bits=64", MIB);
+    BlockBackend *blk = rec_open_rw(f);
+    BlockDriverState *bs = blk_bs(blk);
+    image_write(blk, 0, 2 * C, 1);
+    bdrv_graph_rdlock();
+    Qcow2HostRun run = {(uint64_t)qcow2_alloc_clusters(bs, C), C};
+    g_assert_cmpint(qcow2_update_refcounts(bs, &run, 1, (int)many - 1), ==, 0);
+    for (unsigned i = 0; i < many; i++) {
+        g_assert_false(qcow2_quarantine_crowded(image_state(blk)));
+        qcow2_free_run(bs, run.offset, C, QCOW2_DISCARD_ALWAYS);
+    }
+    g_assert_true(qcow2_quarantine_crowded(image_state(blk)));
+    g_assert_cmpint(qcow2_discard_clusters(bs, C, C, QCOW2_DISCARD_FULL, QCOW2_DISCARD_ALWAYS), ==,
+                    0);
+    g_assert_cmpuint(qcow2_quarantine_bytes(image_state(blk)), ==, C);
+    g_assert_false(qcow2_quarantine_crowded(image_state(blk)));
+    bdrv_graph_rdunlock();
+    blk_unref(blk);
+    rec_check(f, false);
+    rec_file_free(f);
+}
+
+/* All that a resize finds to do it has done in the end. */
+static void test_tells_progress(void)
+{
+    RecFile *f = rec_image_new("a", "size=2G", CAPACITY);
+    BlockBackend *blk = rec_open_rw(f);
+    QbProgress progress;
+    BdrvResize how = {.length = 100 * MIB, .exact = true, .progress = &progress};
+    write_scattered(blk, 1600);
+    qb_progress_init(&progress, 0);
+    g_assert_true(blk_resize(blk, &how, NULL));
+    g_assert_cmpuint(progress.total, >=, 2 * (UINT64_C(1600) * MIB - 100 * MIB));
+    g_assert_cmpuint(progress.current, ==, progress.total);
+    how.length = 200 * MIB;
+    how.prealloc = PREALLOC_MODE_METADATA;
+    qb_progress_init(&progress, 0);
+    g_assert_true(blk_resize(blk, &how, NULL));
+    g_assert_cmpuint(progress.total, ==, 100 * MIB);
+    g_assert_cmpuint(progress.current, ==, progress.total);
+    g_assert_null(blk_bs(blk)->resize_progress);
+    blk_unref(blk);
+    rec_check(f, false);
+    rec_file_free(f);
+}
+
 static void test_empty_barriers(void)
 {
     RecFile *f = rec_image_new("a", "size=2G", CAPACITY);
@@ -424,6 +474,8 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     rec_setup();
     g_test_add_func("/qcow2-resize/shrink-barriers", test_shrink_barriers);
+    g_test_add_func("/qcow2-resize/shrink-is-bounded", test_shrink_is_bounded);
+    g_test_add_func("/qcow2-resize/tells-progress", test_tells_progress);
     g_test_add_func("/qcow2-resize/shrink-writes-no-tables", test_shrink_writes_no_tables);
     g_test_add_func("/qcow2-resize/grow-reads-zero", test_grow_reads_zero);
     g_test_add_func("/qcow2-resize/shrink-beside-allocations", test_shrink_beside_allocations);
