@@ -126,6 +126,35 @@ unsigned qcow2_entry_run(const BDRVQcow2State *s, Qcow2L2Entry e, unsigned sc,
     return MIN(equal_bits(ALLOC_BITS(e.bitmap), sc), equal_bits(ZERO_BITS(e.bitmap), sc));
 }
 
+/* All subclusters of @e are of one type. */
+static bool is_uniform(Qcow2L2Entry e)
+{
+    uint32_t alloc = ALLOC_BITS(e.bitmap), zero = ZERO_BITS(e.bitmap);
+    return (alloc == 0 || alloc == UINT32_MAX) && (zero == 0 || zero == UINT32_MAX);
+}
+
+unsigned qcow2_entries_alike(const BDRVQcow2State *s, const void *raw, unsigned max)
+{
+    Qcow2L2Entry e = qcow2_entry_decode(s, raw);
+    const uint8_t *at = raw;
+    unsigned n = 1;
+    if (qcow2_entry_is_compressed(e) || (s->has_subclusters && !is_uniform(e))) {
+        return 1;
+    }
+    uint64_t step = qcow2_entry_has_host(s, e) ? s->cluster_size : 0;
+    uint64_t room = (QCOW2_ENTRY_OFFSET_MASK - qcow2_entry_host(e)) >> s->cluster_bits;
+    max = (unsigned)MIN(max, room + 1); /* offsets do not run over into the bits above them */
+    while (n < max) {
+        at += s->l2_entry_size;
+        if (qb_ldbe64(at) != e.entry + n * step
+            || (s->has_subclusters && qb_ldbe64(at + 8) != e.bitmap)) {
+            break;
+        }
+        n++;
+    }
+    return n;
+}
+
 void qcow2_parse_compressed(const BDRVQcow2State *s, uint64_t entry, uint64_t *ret_offset,
                             uint32_t *ret_bytes)
 {

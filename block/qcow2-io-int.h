@@ -66,6 +66,9 @@ void qcow2_entry_encode(const BDRVQcow2State *s, Qcow2L2Entry e, void *raw);
 /* Subclusters of @e from @sc on that are of one type, which goes to *ret. */
 unsigned qcow2_entry_run(const BDRVQcow2State *s, Qcow2L2Entry e, unsigned sc,
                          Qcow2ClusterType *ret);
+/* How many of the @max entries at @raw, as they stand in a table, continue the first one: one type in
+ * all of them, host clusters one behind the other. At least 1. If the first one is possible, all are. */
+unsigned qcow2_entries_alike(const BDRVQcow2State *s, const void *raw, unsigned max);
 /* What @e says of [guest, end), as far as its cluster and one type go. */
 Qcow2Mapping qcow2_entry_mapping(const BDRVQcow2State *s, Qcow2L2Entry e, uint64_t guest,
                                  uint64_t end);

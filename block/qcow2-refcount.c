@@ -18,12 +18,16 @@
  *    on disk are wrong: the image is marked corrupt.
  * 4. The free-space index hears of every count that becomes 0.
  *
+ * Counts are compared and set eight bytes at a time where they are alike: 16 million of them, those of
+ * 1 TiB, are read or changed in some milliseconds.
+ *
  * SPDX-License-Identifier: MIT
  */
 #include "block/qcow2-refcount-int.h"
 
 #include <inttypes.h>
 #include <stdlib.h>
+#include <string.h>
 
 /* ---- the codec of a count ---- */
 
@@ -69,6 +73,70 @@ void qcow2_refcount_write(uint8_t *block, unsigned order, uint64_t slot, uint64_
     }
 }
 
+/* ---- many counts ---- */
+
+/* Eight bytes of counts that are all @value. */
+static uint64_t word_of(unsigned order, uint64_t value)
+{
+    uint8_t bytes[8] = {0};
+    uint64_t word;
+
+    for (uint64_t slot = 0; slot < UINT64_C(64) >> order; slot++) {
+        qcow2_refcount_write(bytes, order, slot, value);
+    }
+    memcpy(&word, bytes, sizeof(word));
+    return word;
+}
+
+/* How many words of those at @data, at most @max, are @word. */
+static uint64_t equal_words(const uint8_t *data, uint64_t max, uint64_t word)
+{
+    uint64_t n = 0, next;
+
+    while (n < max && (memcpy(&next, data + 8 * n, sizeof(next)), next == word)) {
+        n++;
+    }
+    return n;
+}
+
+/* How many counts from @slot on, at least 1 and at most @max, are the same; *ret_count says which. */
+static uint64_t equal_counts(const uint8_t *data, unsigned order, uint64_t slot, uint64_t max,
+                             uint64_t *ret_count)
+{
+    uint64_t per_word = UINT64_C(64) >> order, end = slot + max, pos = slot + 1;
+    uint64_t count = qcow2_refcount_read(data, order, slot);
+    bool by_words = false;
+
+    *ret_count = count;
+    while (pos < end && qcow2_refcount_read(data, order, pos) == count) {
+        pos++;
+        if (!by_words && pos % per_word == 0) {
+            pos += per_word * equal_words(data + (pos << order >> 3), (end - pos) / per_word,
+                                          word_of(order, count));
+            by_words = true;
+        }
+    }
+    return pos - slot;
+}
+
+static void fill_counts(uint8_t *data, unsigned order, uint64_t slot, uint64_t n, uint64_t value)
+{
+    uint64_t per_word = UINT64_C(64) >> order, end = slot + n;
+
+    while (slot < end && (slot % per_word || end - slot < per_word)) {
+        qcow2_refcount_write(data, order, slot++, value);
+    }
+    if (slot < end) {
+        uint64_t word = word_of(order, value);
+        for (; end - slot >= per_word; slot += per_word) {
+            memcpy(data + (slot << order >> 3), &word, sizeof(word));
+        }
+    }
+    while (slot < end) {
+        qcow2_refcount_write(data, order, slot++, value);
+    }
+}
+
 /* No stream may be put behind one in a cluster that nobody uses any more. */
 static void forget_compressed_next(BDRVQcow2State *s, uint64_t index, uint64_t slot, uint64_t n)
 {
@@ -96,14 +164,10 @@ static void mark_slots_dirty(const BDRVQcow2State *s, Qcow2Table *t, uint64_t sl
 void qcow2_set_counts_locked(BDRVQcow2State *s, Qcow2Table *t, uint64_t index, uint64_t slot,
                              uint64_t n, uint64_t value)
 {
-    uint8_t *data = qcow2_refblock_data(t);
-
     if (n == 0) {
         return;
     }
-    for (uint64_t i = 0; i < n; i++) {
-        qcow2_refcount_write(data, s->refcount_order, slot + i, value);
-    }
+    fill_counts(qcow2_refblock_data(t), s->refcount_order, slot, n, value);
     mark_slots_dirty(s, t, slot, n);
     s->alloc_seq++; /* who is about to cut the file looks again */
     if (value == 0) {
@@ -128,14 +192,8 @@ static uint64_t equal_slots(BDRVQcow2State *s, Qcow2Table *t, uint64_t slot, uin
                             uint64_t *ret_count)
 {
     QB_GUARD(&s->alloc_lock);
-    const uint8_t *data = qcow2_refblock_data(t);
-    uint64_t n = 1;
 
-    *ret_count = qcow2_refcount_read(data, s->refcount_order, slot);
-    while (n < max && qcow2_refcount_read(data, s->refcount_order, slot + n) == *ret_count) {
-        n++;
-    }
-    return n;
+    return equal_counts(qcow2_refblock_data(t), s->refcount_order, slot, max, ret_count);
 }
 
 int qcow2_count_run(BlockDriverState *bs, uint64_t offset, uint64_t bytes, uint64_t *ret_count,
@@ -196,8 +254,8 @@ static int judge_counts(BDRVQcow2State *s, Qcow2Table *t, const Part *p, int del
     uint64_t need = delta < 0 ? (uint64_t)-(int64_t)delta : 1;
     uint64_t more = delta > 0 ? (uint64_t)delta : 0;
 
-    for (uint64_t i = 0; i < p->n; i++) {
-        uint64_t count = qcow2_refcount_read(data, s->refcount_order, p->slot + i);
+    for (uint64_t i = 0, n, count; i < p->n; i += n) {
+        n = equal_counts(data, s->refcount_order, p->slot + i, p->n - i, &count);
         if (count < need || more > s->refcount_max - count) {
             *ret_misfit = i;
             return count < need ? -EIO : -EINVAL;
@@ -227,14 +285,13 @@ static void change_counts_locked(BDRVQcow2State *s, Qcow2Table *t, const Part *p
     uint8_t *data = qcow2_refblock_data(t);
 
     qb_mutex_assert_held(&s->alloc_lock);
-    for (uint64_t i = 0; i < p->n; i++) {
-        uint64_t slot = p->slot + i;
-        uint64_t count = qcow2_refcount_read(data, s->refcount_order, slot);
+    for (uint64_t slot = p->slot, end = p->slot + p->n, n, count; slot < end; slot += n) {
+        n = equal_counts(data, s->refcount_order, slot, end - slot, &count);
         count += (uint64_t)(int64_t)delta;
-        qcow2_refcount_write(data, s->refcount_order, slot, count);
+        fill_counts(data, s->refcount_order, slot, n, count);
         if (count == 0) {
-            forget_compressed_next(s, p->index, slot, 1);
-            qcow2_free_index_freed(s->free_index, p->index, slot, 1, qcow2_counts_per_block(s));
+            forget_compressed_next(s, p->index, slot, n);
+            qcow2_free_index_freed(s->free_index, p->index, slot, n, qcow2_counts_per_block(s));
         }
     }
     mark_slots_dirty(s, t, p->slot, p->n);

@@ -28,7 +28,6 @@
 
 enum {
     FLUSH_EVERY = 1 << 18, /* runs freed between flushes */
-    EDIT_TABLES = 64,      /* L2 tables edited between looks at how much is dirty */
 };
 
 /* ---------------------------------------------------------------- collecting */
@@ -268,8 +267,8 @@ static GArray *union_of(const GArray *runs)
     return sorted;
 }
 
-/* Is host cluster @offset in @runs, which are sorted and do not overlap? */
-static bool contains(const GArray *runs, uint64_t offset)
+/* The run of @runs, which are sorted and do not overlap, that host cluster @offset is in; NULL: none. */
+static const Qcow2HostRun *run_with(const GArray *runs, uint64_t offset)
 {
     guint low = 0, high = runs->len;
     while (low < high) {
@@ -280,10 +279,10 @@ static bool contains(const GArray *runs, uint64_t offset)
         } else if (offset >= run->offset + run->bytes) {
             low = mid + 1;
         } else {
-            return true;
+            return run;
         }
     }
-    return false;
+    return NULL;
 }
 
 int qcow2_runs_with_count_one(BlockDriverState *bs, const GArray *runs, GArray *ret)
@@ -334,10 +333,19 @@ int qcow2_flush_all(BlockDriverState *bs)
 typedef struct CopiedEdit {
     BDRVQcow2State *s;
     const GArray *ones;
+    const Qcow2HostRun *last; /* where the cluster before was found: the next is mostly there, too */
 } CopiedEdit;
 
+static bool is_one(CopiedEdit *ed, uint64_t offset)
+{
+    if (!ed->last || offset - ed->last->offset >= ed->last->bytes) {
+        ed->last = run_with(ed->ones, offset);
+    }
+    return ed->last;
+}
+
 /* The entry as it shall be. Entries without a host cluster, and streams, never have the flag. */
-static uint64_t edited(const CopiedEdit *ed, uint64_t entry)
+static uint64_t edited(CopiedEdit *ed, uint64_t entry)
 {
     uint64_t offset = entry & QCOW2_ENTRY_OFFSET_MASK;
     if ((entry & QCOW2_ENTRY_COMPRESSED) || !offset) {
@@ -346,7 +354,7 @@ static uint64_t edited(const CopiedEdit *ed, uint64_t entry)
     if (!ed->ones) {
         return entry & ~QCOW2_ENTRY_COPIED;
     }
-    return contains(ed->ones, offset) ? entry | QCOW2_ENTRY_COPIED : entry;
+    return is_one(ed, offset) ? entry | QCOW2_ENTRY_COPIED : entry;
 }
 
 static int edit_l2_entry(uint64_t guest, Qcow2L2Entry *e, void *opaque)
@@ -357,11 +365,11 @@ static int edit_l2_entry(uint64_t guest, Qcow2L2Entry *e, void *opaque)
     return changed;
 }
 
-static void edit_l1_entries(const CopiedEdit *ed, uint64_t first, uint64_t end)
+static void edit_l1_entries(CopiedEdit *ed)
 {
     BDRVQcow2State *s = ed->s;
     QB_GUARD(&s->lock);
-    for (uint64_t i = first; i < end; i++) {
+    for (uint64_t i = 0; i < qcow2_l1_size(s); i++) {
         uint64_t old = qcow2_l1_get(s, i), entry = edited(ed, old);
         if (entry != old) {
             qcow2_l1_set_locked(s, i, entry);
@@ -371,22 +379,10 @@ static void edit_l1_entries(const CopiedEdit *ed, uint64_t first, uint64_t end)
 
 static int edit_copied(BlockDriverState *bs, const GArray *ones)
 {
-    BDRVQcow2State *s = qcow2_state(bs);
-    CopiedEdit ed = {.s = s, .ones = ones};
-    unsigned shift = s->cluster_bits + s->l2_bits;
-    uint64_t n = MIN((uint64_t)qcow2_l1_size(s), (uint64_t)INT64_MAX >> shift);
-    for (uint64_t i = 0; i < n; i += EDIT_TABLES) {
-        uint64_t end = MIN(i + EDIT_TABLES, n);
-        int ret = qcow2_walk_edit(bs, i << shift, end << shift, edit_l2_entry, &ed);
-        edit_l1_entries(&ed, i, end);
-        if (ret == 0 && qcow2_cache_half_dirty(s->cache)) {
-            ret = qcow2_flush(bs);
-        }
-        if (ret < 0) {
-            return ret;
-        }
-    }
-    return 0;
+    CopiedEdit ed = {.s = qcow2_state(bs), .ones = ones};
+    int ret = qcow2_walk_edit(bs, 0, INT64_MAX, edit_l2_entry, &ed);
+    edit_l1_entries(&ed); /* also after a failure: every entry is right by itself */
+    return ret;
 }
 
 int qcow2_clear_all_copied(BlockDriverState *bs)

@@ -17,9 +17,12 @@
  *     there in part is pinned meanwhile: what is dirty then is not dropped before it is copied.
  *  2. Tables of the active L1 are read while announced, and read again if L1 names another
  *     one then.
- *  3. No lock is held and nobody is announced while a callback runs; walk_edit()'s runs under the
- *     metadata lock and so must not wait.
+ *  3. No lock is held and nobody is announced while a callback runs.
  *  4. Memory is bounded by BATCH_BYTES of tables, whatever an L1 claims.
+ *
+ * walk_edit() writes tables back by the batch and past the cache: on an image of 1 TiB all entries
+ * change, and neither memory nor the barriers of flushes in between should be the price.  It is for
+ * whole-node operations, which see to the order of their steps themselves.
  *
  * A walk over active tables that others change meanwhile sees each table as it was at some moment
  * of the walk; those who need one moment for all hold the whole node.
@@ -30,7 +33,7 @@
 
 #define BATCH_BYTES (16u << 20)
 #define BATCH_TABLES 4096
-#define MAX_READ_BYTES (2u << 20)
+#define MAX_OP_BYTES (2u << 20)
 
 typedef struct Slot {
     uint64_t l1_index, l1_entry, offset;
@@ -38,6 +41,7 @@ typedef struct Slot {
     Qcow2Table *part; /* pinned while the rest is read; NULL: nothing of it was in memory */
     int error;
     bool to_read;
+    size_t from, to; /* bytes that an edit changed; to 0: none */
 } Slot;
 
 typedef struct Walk {
@@ -130,12 +134,22 @@ static GPtrArray *batch_to_read(Walk *w, uint64_t file_length)
     return list;
 }
 
-/* True when @slot continues @op both in the file and in memory. */
-static bool op_takes(const Walk *w, const BdrvBatchOp *op, const Slot *slot)
+/* True when @next continues @op both in the file and in memory. */
+static bool op_takes(const BdrvBatchOp *op, const BdrvBatchOp *next)
 {
-    return op->offset + op->bytes == (int64_t)slot->offset
-           && (uint8_t *)op->buf + op->bytes == slot->data
-           && op->bytes + w->s->cluster_size <= MAX_READ_BYTES;
+    return op->offset + op->bytes == next->offset
+           && (uint8_t *)op->buf + op->bytes == (uint8_t *)next->buf
+           && op->bytes + next->bytes <= MAX_OP_BYTES;
+}
+
+static void add_op(GArray *ops, const BdrvBatchOp *op)
+{
+    BdrvBatchOp *last = ops->len ? &g_array_index(ops, BdrvBatchOp, ops->len - 1) : NULL;
+    if (last && op_takes(last, op)) {
+        last->bytes += op->bytes;
+    } else {
+        g_array_append_vals(ops, op, 1);
+    }
 }
 
 static GArray *read_ops(const Walk *w, const GPtrArray *list)
@@ -143,16 +157,10 @@ static GArray *read_ops(const Walk *w, const GPtrArray *list)
     GArray *ops = g_array_new(false, false, sizeof(BdrvBatchOp));
     for (guint i = 0; i < list->len; i++) {
         const Slot *slot = list->pdata[i];
-        BdrvBatchOp *last = ops->len ? &g_array_index(ops, BdrvBatchOp, ops->len - 1) : NULL;
-        if (last && op_takes(w, last, slot)) {
-            last->bytes += w->s->cluster_size;
-            continue;
-        }
-        BdrvBatchOp op = {
+        add_op(ops, &(BdrvBatchOp){
             .kind = BDRV_BATCH_READ, .offset = (int64_t)slot->offset,
             .bytes = w->s->cluster_size, .buf = slot->data,
-        };
-        g_array_append_val(ops, op);
+        });
     }
     return ops;
 }
@@ -314,11 +322,13 @@ static int add_piece(RunWalk *r, const Qcow2Mapping *next)
     return ret;
 }
 
-static int add_entry(RunWalk *r, Qcow2L2Entry e, uint64_t guest, uint64_t end)
+/* What @n entries say of [guest, end): the first is @e, the others continue it. */
+static int add_entries(RunWalk *r, Qcow2L2Entry e, unsigned n, uint64_t guest, uint64_t end)
 {
     int ret = 0;
     while (guest < end && ret >= 0) {
         Qcow2Mapping next = qcow2_entry_mapping(qcow2_state(r->bs), e, guest, end);
+        next.bytes = n > 1 ? end - guest : next.bytes;
         ret = add_piece(r, &next);
         guest += next.bytes;
     }
@@ -334,18 +344,20 @@ static int add_table(const Qcow2WalkTable *table, void *opaque)
         int ret = qcow2_l1_entry_judge(r->bs, table->l1_entry, table->l1_index);
         return ret < 0 ? ret : table->error;
     }
-    unsigned i = r->start > base ? (unsigned)((r->start - base) >> s->cluster_bits) : 0;
+    unsigned n, i = r->start > base ? (unsigned)((r->start - base) >> s->cluster_bits) : 0;
     int ret = 0;
-    for (; i < s->l2_entries && ret >= 0; i++) {
+    for (; i < s->l2_entries && ret >= 0; i += n) {
         uint64_t guest = base + ((uint64_t)i << s->cluster_bits);
         if (guest >= r->end) {
             break;
         }
         const uint8_t *raw = (const uint8_t *)table->be + (size_t)i * s->l2_entry_size;
         Qcow2L2Entry e = qcow2_entry_decode(s, raw);
+        n = qcow2_entries_alike(s, raw, s->l2_entries - i);
         ret = qcow2_entry_judge(r->bs, e, guest, table->l1_entry & QCOW2_ENTRY_OFFSET_MASK, i);
         if (ret == 0) {
-            ret = add_entry(r, e, MAX(guest, r->start), MIN(guest + s->cluster_size, r->end));
+            uint64_t end = guest + ((uint64_t)n << s->cluster_bits);
+            ret = add_entries(r, e, n, MAX(guest, r->start), MIN(end, r->end));
         }
     }
     return ret;
@@ -365,78 +377,106 @@ int qcow2_walk_runs(BlockDriverState *bs, const Qcow2WalkSource *src, uint64_t s
 /* --- editing --- */
 
 typedef struct Edit {
-    BlockDriverState *bs;
-    uint64_t start, end;
+    Walk *w;
+    uint64_t start, end; /* clusters that begin there */
     Qcow2EditFn fn;
     void *opaque;
 } Edit;
 
-static int edit_entry_locked(BDRVQcow2State *s, const Edit *ed, Qcow2Table *t, unsigned index,
-                             uint64_t guest) QB_REQUIRES(s->lock)
+/* Edits the table in the walk's memory; [slot->from, slot->to) is what changed of it. */
+static int edit_slot(const Edit *ed, Slot *slot)
 {
-    uint8_t raw[16];
-    size_t pos = (size_t)index * s->l2_entry_size;
-    qb_mutex_assert_held(&s->lock);
-    qcow2_table_load(t, pos, s->l2_entry_size, raw);
-    Qcow2L2Entry e = qcow2_entry_decode(s, raw);
-    int ret = ed->fn(guest, &e, ed->opaque);
-    if (ret > 0) {
-        qcow2_entry_encode(s, e, raw);
-        qcow2_table_store(t, pos, s->l2_entry_size, raw);
+    const BDRVQcow2State *s = ed->w->s;
+    uint64_t guest = slot->l1_index << (s->cluster_bits + s->l2_bits);
+    int ret = slot->error;
+    slot->from = slot->to = 0;
+    for (unsigned i = 0; i < s->l2_entries && ret >= 0; i++, guest += s->cluster_size) {
+        if (guest < ed->start || guest >= ed->end) {
+            continue;
+        }
+        uint8_t *raw = slot->data + (size_t)i * s->l2_entry_size;
+        Qcow2L2Entry e = qcow2_entry_decode(s, raw);
+        ret = ed->fn(guest, &e, ed->opaque);
+        if (ret > 0) {
+            qcow2_entry_encode(s, e, raw);
+            slot->from = slot->to ? slot->from : (size_t)(raw - slot->data);
+            slot->to = (size_t)(raw - slot->data) + s->l2_entry_size;
+        }
     }
     return MIN(ret, 0);
 }
 
-/* QCOW2_STALE: the table is no longer the one in L1, nothing was done. */
-static int edit_table(BDRVQcow2State *s, const Edit *ed, Qcow2Table *t, uint64_t l1_index,
-                      uint64_t l1_entry)
+/* A write of what changed of @slot, in units of the file. */
+static BdrvBatchOp slot_write_op(const Walk *w, const Slot *slot)
 {
-    uint64_t base = l1_index << (s->cluster_bits + s->l2_bits);
-    uint64_t from = MAX(ed->start, base);
-    unsigned i = (unsigned)((from - base) >> s->cluster_bits);
+    uint64_t unit = MAX(w->bs->file->bs->bl.request_alignment, BDRV_SECTOR_SIZE);
+    unit = MIN(unit, w->s->cluster_size);
+    uint64_t from = qb_align_down(slot->from, unit), to = qb_align_up(slot->to, unit);
+    return (BdrvBatchOp){
+        .kind = BDRV_BATCH_WRITE, .offset = (int64_t)(slot->offset + from),
+        .bytes = (int64_t)(to - from), .buf = slot->data + from,
+    };
+}
+
+/* What changed in the batch, in file order, as few writes. */
+static int add_write_ops(const Walk *w, GArray *ops)
+{
+    g_autoptr(GPtrArray) list = g_ptr_array_new();
     int ret = 0;
-    QB_GUARD(&s->lock);
-    if (qcow2_l1_get(s, l1_index) != l1_entry || qcow2_table_poisoned(t)) {
-        return QCOW2_STALE;
-    }
-    for (; i < s->l2_entries && ret == 0; i++) {
-        uint64_t guest = base + ((uint64_t)i << s->cluster_bits);
-        if (guest >= ed->end) {
-            break;
+    for (size_t i = 0; i < w->n; i++) {
+        if (w->slots[i].to) {
+            g_ptr_array_add(list, &w->slots[i]);
         }
-        ret = edit_entry_locked(s, ed, t, i, guest);
+    }
+    g_ptr_array_sort(list, by_offset);
+    for (guint i = 0; i < list->len && ret == 0; i++) {
+        BdrvBatchOp op = slot_write_op(w, list->pdata[i]);
+        ret = qcow2_check_overlap(w->bs, QCOW2_OL_ACTIVE_L2, (uint64_t)op.offset,
+                                  (uint64_t)op.bytes);
+        add_op(ops, &op);
     }
     return ret;
 }
 
-static int edit_l1_entry(const Edit *ed, uint64_t l1_index)
+/* Memory must not have the old tables when the file has, or may have, the new ones. */
+static int batch_write(Walk *w)
 {
-    BDRVQcow2State *s = qcow2_state(ed->bs);
-    int ret;
-    do {
-        uint64_t l1_entry;
-        g_autoptr(Qcow2Table) t = NULL;
-        ret = qcow2_get_active_table(ed->bs, l1_index, &l1_entry, &t);
-        if (!t) {
-            return ret;
+    g_autoptr(GArray) ops = g_array_new(false, false, sizeof(BdrvBatchOp));
+    int ret = add_write_ops(w, ops);
+    if (ret < 0 || ops->len == 0) {
+        return ret;
+    }
+    bdrv_debug_event(w->bs->file, "l2_update");
+    ret = bdrv_run_batch(w->bs->file, (BdrvBatchOp *)ops->data, ops->len);
+    for (size_t i = 0; i < w->n; i++) {
+        if (w->slots[i].to) {
+            qcow2_cache_poison(w->s->cache, w->slots[i].offset, w->s->cluster_size);
         }
-        ret = edit_table(s, ed, t, l1_index, l1_entry);
-    } while (ret == QCOW2_STALE);
+    }
     return ret;
+}
+
+static int batch_edit(const Edit *ed)
+{
+    int ret = batch_read(ed->w);
+    for (size_t i = 0; i < ed->w->n && ret == 0; i++) {
+        ret = ed->w->slots[i].offset ? edit_slot(ed, &ed->w->slots[i]) : 0;
+    }
+    return ret < 0 ? ret : batch_write(ed->w);
 }
 
 int qcow2_walk_edit(BlockDriverState *bs, uint64_t start, uint64_t end, Qcow2EditFn fn,
                     void *opaque)
 {
-    BDRVQcow2State *s = qcow2_state(bs);
-    Edit ed = {.bs = bs, .start = start, .end = end, .fn = fn, .opaque = opaque};
-    int ret = 0;
-    if (start >= end) {
-        return 0;
+    const BDRVQcow2State *s = qcow2_state(bs);
+    WALK_AUTO w;
+    if (!walk_init(&w, bs, NULL, start, end)) {
+        return -ENOMEM;
     }
-    uint64_t last = MIN(qcow2_l1_index(s, end - 1) + 1, qcow2_l1_size(s));
-    for (uint64_t i = qcow2_l1_index(s, start); i < last && ret == 0; i++) {
-        ret = edit_l1_entry(&ed, i);
+    Edit ed = {.w = &w, .start = start, .end = end, .fn = fn, .opaque = opaque};
+    int ret = qcow2_cache_dirty_bytes(s->cache) ? qcow2_flush(bs) : 0;
+    while (ret == 0 && batch_collect(&w)) {
+        ret = batch_edit(&ed);
     }
     return ret;
 }
