@@ -98,22 +98,50 @@ static void collect_tables(const BDRVQcow2State *s, const uint64_t *be_l1, uint6
     }
 }
 
+typedef struct CollectAll {
+    BlockDriverState *bs;
+    const Qcow2WalkSource *src;
+    GArray *runs[QCOW2_MAX_PARTS]; /* NULL: no such part */
+} CollectAll;
+
+static int collect_part(uint64_t first, uint64_t end, unsigned part, void *opaque)
+{
+    CollectAll *all = opaque;
+    const BDRVQcow2State *s = qcow2_state(all->bs);
+    unsigned shift = s->cluster_bits + s->l2_bits;
+    Collect c = {.s = s, .runs = g_array_new(false, false, sizeof(Qcow2HostRun))};
+    all->runs[part] = c.runs;
+    return qcow2_walk_runs(all->bs, all->src, first << shift, end << shift, collect_data, &c);
+}
+
+static int collect_all_data(BlockDriverState *bs, const Qcow2WalkSource *src, uint64_t l1_size,
+                            GArray *runs)
+{
+    CollectAll all = {.bs = bs, .src = src};
+    int ret = qcow2_walk_in_parts(l1_size, collect_part, &all);
+    for (unsigned i = 0; i < QCOW2_MAX_PARTS && all.runs[i]; i++) {
+        g_array_append_vals(runs, all.runs[i]->data, all.runs[i]->len);
+        g_array_unref(all.runs[i]);
+    }
+    return ret;
+}
+
 int qcow2_tree_collect(BlockDriverState *bs, const Qcow2WalkSource *src, GArray *runs)
 {
     const BDRVQcow2State *s = qcow2_state(bs);
-    Collect c = {.s = s, .runs = runs};
-    int ret = qcow2_walk_runs(bs, src, 0, INT64_MAX, collect_data, &c);
-    if (ret < 0) {
-        return ret;
+    g_autofree uint64_t *active = NULL;
+    const uint64_t *be_l1 = src ? src->be_l1 : NULL;
+    uint64_t n = src ? src->l1_size : 0;
+    if (!be_l1) {
+        uint32_t size;
+        be_l1 = active = qcow2_l1_dup_be(s, &size);
+        n = size;
     }
-    if (src && src->be_l1) {
-        collect_tables(s, src->be_l1, src->l1_size, runs);
-    } else {
-        uint32_t n;
-        g_autofree uint64_t *be_l1 = qcow2_l1_dup_be(s, &n);
+    int ret = collect_all_data(bs, src, n, runs);
+    if (ret == 0) {
         collect_tables(s, be_l1, n, runs);
     }
-    return 0;
+    return ret;
 }
 
 /* ---------------------------------------------------------------- sets */
@@ -267,22 +295,20 @@ static GArray *union_of(const GArray *runs)
     return sorted;
 }
 
-/* The run of @runs, which are sorted and do not overlap, that host cluster @offset is in; NULL: none. */
-static const Qcow2HostRun *run_with(const GArray *runs, uint64_t offset)
+/* The first run of @runs, which are sorted and do not overlap, that ends behind @offset; NULL: none. */
+static const Qcow2HostRun *run_from(const GArray *runs, uint64_t offset)
 {
     guint low = 0, high = runs->len;
     while (low < high) {
         guint mid = low + (high - low) / 2;
         const Qcow2HostRun *run = &g_array_index(runs, Qcow2HostRun, mid);
-        if (offset < run->offset) {
-            high = mid;
-        } else if (offset >= run->offset + run->bytes) {
+        if (offset >= run->offset + run->bytes) {
             low = mid + 1;
         } else {
-            return run;
+            high = mid;
         }
     }
-    return NULL;
+    return low < runs->len ? &g_array_index(runs, Qcow2HostRun, low) : NULL;
 }
 
 int qcow2_runs_with_count_one(BlockDriverState *bs, const GArray *runs, GArray *ret)
@@ -333,19 +359,22 @@ int qcow2_flush_all(BlockDriverState *bs)
 typedef struct CopiedEdit {
     BDRVQcow2State *s;
     const GArray *ones;
-    const Qcow2HostRun *last; /* where the cluster before was found: the next is mostly there, too */
 } CopiedEdit;
 
-static bool is_one(CopiedEdit *ed, uint64_t offset)
+/* Is the cluster at @offset in @ones? Up to *n clusters from there on: lowered to those like it. */
+static bool are_ones(const CopiedEdit *ed, uint64_t offset, unsigned *n)
 {
-    if (!ed->last || offset - ed->last->offset >= ed->last->bytes) {
-        ed->last = run_with(ed->ones, offset);
+    const Qcow2HostRun *run = run_from(ed->ones, offset);
+    bool is_one = run && run->offset <= offset;
+    if (run) {
+        uint64_t end = is_one ? run->offset + run->bytes : run->offset;
+        *n = (unsigned)MIN(*n, MAX((end - offset) >> ed->s->cluster_bits, 1));
     }
-    return ed->last;
+    return is_one;
 }
 
 /* The entry as it shall be. Entries without a host cluster, and streams, never have the flag. */
-static uint64_t edited(CopiedEdit *ed, uint64_t entry)
+static uint64_t edited(const CopiedEdit *ed, uint64_t entry, unsigned *n)
 {
     uint64_t offset = entry & QCOW2_ENTRY_OFFSET_MASK;
     if ((entry & QCOW2_ENTRY_COMPRESSED) || !offset) {
@@ -354,23 +383,24 @@ static uint64_t edited(CopiedEdit *ed, uint64_t entry)
     if (!ed->ones) {
         return entry & ~QCOW2_ENTRY_COPIED;
     }
-    return is_one(ed, offset) ? entry | QCOW2_ENTRY_COPIED : entry;
+    return are_ones(ed, offset, n) ? entry | QCOW2_ENTRY_COPIED : entry;
 }
 
-static int edit_l2_entry(uint64_t guest, Qcow2L2Entry *e, void *opaque)
+static int edit_l2_entry(uint64_t guest, Qcow2L2Entry *e, unsigned *n, void *opaque)
 {
-    uint64_t entry = edited(opaque, e->entry);
+    uint64_t entry = edited(opaque, e->entry, n);
     bool changed = entry != e->entry;
     e->entry = entry;
     return changed;
 }
 
-static void edit_l1_entries(CopiedEdit *ed)
+static void edit_l1_entries(const CopiedEdit *ed)
 {
     BDRVQcow2State *s = ed->s;
     QB_GUARD(&s->lock);
     for (uint64_t i = 0; i < qcow2_l1_size(s); i++) {
-        uint64_t old = qcow2_l1_get(s, i), entry = edited(ed, old);
+        unsigned n = 1;
+        uint64_t old = qcow2_l1_get(s, i), entry = edited(ed, old, &n);
         if (entry != old) {
             qcow2_l1_set_locked(s, i, entry);
         }

@@ -18,7 +18,7 @@
  *  2. Tables of the active L1 are read while announced, and read again if L1 names another
  *     one then.
  *  3. No lock is held and nobody is announced while a callback runs.
- *  4. Memory is bounded by BATCH_BYTES of tables, whatever an L1 claims.
+ *  4. Memory is bounded by BATCH_BYTES of tables per thread, whatever an L1 claims.
  *
  * walk_edit() writes tables back by the batch and past the cache: on an image of 1 TiB all entries
  * change, and neither memory nor the barriers of flushes in between should be the price.  It is for
@@ -30,10 +30,13 @@
  * SPDX-License-Identifier: MIT
  */
 #include "block/qcow2-io-int.h"
+#include "block/locks.h"
+#include "util/pool.h"
 
-#define BATCH_BYTES (16u << 20)
+#define BATCH_BYTES (4u << 20) /* not much more than the caches of a core */
 #define BATCH_TABLES 4096
-#define MAX_OP_BYTES (2u << 20)
+#define MAX_OP_BYTES (1u << 20)
+#define MIN_PART 256 /* L1 entries for which another thread is worth its while */
 
 typedef struct Slot {
     uint64_t l1_index, l1_entry, offset;
@@ -377,33 +380,55 @@ int qcow2_walk_runs(BlockDriverState *bs, const Qcow2WalkSource *src, uint64_t s
 /* --- editing --- */
 
 typedef struct Edit {
-    Walk *w;
+    BlockDriverState *bs;
     uint64_t start, end; /* clusters that begin there */
     Qcow2EditFn fn;
     void *opaque;
 } Edit;
 
-/* Edits the table in the walk's memory; [slot->from, slot->to) is what changed of it. */
-static int edit_slot(const Edit *ed, Slot *slot)
+/* Puts @e and the @n - 1 entries that continue it to @raw. */
+static void store_alike(const BDRVQcow2State *s, Qcow2L2Entry e, unsigned n, uint8_t *raw)
 {
-    const BDRVQcow2State *s = ed->w->s;
-    uint64_t guest = slot->l1_index << (s->cluster_bits + s->l2_bits);
-    int ret = slot->error;
-    slot->from = slot->to = 0;
-    for (unsigned i = 0; i < s->l2_entries && ret >= 0; i++, guest += s->cluster_size) {
-        if (guest < ed->start || guest >= ed->end) {
-            continue;
-        }
-        uint8_t *raw = slot->data + (size_t)i * s->l2_entry_size;
-        Qcow2L2Entry e = qcow2_entry_decode(s, raw);
-        ret = ed->fn(guest, &e, ed->opaque);
+    uint64_t step = qcow2_entry_has_host(s, e) ? s->cluster_size : 0;
+    for (unsigned i = 0; i < n; i++) {
+        qcow2_entry_encode(s, e, raw + (size_t)i * s->l2_entry_size);
+        e.entry += step;
+    }
+}
+
+/* Edits the entries [@i, @end) of the table in the walk's memory; [slot->from, slot->to) is what
+ * changed of it. */
+static int edit_entries(const Edit *ed, Slot *slot, unsigned i, unsigned end)
+{
+    const BDRVQcow2State *s = qcow2_state(ed->bs);
+    uint64_t base = slot->l1_index << (s->cluster_bits + s->l2_bits);
+    int ret = 0;
+    for (unsigned n; i < end && ret >= 0; i += n) {
+        size_t pos = (size_t)i * s->l2_entry_size;
+        Qcow2L2Entry e = qcow2_entry_decode(s, slot->data + pos);
+        n = qcow2_entries_alike(s, slot->data + pos, end - i);
+        ret = ed->fn(base + ((uint64_t)i << s->cluster_bits), &e, &n, ed->opaque);
         if (ret > 0) {
-            qcow2_entry_encode(s, e, raw);
-            slot->from = slot->to ? slot->from : (size_t)(raw - slot->data);
-            slot->to = (size_t)(raw - slot->data) + s->l2_entry_size;
+            store_alike(s, e, n, slot->data + pos);
+            slot->from = slot->to ? slot->from : pos;
+            slot->to = pos + (size_t)n * s->l2_entry_size;
         }
     }
     return MIN(ret, 0);
+}
+
+static int edit_slot(const Edit *ed, Slot *slot)
+{
+    const BDRVQcow2State *s = qcow2_state(ed->bs);
+    uint64_t base = slot->l1_index << (s->cluster_bits + s->l2_bits);
+    uint64_t span = (uint64_t)s->l2_entries << s->cluster_bits;
+    uint64_t from = MAX(ed->start, base) - base, to = MIN(ed->end, base + span) - base;
+    slot->from = slot->to = 0;
+    if (slot->offset == 0 || slot->error < 0) {
+        return slot->error;
+    }
+    return edit_entries(ed, slot, (unsigned)qcow2_size_to_clusters(s, from),
+                        (unsigned)qcow2_size_to_clusters(s, to));
 }
 
 /* A write of what changed of @slot, in units of the file. */
@@ -456,27 +481,73 @@ static int batch_write(Walk *w)
     return ret;
 }
 
-static int batch_edit(const Edit *ed)
+static int batch_edit(Walk *w, const Edit *ed)
 {
-    int ret = batch_read(ed->w);
-    for (size_t i = 0; i < ed->w->n && ret == 0; i++) {
-        ret = ed->w->slots[i].offset ? edit_slot(ed, &ed->w->slots[i]) : 0;
+    int ret = batch_read(w);
+    for (size_t i = 0; i < w->n && ret == 0; i++) {
+        ret = edit_slot(ed, &w->slots[i]);
     }
-    return ret < 0 ? ret : batch_write(ed->w);
+    return ret < 0 ? ret : batch_write(w);
+}
+
+static int edit_part(uint64_t first, uint64_t end, unsigned part, void *opaque)
+{
+    const Edit *ed = opaque;
+    const BDRVQcow2State *s = qcow2_state(ed->bs);
+    unsigned shift = s->cluster_bits + s->l2_bits;
+    WALK_AUTO w;
+    if (!walk_init(&w, ed->bs, NULL, MAX(ed->start, first << shift), MIN(ed->end, end << shift))) {
+        return -ENOMEM;
+    }
+    int ret = 0;
+    while (ret == 0 && batch_collect(&w)) {
+        ret = batch_edit(&w, ed);
+    }
+    return ret;
 }
 
 int qcow2_walk_edit(BlockDriverState *bs, uint64_t start, uint64_t end, Qcow2EditFn fn,
                     void *opaque)
 {
     const BDRVQcow2State *s = qcow2_state(bs);
-    WALK_AUTO w;
-    if (!walk_init(&w, bs, NULL, start, end)) {
-        return -ENOMEM;
-    }
-    Edit ed = {.w = &w, .start = start, .end = end, .fn = fn, .opaque = opaque};
+    Edit ed = {.bs = bs, .start = start, .end = end, .fn = fn, .opaque = opaque};
     int ret = qcow2_cache_dirty_bytes(s->cache) ? qcow2_flush(bs) : 0;
-    while (ret == 0 && batch_collect(&w)) {
-        ret = batch_edit(&ed);
-    }
+    return ret < 0 ? ret : qcow2_walk_in_parts(qcow2_l1_size(s), edit_part, &ed);
+}
+
+/* --- on all cores --- */
+
+typedef struct PartTask {
+    uint64_t first, end;
+    unsigned part;
+    Qcow2PartFn fn;
+    void *opaque;
+} PartTask;
+
+static int run_part(void *opaque)
+{
+    const PartTask *t = opaque;
+    bdrv_graph_borrow();
+    int ret = t->fn(t->first, t->end, t->part, t->opaque);
+    bdrv_graph_return();
     return ret;
+}
+
+int qcow2_walk_in_parts(uint64_t l1_size, Qcow2PartFn fn, void *opaque)
+{
+    PartTask tasks[QCOW2_MAX_PARTS];
+    unsigned most = MIN(qb_cpu_count(), QCOW2_MAX_PARTS);
+    unsigned n = (unsigned)CLAMP(l1_size / MIN_PART, 1, most);
+    QbTaskGroup group;
+    qb_group_init(&group);
+    for (unsigned i = 0; i < n; i++) {
+        tasks[i] = (PartTask){l1_size * i / n, l1_size * (i + 1) / n, i, fn, opaque};
+        if (i > 0) {
+            qb_group_submit(&group, qb_compute_pool(), run_part, &tasks[i]);
+        }
+    }
+    int ret = run_part(&tasks[0]);
+    int others = qb_group_wait(&group, 0);
+    qb_group_destroy(&group);
+    return ret < 0 ? ret : others;
 }

@@ -808,13 +808,21 @@ int qcow2_walk_tables(BlockDriverState *bs, const Qcow2WalkSource *src, uint64_t
 typedef int (*Qcow2RunFn)(const Qcow2Mapping *run, void *opaque);
 int qcow2_walk_runs(BlockDriverState *bs, const Qcow2WalkSource *src, uint64_t start, uint64_t end,
                     Qcow2RunFn fn, void *opaque);
-/* Rewrites entries of the active tables that begin in [start, end): @fn edits @e in place and returns 1
- * if it changed, 0, or -errno. Whole node in the range lock. What is dirty is flushed; then tables are
- * written by the batch, past the cache and without a barrier, each entry as it was or as it shall be.
- * When that fails the tables before are done. */
-typedef int (*Qcow2EditFn)(uint64_t guest, Qcow2L2Entry *e, void *opaque);
+/* Rewrites entries of the active tables that begin in [start, end). @fn gets @e and knows that the
+ * *n - 1 behind it continue it (one type, host clusters in a row); it edits @e, which the others then
+ * continue as before, may lower *n to what that holds for, and returns 1 if there is a change, 0, or
+ * -errno. Called from several threads. Whole node in the range lock. What is dirty is flushed; then
+ * tables are written by the batch, past the cache and without a barrier, each entry as it was or as it
+ * shall be. After a failure some are done. */
+typedef int (*Qcow2EditFn)(uint64_t guest, Qcow2L2Entry *e, unsigned *n, void *opaque);
 int qcow2_walk_edit(BlockDriverState *bs, uint64_t start, uint64_t end, Qcow2EditFn fn,
                     void *opaque);
+
+/* Cuts L1 indices [0, @l1_size) into up to QCOW2_MAX_PARTS parts and handles each in a thread, one of
+ * them this one. The first error. */
+#define QCOW2_MAX_PARTS 16
+typedef int (*Qcow2PartFn)(uint64_t first, uint64_t end, unsigned part, void *opaque);
+int qcow2_walk_in_parts(uint64_t l1_size, Qcow2PartFn fn, void *opaque);
 
 /* ======================= qcow2-tree.c: all that an L1 refers to ======================= */
 

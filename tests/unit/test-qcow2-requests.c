@@ -754,7 +754,7 @@ typedef struct Damage {
     uint64_t entry, bitmap;
 } Damage;
 
-static int put_damage(uint64_t guest, Qcow2L2Entry *e, void *opaque)
+static int put_damage(uint64_t guest, Qcow2L2Entry *e, unsigned *n, void *opaque)
 {
     const Damage *d = opaque;
     *e = (Qcow2L2Entry){d->entry, d->bitmap};

@@ -209,15 +209,15 @@ typedef struct EditCount {
     unsigned seen, changed;
 } EditCount;
 
-static int set_zero(uint64_t guest, Qcow2L2Entry *e, void *opaque)
+static int set_zero(uint64_t guest, Qcow2L2Entry *e, unsigned *n, void *opaque)
 {
     EditCount *count = opaque;
-    count->seen++;
+    count->seen += *n;
     if (!(e->entry & QCOW2_ENTRY_OFFSET_MASK)) {
         return 0;
     }
     e->entry |= QCOW2_ENTRY_ZERO;
-    count->changed++;
+    count->changed += *n;
     return 1;
 }
 
