@@ -7,6 +7,9 @@
  *        |            |  first transfer of each op, up to 64 under way
  *        |            +--> qb_io_complete(): a short transfer is continued in this thread
  *        v
+ *   ops still QB_IO_PENDING: this thread tries what needs no waiting: cached reads, cached writes
+ *        |
+ *        v
  *   ops still QB_IO_PENDING: this thread and up to 63 of the file pool take them one by one
  *
  * A transfer is a walk over the op's elements:
@@ -31,9 +34,11 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <stdatomic.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 /* A place in the elements of a transfer; skip < iov->iov_len unless niov == 0. */
@@ -170,6 +175,75 @@ ssize_t qb_io_nowait(const QbIoOp *op, _Atomic(bool) *lacks)
     return transfer_flags(op, 0);
 }
 
+/* What is worth a try in the calling thread, for the file of the ops in a row. */
+typedef struct Cached {
+    int fd;
+    bool reads, writes;
+} Cached;
+
+/* Direct I/O waits for the device.  Writes into the page cache of a regular file do not, as a rule, and
+ * where they do they wait for one another, too: the file system lets one into a file at a time. */
+static Cached look_at_file(int fd)
+{
+    struct stat st;
+    int flags = fcntl(fd, F_GETFL);
+    bool cached = flags >= 0 && !(flags & (O_DIRECT | O_DSYNC));
+    return (Cached){
+        .fd = fd, .reads = cached,
+        .writes = cached && fstat(fd, &st) == 0 && S_ISREG(st.st_mode),
+    };
+}
+
+/* Of a file system that does not know the question: is all of it in memory anyway? */
+static bool is_in_memory(int fd)
+{
+    struct statfs fs;
+    return fstatfs(fd, &fs) == 0 && fs.f_type == TMPFS_MAGIC;
+}
+
+static size_t first_bytes(const QbIoOp *op)
+{
+    size_t bytes = 0;
+    for (int i = 0; i < qb_io_first_niov(op); i++) {
+        bytes += op->iov[i].iov_len;
+    }
+    return bytes;
+}
+
+/* Runs the op if the page cache has all of it; else it stays pending, also when there is an error. */
+static void try_cached_read(QbIoOp *op, Cached *file)
+{
+    ssize_t n = transfer_flags(op, RWF_NOWAIT);
+    if (n == -EOPNOTSUPP || n == -ENOSYS || n == -EINVAL) {
+        file->reads = is_in_memory(op->fd);
+        if (file->reads) {
+            run_one(op);
+        }
+    } else if (n >= 0 && (size_t)n == first_bytes(op)) {
+        qb_io_complete(op, n);
+    }
+}
+
+/* What needs no waiting needs no other thread, whose waking costs more than it gains. */
+static void run_cached(QbIoOp *ops, size_t n)
+{
+    Cached file = {.fd = -1};
+    for (size_t i = 0; i < n; i++) {
+        QbIoOp *op = &ops[i];
+        if (op->ret != QB_IO_PENDING) {
+            continue;
+        }
+        if (op->fd != file.fd) {
+            file = look_at_file(op->fd);
+        }
+        if (op->kind == QB_IO_READ && file.reads) {
+            try_cached_read(op, &file);
+        } else if (op->kind == QB_IO_WRITE && file.writes) {
+            run_one(op);
+        }
+    }
+}
+
 /* ---- inside the kernel ---- */
 
 /* EINVAL also stands for ranges of one file that overlap; giving up then costs speed only. */
@@ -291,6 +365,7 @@ int qb_io_run(QbIoOp *ops, size_t n, QbAioMode mode)
         ops[i].ret = QB_IO_PENDING;
     }
     run_in_engine(ops, n, mode);
+    run_cached(ops, n);
     run_in_threads(ops, n);
     for (size_t i = 0; i < n; i++) {
         if (ops[i].ret < 0) {

@@ -27,17 +27,23 @@ static _Atomic(size_t) at_most;        /* bytes per system call, 0: no limit */
 static _Atomic(unsigned) interrupt_in; /* every n-th call is EINTR, 0: none */
 static _Atomic(unsigned) alignment;    /* offsets that are no multiple of it are EINVAL; 0: any */
 static _Atomic(unsigned) calls;
+static _Atomic(int) nowait_error;      /* what those say that shall not wait, 0: what is true */
+static _Atomic(unsigned) foreign;      /* calls made by other threads than the first one */
+static pthread_t first_thread;
 
 ssize_t __real_preadv64(int, const struct iovec *, int, off_t);
 ssize_t __real_pwritev64(int, const struct iovec *, int, off_t);
 ssize_t __wrap_preadv64(int, const struct iovec *, int, off_t);
 ssize_t __wrap_pwritev64(int, const struct iovec *, int, off_t);
+ssize_t __real_preadv64v2(int, const struct iovec *, int, off_t, int);
+ssize_t __wrap_preadv64v2(int, const struct iovec *, int, off_t, int);
 
 /* Whether the call shall fail; sets errno then. */
 static bool is_to_fail(off_t offset)
 {
     unsigned nth = atomic_load(&interrupt_in), align = atomic_load(&alignment);
     unsigned call = atomic_fetch_add(&calls, 1);
+    atomic_fetch_add(&foreign, !pthread_equal(pthread_self(), first_thread));
     errno = nth && call % nth == 0 ? EINTR : align && offset % align ? EINVAL : 0;
     return errno != 0;
 }
@@ -72,6 +78,17 @@ ssize_t __wrap_pwritev64(int fd, const struct iovec *iov, int niov, off_t offset
     }
     niov = shorten(&iov, niov, &room);
     return __real_pwritev64(fd, iov, niov, offset);
+}
+
+ssize_t __wrap_preadv64v2(int fd, const struct iovec *iov, int niov, off_t offset, int flags)
+{
+    struct iovec room;
+    errno = atomic_load(&nowait_error);
+    if (errno) {
+        return -1;
+    }
+    niov = shorten(&iov, niov, &room);
+    return __real_preadv64v2(fd, iov, niov, offset, flags);
 }
 
 #ifdef CONFIG_IO_URING
@@ -429,6 +446,39 @@ static void test_short_transfers(gconstpointer opaque)
     close(fd);
 }
 
+/* What is in the page cache, or goes there, is done where it is asked for. */
+static void test_cached(void)
+{
+    int fd = make_file(0, 1);
+    char byte;
+    struct iovec iov = {&byte, 1};
+    if (__real_preadv64v2(fd, &iov, 1, 0, RWF_NOWAIT) < 0 && errno == EOPNOTSUPP) {
+        g_test_skip("this file system does not say what is cached");
+        close(fd);
+        return;
+    }
+    atomic_store(&foreign, 0);
+    write_and_read(fd, QB_AIO_THREADS);
+    g_assert_cmpuint(atomic_load(&foreign), ==, 0);
+    close(fd);
+}
+
+/* Cold files, and files where nobody can say: the other threads do it, and see what errors there are. */
+static void test_not_cached(void)
+{
+    static const int errors[] = {EAGAIN, EOPNOTSUPP, ENOSYS, EINVAL, EIO};
+    int fd = make_file(0, 0), end = make_short_file(0);
+    for (size_t i = 0; i < G_N_ELEMENTS(errors); i++) {
+        atomic_store(&nowait_error, errors[i]);
+        write_and_read(fd, QB_AIO_THREADS);
+        check_end_of_file(end, QB_AIO_THREADS);
+        test_errors(GINT_TO_POINTER(QB_AIO_THREADS));
+    }
+    atomic_store(&nowait_error, 0);
+    close(end);
+    close(fd);
+}
+
 static void test_full_device(gconstpointer opaque)
 {
     char data[8] = "x";
@@ -591,6 +641,7 @@ static void add_for_all_modes(const char *name, void (*fn)(gconstpointer))
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
+    first_thread = pthread_self();
     directory = g_dir_make_tmp("qb-iobatch-XXXXXX", NULL);
     g_assert_nonnull(directory);
     add_for_all_modes("oracle", test_oracle);
@@ -604,6 +655,8 @@ int main(int argc, char **argv)
     add_for_all_modes("short-transfers", test_short_transfers);
     add_for_all_modes("full-device", test_full_device);
     g_test_add_func("/iobatch/end-of-file-unaligned", test_end_of_file_unaligned);
+    g_test_add_func("/iobatch/cached", test_cached);
+    g_test_add_func("/iobatch/not-cached", test_not_cached);
     g_test_add_func("/iobatch/many-threads", test_many_threads);
 #ifdef CONFIG_LIBAIO
     g_test_add_func("/iobatch/native-is-used", test_native_is_used);
