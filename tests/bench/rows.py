@@ -65,6 +65,20 @@ def empty(size):
     return make
 
 
+def of_clusters(size, cluster):
+    def make(lab, ours, peer):
+        create(peer, lab, "a", size, "-o", f"cluster_size={cluster}")
+    return make
+
+
+def fragments(count):
+    """Every second cluster of 4 KiB holds data."""
+    def make(lab, ours, peer):
+        create(peer, lab, "a", count * 8 * KIB, "-o", "cluster_size=4k")
+        fill(lab, ours, "a", range(0, count * 8 * KIB, 8 * KIB), 4 * KIB)
+    return make
+
+
 def overlay(size, *options):
     """An empty base and an overlay of the same size on it."""
     def make(lab, ours, peer):
@@ -164,6 +178,11 @@ def alternate():
     return steps
 
 
+def flushed(turns, length):
+    """Writes that allocate, each followed by a flush."""
+    return [step for turn in range(turns) for step in (f"write -q {turn * length} {length}", "flush")]
+
+
 SHRINK = ["{img}", "resize", "-q", "--shrink", "{dir}/a"]
 COMMIT = ["{img}", "commit", "-q", "{dir}/a"]
 READ_METADATA = ["sh", "-c", "cat {dir}/a >/dev/null"]
@@ -195,7 +214,7 @@ ROWS = [
     Row("discard/64G-random", 0.25, ["a"], RANDOM_64G,
         io(*(f"discard -q {n}G 1G" for n in range(64)))),
     Row("zero/1T-empty", 0.05, ["a"], empty(TIB), io(*(f"write -q -z -u {n}G 1G" for n in range(1024))),
-        same=sizes),
+        same=sizes, gates={"bytes": 0}),
 
     Row("bitmap/4T-four-write-64K", 0.5, ["a"], bitmaps(4 * TIB), io("write -q 2M 64k"),
         same=sizes, gates={"barriers": 4, "bytes": "0.2"}),
@@ -217,11 +236,21 @@ ROWS = [
         limit=READ_METADATA),
     Row("map/1T-mapped", 0.3, ["a"], prepared(TIB), img("map", "--output=json", "{dir}/a"), same=printed,
         limit=READ_METADATA),
+    Row("map/40000-fragments", 1, ["a"], fragments(40000), img("map", "--output=json", "{dir}/a"),
+        same=printed),
     Row("snapshot/create-1T-mapped", 0.03, ["a"], prepared(TIB), img("snapshot", "-c", "s", "{dir}/a"),
         same=sizes, gates={"barriers": 5}, slow=True),
     Row("snapshot/delete-1T-mapped", 0.03, ["a"],
         then(prepared(TIB), img("snapshot", "-c", "s", "{dir}/a")),
         img("snapshot", "-d", "s", "{dir}/a"), same=sizes, slow=True),
+
+    Row("barriers/16-flushes", None, ["a"], empty(GIB), io(*flushed(16, 64 * KIB)),
+        gates={"barriers": 32}),
+    Row("barriers/16-flushes-with-refcount-blocks", None, ["a"], of_clusters(16 * MIB, 512),
+        io(*flushed(16, 128 * KIB)), gates={"barriers": 48}),
+    Row("barriers/1600-writes-with-FUA-depth-16", None, ["a"], empty(GIB),
+        img("bench", "-w", "-f", "qcow2", "-t", "writethrough", "-c", "1600", "-d", "16", "-s", "65536",
+            "{dir}/a"), same=sizes, gates={"barriers": 220}),
 
     Row("bench/read-4K-depth-64", 0.55, ["a"],
         then(prepared(GIB, data=GIB)),
