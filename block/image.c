@@ -83,6 +83,24 @@ bool bdrv_amend(BlockDriverState *bs, json_t *options, QbProgress *progress, GEr
     return ok;
 }
 
+/* What the node has will read as what is below: to its dirty bitmaps that is a write. 0 or
+ * -errno. */
+static int mark_emptied(BlockDriverState *bs)
+{
+    int64_t size = bdrv_has_dirty_bitmaps(bs) ? bdrv_getlength(bs) : 0, bytes = 0;
+    int ret = size < 0 ? (int)size : 0;
+    for (int64_t at = 0; at < size && ret >= 0; at += bytes) {
+        ret = bdrv_is_allocated_above(bs, bdrv_backing_chain_next(bs), false, at, size - at,
+                                      &bytes);
+        bool has = ret > 0;
+        ret = has ? bdrv_dirty_before(bs, at, bytes) : ret;
+        if (has && ret == 0) {
+            bdrv_dirty_after(bs, at, bytes);
+        }
+    }
+    return ret;
+}
+
 bool bdrv_make_empty(BlockDriverState *bs, GError **errp)
 {
     if (!check_has(bs, bs->drv->make_empty, "emptying", errp) || !check_writable(bs, errp)) {
@@ -90,7 +108,11 @@ bool bdrv_make_empty(BlockDriverState *bs, GError **errp)
     }
     BdrvHold h;
     bdrv_hold_begin(&h, bs);
-    bool ok = bs->drv->make_empty(bs, errp);
+    int ret = mark_emptied(bs);
+    if (ret < 0) {
+        qb_error_set_errno(errp, ret, "Could not mark in the bitmaps what goes away");
+    }
+    bool ok = ret == 0 && bs->drv->make_empty(bs, errp);
     bdrv_hold_end(&h);
     return ok;
 }

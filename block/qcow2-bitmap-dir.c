@@ -332,6 +332,10 @@ bool qcow2_bitmaps_load(BlockDriverState *bs, GError **errp)
     atomic_store(&b->dir_bytes, l.bytes);
     g_autoptr(GError) err = NULL;
     b->loaded = load_directory(&l, &err);
+    if (!b->loaded && !bdrv_is_read_only(bs) && qb_error_to_errno(err) != -EINVAL) {
+        g_propagate_error(errp, g_steal_pointer(&err)); /* a better time may come: nothing is lost */
+        return false;
+    }
     if (!b->loaded) {
         bdrv_warn("The bitmaps of '%s' are lost: %s", bs->filename, err->message);
     }

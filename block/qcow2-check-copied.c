@@ -21,12 +21,13 @@
 #include "block/qcow2-check.h"
 
 #include <inttypes.h>
+#include <string.h>
 
 typedef struct CopiedPass {
     bool repair, clear_only;
     bool l1_repair;   /* the active L1 may be rewritten */
     uint32_t next_l1; /* L1 entries below it have been judged */
-    bool l1_changed;
+    uint64_t *be_l1;  /* as it shall be; NULL: nothing to change; owned */
 } CopiedPass;
 
 /* What the count of the cluster at @offset is, or will be after the repair; false: nobody knows. */
@@ -61,8 +62,10 @@ static void judge_l1_entry(Qcow2Check *c, CopiedPass *pass, uint32_t i)
                        " refcount=%" PRIu64,
                        pass->l1_repair ? "Repairing" : "ERROR", i, entry, refcount);
     if (pass->l1_repair) {
-        c->be_l1[i] = htobe64(entry ^ QCOW2_ENTRY_COPIED);
-        pass->l1_changed = true;
+        if (!pass->be_l1) {
+            pass->be_l1 = g_memdup2(c->be_l1, (size_t)c->l1_size * sizeof(uint64_t));
+        }
+        pass->be_l1[i] = htobe64(entry ^ QCOW2_ENTRY_COPIED);
     }
 }
 
@@ -74,9 +77,14 @@ static void judge_l1_before(Qcow2Check *c, CopiedPass *pass, uint32_t end)
     }
 }
 
-static void write_l1(Qcow2Check *c)
+/* What could not be written is not what the image has, and will be found wrong again. */
+static void write_l1(Qcow2Check *c, CopiedPass *pass)
 {
-    qcow2_check_write(c, c->s->header.l1_offset, (size_t)c->l1_size * sizeof(uint64_t), c->be_l1);
+    g_autofree uint64_t *be_l1 = g_steal_pointer(&pass->be_l1);
+    if (be_l1 && qcow2_check_write(c, c->s->header.l1_offset,
+                                   (size_t)c->l1_size * sizeof(uint64_t), be_l1) == 0) {
+        memcpy(c->be_l1, be_l1, (size_t)c->l1_size * sizeof(uint64_t));
+    }
 }
 
 /* ---------------------------------------------------------------- L2 */
@@ -136,9 +144,7 @@ void qcow2_check_copied(Qcow2Check *c, bool repair, bool clear_only)
     qb_progress_grow(c->opts->progress, (uint64_t)c->nb_active_tables * c->s->cluster_size);
     qcow2_check_for_tables(c, 0, c->nb_active_tables, judge_table, &pass);
     judge_l1_before(c, &pass, c->l1_size);
-    if (pass.l1_changed) {
-        write_l1(c);
-    }
+    write_l1(c, &pass);
     c->copied_uncounted |= clear_only; /* the map's flags are no longer those on disk */
     if (repair && c->touched) {
         qcow2_check_barrier(c);

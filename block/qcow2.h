@@ -924,8 +924,9 @@ bool qcow2_bitmaps_remove_all(BlockDriverState *bs, GError **errp);
 int qcow2_bitmaps_mark_in_use(BlockDriverState *bs, BdrvBitmapsWhich which, BdrvDirtyBitmap *one);
 bool qcow2_bitmaps_store(BlockDriverState *bs, GError **errp);
 /* Reads the directory, and gives the node its bitmaps. What cannot be understood is kept as it is, and
- * inconsistent; a directory that cannot be read at all is warned of, and its autoclear bit goes with
- * the first change of guest content. Writes nothing. */
+ * inconsistent; a directory that makes no sense at all is warned of, and its autoclear bit goes with
+ * the first change of guest content. False: it could not be read just now, and the node is
+ * writable. Writes nothing. */
 bool qcow2_bitmaps_load(BlockDriverState *bs, GError **errp);
 Qcow2Bitmaps *qcow2_bitmaps_new(void);
 void qcow2_bitmaps_free(Qcow2Bitmaps *b); /* with the node's bitmaps; NULL is fine */

@@ -33,47 +33,24 @@
 #define RECORDINGS_MAX 1000 /* until a log is the wanted one */
 
 typedef struct Options {
-    char *group, *only, *state, *keep, *shard;
+    char *group, *state, *keep;
     int states;
-    gint64 seed, log;
+    gint64 log;
     gboolean all, list;
 } Options;
 
 static Options opts = {.states = 100};
-static unsigned shard_index, shard_count = 1;
 static struct {
     uint64_t states, pairs, failures;
 } total;
 
 /* ---------------------------------------------------------------- one state */
 
-/* A deletion that was done cannot be done again. */
-static bool may_be_done(const Operation *op)
-{
-    return !strcmp(op->name, "snapshot-delete");
-}
-
-static bool run_again(const Recording *r, World *w, char **ret_why)
-{
-    bool ok = r->op->run(w) && !w->failed;
-    if (!ok && !may_be_done(r->op)) {
-        *ret_why = g_strdup_printf("run again: %s", w->why ? w->why : "it fails");
-        return false;
-    }
-    g_autofree char *why = NULL;
-    if (!world_judge(r->world, false, &why)) {
-        *ret_why = g_strdup_printf("run again: %s", why);
-        return false;
-    }
-    return true;
-}
-
 static bool try_state(const Recording *r, const State *s, char **ret_why)
 {
     World w = recording_world(r, state_build(r, s));
-    bool ok = world_judge(&w, false, ret_why) && run_again(r, &w, ret_why);
-    world_views_free(w.view);
-    g_free(w.why);
+    bool ok = world_judge(&w, false, ret_why) && recording_run_again(r, &w, ret_why);
+    world_copy_clear(&w);
     return ok;
 }
 
@@ -121,7 +98,7 @@ static GArray *choose_states(const Recording *r)
 {
     State s;
     if (!opts.state) {
-        return recording_states(r, (unsigned)opts.states, (uint64_t)opts.seed);
+        return recording_states(r, (unsigned)opts.states, (uint64_t)running_options.seed * 4096);
     }
     if (!state_parse(opts.state, &s)) {
         g_error("'%s' is not the name of a state", opts.state);
@@ -149,7 +126,7 @@ static void run_pair(const Operation *op, const Kind *kind)
     running_set("%s/%s, recording", op->name, kind->name);
     Recording *r = record(op, kind, &why);
     total.pairs++;
-    if (!r) {
+    if (!r || !world_judge(r->world, true, &why)) {
         total.failures++;
         printf("not ok - %s/%s without a crash: %s\n", op->name, kind->name, why);
         return;
@@ -167,9 +144,7 @@ static void run_pair(const Operation *op, const Kind *kind)
 static bool is_wanted(const Operation *op, const Kind *kind, unsigned number)
 {
     g_autofree char *name = g_strdup_printf("%s/%s", op->name, kind->name);
-    return operation_fits(op, kind) && number % shard_count == shard_index &&
-           (!opts.group || !strcmp(opts.group, op->group)) &&
-           (!opts.only || g_pattern_match_simple(opts.only, name));
+    return running_wants(name, number) && (!opts.group || !strcmp(opts.group, op->group));
 }
 
 static void run_all(void)
@@ -177,7 +152,8 @@ static void run_all(void)
     unsigned number = 0;
     for (unsigned i = 0; i < nb_operations; i++) {
         for (unsigned k = 0; k < nb_kinds; k++) {
-            if (!is_wanted(&operations[i], &kinds[k], number++)) {
+            if (!operation_fits(&operations[i], &kinds[k]) ||
+                !is_wanted(&operations[i], &kinds[k], number++)) {
                 continue;
             }
             if (opts.list) {
@@ -195,30 +171,16 @@ static void parse_options(int argc, char **argv)
 {
     const GOptionEntry entries[] = {
         {"group", 0, 0, G_OPTION_ARG_STRING, &opts.group, "operations of this group", "NAME"},
-        {"only", 0, 0, G_OPTION_ARG_STRING, &opts.only, "these pairs (a pattern)", "OP/KIND"},
         {"states", 0, 0, G_OPTION_ARG_INT, &opts.states, "for each pair", "N"},
-        {"seed", 0, 0, G_OPTION_ARG_INT64, &opts.seed, "of the random states", "N"},
         {"long", 0, 0, G_OPTION_ARG_NONE, &opts.all, "a hundred times as many", NULL},
         {"state", 0, 0, G_OPTION_ARG_STRING, &opts.state, "this one only", "NAME"},
         {"log", 0, 0, G_OPTION_ARG_INT64, &opts.log, "record until the log is this", "HASH"},
-        {"shard", 0, 0, G_OPTION_ARG_STRING, &opts.shard, "every N-th pair from I on", "I/N"},
         {"keep", 0, 0, G_OPTION_ARG_STRING, &opts.keep, "put a failing state's files here", "DIR"},
         {"list", 0, 0, G_OPTION_ARG_NONE, &opts.list, "say which pairs there are", NULL},
         {NULL},
     };
-    g_autoptr(GOptionContext) context = g_option_context_new(NULL);
-    g_option_context_add_main_entries(context, entries, NULL);
-    GError *err = NULL;
-    if (!g_option_context_parse(context, &argc, &argv, &err)) {
-        fprintf(stderr, "%s\n", err->message);
-        exit(2);
-    }
-    opts.seed = opts.seed ? opts.seed : (gint64)g_random_int_range(1, 1 << 20) * 4096;
+    running_parse(argc, argv, entries);
     opts.states *= opts.all ? 100 : 1;
-    if (opts.shard &&
-        (sscanf(opts.shard, "%u/%u", &shard_index, &shard_count) != 2 || !shard_count)) {
-        exit(2);
-    }
 }
 
 int main(int argc, char **argv)
@@ -226,16 +188,13 @@ int main(int argc, char **argv)
     parse_options(argc, argv);
     running_init();
     disk_init();
-    printf("# seed %" PRId64 "\n", opts.seed);
     run_all();
     printf("# %" PRIu64 " states of %" PRIu64 " pairs, %" PRIu64 " failures\n", total.states,
            total.pairs, total.failures);
     qb_pools_shutdown();
     disk_done();
     g_free(opts.group);
-    g_free(opts.only);
     g_free(opts.state);
     g_free(opts.keep);
-    g_free(opts.shard);
     return total.failures ? 1 : 0;
 }

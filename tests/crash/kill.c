@@ -12,7 +12,6 @@
  *
  * SPDX-License-Identifier: MIT
  */
-#include <inttypes.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -22,6 +21,7 @@
 #include <unistd.h>
 
 #include "tests/harness/operations.h"
+#include "tests/harness/running.h"
 #include "tests/harness/verbs.h"
 #include "util/pool.h"
 
@@ -29,7 +29,6 @@
 
 static struct {
     int kills;
-    gint64 seed;
 } opts = {.kills = 60};
 
 static const Kind kill_kinds[] = {
@@ -155,34 +154,23 @@ static bool run_kind(const Kind *kind, const char *dir, GRand *rand)
     return ok;
 }
 
-static void parse_options(int argc, char **argv)
+int main(int argc, char **argv)
 {
     const GOptionEntry entries[] = {
         {"kills", 0, 0, G_OPTION_ARG_INT, &opts.kills, "of each kind", "N"},
-        {"seed", 0, 0, G_OPTION_ARG_INT64, &opts.seed, "of moments and requests", "N"},
         {NULL},
     };
-    g_autoptr(GOptionContext) context = g_option_context_new(NULL);
-    g_option_context_add_main_entries(context, entries, NULL);
-    GError *err = NULL;
-    if (!g_option_context_parse(context, &argc, &argv, &err)) {
-        fprintf(stderr, "%s\n", err->message);
-        exit(2);
-    }
-    opts.seed = opts.seed ? opts.seed : g_random_int_range(1, 1 << 20);
-}
-
-int main(int argc, char **argv)
-{
-    parse_options(argc, argv);
+    running_parse(argc, argv, entries);
     const char *parent = access("/dev/shm", W_OK) == 0 ? "/dev/shm" : g_get_tmp_dir();
     g_autofree char *dir = g_build_filename(parent, "qb-kill-XXXXXX", NULL);
-    g_autoptr(GRand) rand = g_rand_new_with_seed((guint32)opts.seed);
+    g_autoptr(GRand) rand = g_rand_new_with_seed((guint32)running_options.seed);
     bool ok = g_mkdtemp(dir) != NULL;
-    printf("# seed %" PRId64 ", images in %s stay when something is wrong\n", opts.seed, dir);
+    printf("# images in %s stay when something is wrong\n", dir);
     fflush(stdout);
     for (size_t i = 0; i < G_N_ELEMENTS(kill_kinds); i++) {
-        ok = ok && run_kind(&kill_kinds[i], dir, rand);
+        if (running_wants(kill_kinds[i].name, (unsigned)i)) {
+            ok = ok && run_kind(&kill_kinds[i], dir, rand);
+        }
         fflush(stdout);
     }
     rmdir(dir);

@@ -55,8 +55,7 @@ static void try_state(const Recording *r, State state)
         g_test_message("%s/%s, state %s: %s", r->op->name, r->world->kind->name, name, why);
         g_test_fail();
     }
-    world_views_free(w.view);
-    g_free(w.why);
+    world_copy_clear(&w);
 }
 
 static guint step(void)

@@ -69,9 +69,10 @@ Recording *recording_new(const Operation *op, const Kind *kind, char **ret_why)
     }
     r->op = op;
     r->world = w;
-    r->first_value = w->value;
+    r->before = world_copy(w);
+    r->before.damaged = op->flags & OPERATION_DAMAGED;
     disk_log_start();
-    world_record(w, &r->before);
+    world_record(w);
     bool ok = op->run(w);
     r->end = disk_tick();
     r->log = disk_log_stop();
@@ -90,7 +91,7 @@ void recording_free(Recording *r)
         disk_image_clear(&r->image[i]);
     }
     disk_log_free(r->log);
-    world_views_free(r->before);
+    world_copy_clear(&r->before);
     world_free(r->world);
     g_free(r);
 }
@@ -409,10 +410,25 @@ static void add_prefixes(const Recording *r, GArray *states, unsigned n)
 
 World recording_world(const Recording *r, uint64_t time)
 {
-    World w = {.kind = r->world->kind, .value = r->first_value,
-               .view = world_views_dup(r->before)};
-    world_views_at(r->world, time, w.view);
+    World w = world_copy(&r->before);
+    world_advance(&w, r->world, time);
     return w;
+}
+
+bool recording_run_again(const Recording *r, World *w, char **ret_why)
+{
+    g_autofree char *why = NULL;
+    w->value = r->before.value;
+    bool ok = r->op->run(w) && !w->failed;
+    if (!ok && !(r->op->flags & OPERATION_ONCE)) {
+        *ret_why = g_strdup_printf("run again: %s", w->why ? w->why : "it fails");
+        return false;
+    }
+    if (!world_judge_end(r->world, w, &why)) {
+        *ret_why = g_strdup_printf("run again: %s", why);
+        return false;
+    }
+    return true;
 }
 
 GArray *recording_states(const Recording *r, unsigned max, uint64_t seed)

@@ -12,8 +12,7 @@
 typedef struct Recording {
     const Operation *op;
     World *world;        /* as it is at the end; its marks */
-    View *before;        /* the views as they were */
-    unsigned first_value; /* w->value at the beginning */
+    World before;        /* a copy of it as it was */
     DiskImage image[DISKS_MAX]; /* the disks as they were */
     GArray *log;         /* DiskEvent */
     uint64_t end;        /* the time after everything */
@@ -48,7 +47,10 @@ GArray *recording_states(const Recording *r, unsigned max, uint64_t seed);
 /* Makes the disks as the state has them. Returns the time of the crash. */
 uint64_t state_build(const Recording *r, const State *state);
 /* A world that has only what is needed to judge the disks, or to run the operation again, after a
- * crash at @time. The caller frees .view and .why. */
+ * crash at @time: world_copy_clear(). */
 World recording_world(const Recording *r, uint64_t time);
+/* Runs the operation in @w, with the values that it had when it was recorded, and judges what has
+ * become of everything. *ret_why says what is wrong. */
+bool recording_run_again(const Recording *r, World *w, char **ret_why);
 
 #endif

@@ -53,11 +53,9 @@ static const FaultKind fault_kinds[] = {
 };
 
 static struct {
-    char *only, *fault, *shard;
+    char *fault;
     int points; /* of each fault and pair; 0: all */
-    gint64 seed;
 } opts = {.points = 4};
-static unsigned shard_index, shard_count = 1;
 static struct {
     uint64_t points, pairs, failures, shown;
 } total;
@@ -122,7 +120,7 @@ static void look_usable(World *w)
         return;
     }
     disk_fault_suspend(true);
-    if (disk_flush_is_broken()) {
+    if (disk_flush_is_broken(disk_number("top")) || disk_flush_is_broken(disk_number("data"))) {
         bool lies = blk_flush(w->blk) == 0;
         unusable = lies ? g_strdup("a flush succeeds after one has failed") : NULL;
     } else if (!active->lasting) {
@@ -136,34 +134,24 @@ static World world_to_try(const Recording *r)
     for (unsigned i = 0; i < disk_count(); i++) {
         disk_load(i, &r->image[i]);
     }
-    return (World){.kind = r->world->kind, .value = r->first_value, .at_close = look_usable,
-                   .view = world_views_dup(r->before)};
+    World w = world_copy(&r->before);
+    w.at_close = look_usable;
+    return w;
 }
 
 /* Nothing is wrong with the image: the operation succeeds. */
 static bool succeeds_now(const Recording *r, World *w, char **ret_why)
 {
-    g_autofree char *why = NULL;
     w->at_close = NULL;
     w->failed = 0;
     g_clear_pointer(&w->why, g_free);
-    w->value = r->first_value;
-    bool ok = r->op->run(w) && !w->failed;
-    if (!ok && strcmp(r->op->name, "snapshot-delete")) {
-        *ret_why = g_strdup_printf("run again: %s", w->why ? w->why : "it fails");
-        return false;
-    }
-    if (!world_judge(r->world, false, &why)) {
-        *ret_why = g_strdup_printf("run again: %s", why);
-        return false;
-    }
-    return true;
+    return recording_run_again(r, w, ret_why);
 }
 
 /* What the peer says of the image; data files and the harmless mismatches of version 2 apart. */
 static bool peer_agrees(const Recording *r, char **ret_why)
 {
-    if (access(PEER, X_OK) < 0 || r->world->kind->flags & (KIND_DATA_FILE | KIND_V2)) {
+    if (access(PEER, X_OK) < 0 || r->before.damaged || r->world->kind->flags & (KIND_DATA_FILE | KIND_V2)) {
         return true;
     }
     g_autofree char *path = g_strdup_printf("/dev/shm/qb-fault-%d", (int)getpid());
@@ -199,7 +187,7 @@ static bool judge_point(const Recording *r, World *w, bool ok, char **ret_why)
     if (!world_judge(w, false, ret_why)) {
         return false;
     }
-    if (((guint)opts.seed + total.points) % 200 == 0 && !peer_agrees(r, ret_why)) {
+    if (((guint)running_options.seed + total.points) % 200 == 0 && !peer_agrees(r, ret_why)) {
         return false;
     }
     return succeeds_now(r, w, ret_why);
@@ -223,8 +211,7 @@ static bool try_point(const Recording *r, const FaultKind *f, unsigned n)
     running_end();
     total.points += fired;
     g_clear_pointer(&unusable, g_free);
-    world_views_free(w.view);
-    g_free(w.why);
+    world_copy_clear(&w);
     return fired;
 }
 
@@ -240,8 +227,7 @@ static unsigned count_chances(const Recording *r, const FaultKind *f)
     r->op->run(&w);
     unsigned left = f->kind == DISK_KINDS ? memory_fail_left() : disk_fault_left();
     disarm();
-    world_views_free(w.view);
-    g_free(w.why);
+    world_copy_clear(&w);
     return most - left;
 }
 
@@ -255,7 +241,7 @@ static void try_fault(const Recording *r, const FaultKind *f)
         }
         return;
     }
-    for (n = 1 + (unsigned)opts.seed % step; n <= chances + 1; n += step) {
+    for (n = 1 + (unsigned)running_options.seed % step; n <= chances + 1; n += step) {
         if (!try_point(r, f, n)) {
             break;
         }
@@ -289,8 +275,7 @@ static void run_all(void)
         for (unsigned k = 0; k < nb_kinds; k++) {
             g_autofree char *name = g_strdup_printf("%s/%s", operations[i].name, kinds[k].name);
             if (operation_fits(&operations[i], &kinds[k]) &&
-                number++ % shard_count == shard_index &&
-                (!opts.only || g_pattern_match_simple(opts.only, name))) {
+                running_wants(name, number++)) {
                 run_pair(&operations[i], &kinds[k]);
             }
         }
@@ -302,25 +287,11 @@ static void run_all(void)
 static void parse_options(int argc, char **argv)
 {
     const GOptionEntry entries[] = {
-        {"only", 0, 0, G_OPTION_ARG_STRING, &opts.only, "these pairs (a pattern)", "OP/KIND"},
         {"fault", 0, 0, G_OPTION_ARG_STRING, &opts.fault, "this one only", "NAME.N"},
         {"points", 0, 0, G_OPTION_ARG_INT, &opts.points, "of each fault; 0: all", "N"},
-        {"seed", 0, 0, G_OPTION_ARG_INT64, &opts.seed, "where the points begin", "N"},
-        {"shard", 0, 0, G_OPTION_ARG_STRING, &opts.shard, "every N-th pair from I on", "I/N"},
         {NULL},
     };
-    g_autoptr(GOptionContext) context = g_option_context_new(NULL);
-    g_option_context_add_main_entries(context, entries, NULL);
-    GError *err = NULL;
-    if (!g_option_context_parse(context, &argc, &argv, &err)) {
-        fprintf(stderr, "%s\n", err->message);
-        exit(2);
-    }
-    opts.seed = opts.seed ? opts.seed : g_random_int_range(1, 1 << 20);
-    if (opts.shard &&
-        (sscanf(opts.shard, "%u/%u", &shard_index, &shard_count) != 2 || !shard_count)) {
-        exit(2);
-    }
+    running_parse(argc, argv, entries);
 }
 
 int main(int argc, char **argv)
@@ -328,14 +299,11 @@ int main(int argc, char **argv)
     parse_options(argc, argv);
     running_init();
     disk_init();
-    printf("# seed %" PRId64 "\n", opts.seed);
     run_all();
     printf("# %" PRIu64 " faults in %" PRIu64 " pairs, %" PRIu64 " shown to the peer, %" PRIu64
            " failures\n", total.points, total.pairs, total.shown, total.failures);
     qb_pools_shutdown();
     disk_done();
-    g_free(opts.only);
     g_free(opts.fault);
-    g_free(opts.shard);
     return total.failures ? 1 : 0;
 }

@@ -104,8 +104,15 @@ void disk_apply(const DiskEvent *e, uint64_t from, uint64_t bytes)
 
 /* ---------------------------------------------------------------- disks */
 
-unsigned disk_number(const char *name)
+/* The disk's own name in @name, which may be longer. Newly allocated. */
+static char *own_name(const char *name)
 {
+    return g_strndup(name, strcspn(name, "+"));
+}
+
+unsigned disk_number(const char *name_given)
+{
+    g_autofree char *name = own_name(name_given);
     QB_GUARD(&control.lock);
     for (unsigned i = 0; i < nb_disks; i++) {
         if (!strcmp(disks[i].name, name)) {
@@ -259,14 +266,10 @@ unsigned disk_fault_left(void)
     return control.fault.countdown;
 }
 
-bool disk_flush_is_broken(void)
+bool disk_flush_is_broken(unsigned disk)
 {
     QB_GUARD(&control.lock);
-    bool broken = false;
-    for (unsigned i = 0; i < nb_disks; i++) {
-        broken |= disks[i].flush_broken;
-    }
-    return broken;
+    return disks[disk].flush_broken;
 }
 
 unsigned disk_fault_clear(void)
@@ -393,6 +396,7 @@ static int do_read(unsigned disk, uint64_t offset, uint64_t bytes, uint8_t *buf)
 
 typedef struct DiskState {
     unsigned disk;
+    uint32_t align;
 } DiskState;
 
 static unsigned disk_of(BlockDriverState *bs)
@@ -410,13 +414,23 @@ static bool drv_open(BlockDriverState *bs, json_t *options, int flags, GError **
 {
     DiskState *s = bs->opaque;
     g_autofree char *name = qb_opt_take_string(options, "disk");
+    uint64_t align;
     if (!name) {
         qb_error_set(errp, EINVAL, "No disk named");
         return false;
     }
+    if (!qb_opt_take_size(options, "align", 1, &align, errp)) {
+        return false;
+    }
+    s->align = (uint32_t)align;
     s->disk = disk_number(name);
     disks[s->disk].flush_broken = false;
     return true;
+}
+
+static void drv_refresh_limits(BlockDriverState *bs)
+{
+    bs->bl.request_alignment = ((DiskState *)bs->opaque)->align;
 }
 
 static void drv_close(BlockDriverState *bs)
@@ -426,6 +440,7 @@ static void drv_close(BlockDriverState *bs)
 static bool drv_reopen_prepare(BDRVReopenState *state, GError **errp)
 {
     json_object_del(state->options, "disk");
+    json_object_del(state->options, "align");
     return true;
 }
 
@@ -549,6 +564,7 @@ static const BlockDriver disk_driver = {
     .close = drv_close,
     .reopen_prepare = drv_reopen_prepare,
     .gather_filename = drv_gather_filename,
+    .refresh_limits = drv_refresh_limits,
     .create = drv_create,
     .preadv = drv_preadv,
     .pwritev = drv_pwritev,

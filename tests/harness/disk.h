@@ -1,8 +1,9 @@
 /*
  * Files in memory below the drivers: they remember all that was done to them, and fail on demand.
  *
- * A disk is found by its name, "test-disk:NAME" or driver=test-disk,disk=NAME; it outlives the
- * nodes that use it.  While a log is kept each operation has the time at which it began and the
+ * A disk is found by its name, "test-disk:NAME" or driver=test-disk,disk=NAME, which ends at a '+':
+ * what is behind it only makes the name longer.  It outlives the nodes that use it.  With align=N
+ * requests are multiples of N, as those to a device are.  While a log is kept each operation has the time at which it began and the
  * time at which it was complete, on one clock for all disks, so that a flush can be told from what
  * it does not cover.
  *
@@ -95,8 +96,8 @@ void disk_fault_suspend(bool on);
 unsigned disk_fault_left(void);
 /* Ends it. How often it has fired. */
 unsigned disk_fault_clear(void);
-/* Has a flush of a disk failed since it was opened? */
-bool disk_flush_is_broken(void);
+/* Has a flush of the disk failed since it was opened? */
+bool disk_flush_is_broken(unsigned disk);
 
 /* --- doing one operation to the bytes, as the driver and the replayer do --- */
 /* Applies @bytes of @e, from @from on; of a truncation all. */

@@ -3,24 +3,28 @@
  *
  *      group guest     requests to an open image
  *      group image     calls that change a whole image
+ *      group bitmap    operations on stored dirty bitmaps (operations-bitmap.c)
  *      group verb      qemu-img's verbs, over several files
+ *
+ * What is damaged before it is repaired is in operations-repair.c.
  *
  * Invariant: what an operation writes depends on the world's kind and on w->value at its beginning
  * only, so that running it again ends with the same content.
  *
  * SPDX-License-Identifier: MIT
  */
-#include "tests/harness/operations.h"
+#include "tests/harness/operations-int.h"
 
 #include <string.h>
 
+#include "block/job.h"
 #include "block/qcow2.h"
+#include "util/iov.h"
 #include "util/thread.h"
 
 /* ---------------------------------------------------------------- guest */
 
-/* The sector where the @n-th group of four clusters (world.c) begins. */
-static unsigned group(const World *w, unsigned n)
+unsigned operation_group(const World *w, unsigned n)
 {
     return n * 4 * w->kind->cluster % (w->kind->sectors - 16 * w->kind->cluster);
 }
@@ -32,8 +36,8 @@ static bool run_write(World *w)
     }
     unsigned c = w->kind->cluster;
     for (unsigned i = 0; i < 4; i++) {
-        world_write(w, group(w, i) + 3 * c, c); /* what is not there yet */
-        world_write(w, group(w, i + 4) + 3 * c, MAX(c / 4, 1));
+        world_write(w, operation_group(w, i) + 3 * c, c); /* what is not there yet */
+        world_write(w, operation_group(w, i + 4) + 3 * c, MAX(c / 4, 1));
         if (i % 2) {
             world_flush(w);
         }
@@ -48,8 +52,8 @@ static bool run_overwrite(World *w)
     }
     unsigned c = w->kind->cluster;
     for (unsigned i = 0; i < 4; i++) {
-        world_write(w, group(w, i), 2 * c);
-        world_write(w, group(w, i + 5) + c / 2, c);
+        world_write(w, operation_group(w, i), 2 * c);
+        world_write(w, operation_group(w, i + 5) + c / 2, c);
         if (i == 1) {
             world_flush(w);
         }
@@ -65,7 +69,7 @@ static bool run_cow(World *w)
     }
     unsigned c = w->kind->cluster;
     for (unsigned i = 0; i < 16; i++) {
-        world_write(w, group(w, i / 2) + i % 4 * c + c / 2, 1);
+        world_write(w, operation_group(w, i / 2) + i % 4 * c + c / 2, 1);
         if (i % 5 == 4) {
             world_flush(w);
         }
@@ -79,13 +83,13 @@ static bool run_zero(World *w)
         return false;
     }
     unsigned c = w->kind->cluster;
-    world_zero(w, group(w, 0), 3 * c, 0);
-    world_zero(w, group(w, 2), 4 * c, BDRV_REQ_MAY_UNMAP);
-    world_zero(w, group(w, 4) + c / 2, 5 * c, BDRV_REQ_MAY_UNMAP);
+    world_zero(w, operation_group(w, 0), 3 * c, 0);
+    world_zero(w, operation_group(w, 2), 4 * c, BDRV_REQ_MAY_UNMAP);
+    world_zero(w, operation_group(w, 4) + c / 2, 5 * c, BDRV_REQ_MAY_UNMAP);
     world_flush(w);
-    world_write(w, group(w, 0), c);
-    world_zero(w, group(w, 6), 8 * c, BDRV_REQ_MAY_UNMAP);
-    world_write(w, group(w, 6) + c, c);
+    world_write(w, operation_group(w, 0), c);
+    world_zero(w, operation_group(w, 6), 8 * c, BDRV_REQ_MAY_UNMAP);
+    world_write(w, operation_group(w, 6) + c, c);
     return world_close(w);
 }
 
@@ -96,15 +100,15 @@ static bool run_discard(World *w)
         return false;
     }
     unsigned c = w->kind->cluster;
-    world_discard(w, group(w, 0), 4 * c);
-    world_write(w, group(w, 4) + 3 * c, c);
-    world_write(w, group(w, 0), c);
+    world_discard(w, operation_group(w, 0), 4 * c);
+    world_write(w, operation_group(w, 4) + 3 * c, c);
+    world_write(w, operation_group(w, 0), c);
     world_flush(w);
-    world_discard(w, group(w, 2), 8 * c);
-    world_write(w, group(w, 5) + 3 * c, c);
+    world_discard(w, operation_group(w, 2), 8 * c);
+    world_write(w, operation_group(w, 5) + 3 * c, c);
     world_flush(w);
-    world_write(w, group(w, 6) + 3 * c, c);
-    world_write(w, group(w, 2) + c, c);
+    world_write(w, operation_group(w, 6) + 3 * c, c);
+    world_write(w, operation_group(w, 2) + c, c);
     return world_close(w);
 }
 
@@ -114,7 +118,7 @@ static bool run_discard_all(World *w)
         return false;
     }
     world_discard(w, 0, w->kind->sectors);
-    world_write(w, group(w, 1), w->kind->cluster);
+    world_write(w, operation_group(w, 1), w->kind->cluster);
     return world_close(w);
 }
 
@@ -125,16 +129,16 @@ static bool run_compressed(World *w)
         return false;
     }
     unsigned c = w->kind->cluster;
-    world_discard(w, group(w, 1), 4 * c);
-    world_write_flags(w, group(w, 1), 4 * c, BDRV_REQ_COMPRESSED);
+    world_discard(w, operation_group(w, 1), 4 * c);
+    world_write_flags(w, operation_group(w, 1), 4 * c, BDRV_REQ_COMPRESSED);
     world_flush(w);
-    world_write(w, group(w, 1), c);
-    world_write(w, group(w, 1) + c + c / 2, 1);
-    world_write(w, group(w, 3) + 3 * c, c);
-    world_discard(w, group(w, 2), 4 * c);
+    world_write(w, operation_group(w, 1), c);
+    world_write(w, operation_group(w, 1) + c + c / 2, 1);
+    world_write(w, operation_group(w, 3) + 3 * c, c);
+    world_discard(w, operation_group(w, 2), 4 * c);
     world_flush(w);
-    world_write_flags(w, group(w, 2), 4 * c, BDRV_REQ_COMPRESSED);
-    world_write(w, group(w, 2) + 2 * c, c);
+    world_write_flags(w, operation_group(w, 2), 4 * c, BDRV_REQ_COMPRESSED);
+    world_write(w, operation_group(w, 2) + 2 * c, c);
     return world_close(w);
 }
 
@@ -194,6 +198,24 @@ static bool run_random2(World *w)
 static bool run_open_close(World *w)
 {
     return world_open(w) && world_close(w);
+}
+
+/* Nobody flushes: what closing does, it does alone, and nothing was promised. */
+static bool run_close(World *w)
+{
+    if (!world_open(w)) {
+        return false;
+    }
+    unsigned c = w->kind->cluster;
+    world_write(w, operation_group(w, 0) + 3 * c, c);
+    world_write(w, operation_group(w, 1) + c / 2, 1);
+    world_discard(w, operation_group(w, 2), 4 * c);
+    world_zero(w, operation_group(w, 3), 3 * c, 0);
+    if (w->at_close) {
+        w->at_close(w);
+    }
+    g_clear_pointer(&w->blk, blk_unref);
+    return true;
 }
 
 /* ---------------------------------------------------------------- several threads */
@@ -303,15 +325,14 @@ static bool run_grow_table(World *w)
 
 /* ---------------------------------------------------------------- whole images */
 
-static bool resize(World *w, unsigned sectors)
+static bool resize(World *w, unsigned sectors, PreallocMode prealloc)
 {
     GError *err = NULL;
     if (!world_open(w)) {
         return false;
     }
     world_mark_resize(w, VIEW_TOP, sectors);
-    bool ok = blk_truncate(w->blk, (int64_t)sectors * ORACLE_SECTOR, true, PREALLOC_MODE_OFF,
-                           true, &err);
+    bool ok = blk_truncate(w->blk, (int64_t)sectors * ORACLE_SECTOR, true, prealloc, true, &err);
     world_note(w, ok, "truncate", err);
     world_mark_done(w, VIEW_TOP, ok);
     return world_close(w) && ok;
@@ -319,36 +340,84 @@ static bool resize(World *w, unsigned sectors)
 
 static bool run_grow(World *w)
 {
-    return resize(w, w->kind->sectors * 3);
+    return resize(w, w->kind->sectors * 3, PREALLOC_MODE_OFF);
+}
+
+static bool run_grow_metadata(World *w)
+{
+    return resize(w, w->kind->sectors * 2, PREALLOC_MODE_METADATA);
+}
+
+static bool run_grow_full(World *w)
+{
+    return resize(w, w->kind->sectors / 4 * 5, PREALLOC_MODE_FULL);
 }
 
 static bool run_shrink(World *w)
 {
-    return resize(w, w->kind->sectors / 4 + 1);
+    return resize(w, w->kind->sectors / 4 + 1, PREALLOC_MODE_OFF);
 }
 
 static bool run_shrink_grow(World *w)
 {
-    return resize(w, w->kind->sectors / 2 + 1) && resize(w, w->kind->sectors);
+    return resize(w, w->kind->sectors / 2 + 1, PREALLOC_MODE_OFF) &&
+           resize(w, w->kind->sectors, PREALLOC_MODE_OFF);
 }
 
-/* The image is dirty when it begins; a snapshot makes stable what it shows. */
-static bool run_snapshot_create(World *w)
+/* A snapshot makes stable what it shows. */
+static bool create_snapshot(World *w)
 {
     GError *err = NULL;
-    if (!world_open(w)) {
-        return false;
-    }
-    if (world_write(w, group(w, 3), w->kind->cluster + 1) < 0) {
-        world_close(w);
-        return false;
-    }
     world_mark_appear(w, VIEW_SNAP1, VIEW_TOP);
     bool ok = bdrv_snapshot_create(blk_bs(w->blk), "s1", &err);
     if (world_note(w, ok, "create", err)) {
         world_mark_done(w, VIEW_TOP, true);
     }
     world_mark_done(w, VIEW_SNAP1, ok);
+    return ok;
+}
+
+/* The image is dirty when it begins. */
+static bool run_snapshot_create(World *w)
+{
+    if (!world_open(w)) {
+        return false;
+    }
+    bool ok = world_write(w, operation_group(w, 3), w->kind->cluster + 1) == 0 &&
+              create_snapshot(w);
+    return world_close(w) && ok;
+}
+
+/* A sector gets the value that it has. */
+static void write_again(World *w, unsigned sector)
+{
+    unsigned last = w->value, now = w->view[VIEW_TOP].oracle.now[sector];
+    g_assert_cmpuint(now, >, 0);
+    w->value = now - 1;
+    world_write(w, sector, 1);
+    w->value = last;
+}
+
+/* As a machine that is saved does it: its state goes behind the disk, then comes the snapshot. */
+static bool run_save_vm(World *w)
+{
+    uint8_t state[7000], found[sizeof(state)];
+    memset(state, 0x5a, sizeof(state));
+    if (!world_open(w)) {
+        return false;
+    }
+    IoVector out, in;
+    iov_vector_init_buf(&out, state, sizeof(state));
+    iov_vector_init_buf(&in, found, sizeof(found));
+    bool ok = blk_save_vmstate(w->blk, &out, 1000) >= 0;
+    world_note(w, ok, "save", NULL);
+    ok = ok && world_write(w, operation_group(w, 3), w->kind->cluster + 1) == 0 &&
+         create_snapshot(w);
+    write_again(w, operation_group(w, 0));
+    if (ok) {
+        ok = blk_load_vmstate(w->blk, &in, 1000) >= 0 && !memcmp(state, found, sizeof(state));
+        world_note(w, ok, "load", NULL);
+    }
     return world_close(w) && ok;
 }
 
@@ -401,6 +470,29 @@ static bool run_commit(World *w)
     return ok;
 }
 
+static bool commit_open(World *w, GError **errp)
+{
+    BlockDriverState *top = blk_bs(w->blk), *base = bdrv_backing_chain_next(top);
+    QbProgress progress = {0};
+    CommitOptions opts = {.top = top, .base = base, .progress = &progress};
+    return bdrv_reopen_set_read_only(base, false, errp) && commit_run(&opts, errp);
+}
+
+/* What a commit has reported as done is stable, though its base stays open for writing. */
+static bool run_commit_live(World *w)
+{
+    GError *err = NULL;
+    if (!world_open(w)) {
+        return false;
+    }
+    world_mark_merge(w, VIEW_BASE, VIEW_TOP);
+    bool ok = commit_open(w, &err);
+    world_note(w, ok, "commit", err);
+    world_mark_done(w, VIEW_BASE, ok);
+    write_again(w, operation_group(w, 2));
+    return world_close(w) && ok;
+}
+
 /* Another base, which differs from the old one and from the image. */
 static void make_other(World *w)
 {
@@ -433,6 +525,19 @@ static bool run_rebase(World *w)
 static bool run_rebase_none(World *w)
 {
     return world_verb(w, "rebase -q --image-opts -b '' %TOP");
+}
+
+/* A name so long that it stands in several sectors of the header, then one that does not. */
+static bool run_rename_base(World *w)
+{
+    unsigned room = w->kind->cluster * ORACLE_SECTOR;
+    const char *format = w->kind->flags & KIND_RAW_BASE ? "raw" : "qcow2";
+    g_autofree char *tail = g_strnfill(room > ORACLE_SECTOR ? 700 : 30, 'x');
+    g_autofree char *longer = g_strdup_printf("rebase -q -u --image-opts -b test-disk:base+%s -F %s"
+                                              " %%TOP", tail, format);
+    g_autofree char *shorter =
+        g_strdup_printf("rebase -q -u --image-opts -b test-disk:base+ -F %s %%TOP", format);
+    return world_verb(w, longer) && world_verb(w, shorter);
 }
 
 /* Into an image that exists, with a cache mode that flushes. */
@@ -477,6 +582,29 @@ static bool run_create(World *w)
     return ok;
 }
 
+static bool run_amend_data_file(World *w)
+{
+    return world_verb(w, "amend -q --image-opts -o data_file=another-name-that-is-longer %TOP");
+}
+
+static bool run_amend_lazy(World *w)
+{
+    bool lazy = strstr(w->kind->create, "lazy");
+    return world_verb(w, lazy ? "amend -q --image-opts -o lazy_refcounts=off %TOP"
+                              : "amend -q --image-opts -o lazy_refcounts=on %TOP");
+}
+
+static bool run_amend_size(World *w)
+{
+    unsigned sectors = w->kind->sectors * 2;
+    g_autofree char *command = g_strdup_printf("amend -q --image-opts -o size=%u %%TOP",
+                                               sectors * ORACLE_SECTOR);
+    world_mark_resize(w, VIEW_TOP, sectors);
+    bool ok = world_verb(w, command);
+    world_mark_done(w, VIEW_TOP, ok);
+    return ok;
+}
+
 static bool run_amend_width(World *w)
 {
     return world_verb(w, "amend -q --image-opts -o refcount_bits=32 %TOP");
@@ -497,78 +625,70 @@ static bool run_amend_downgrade(World *w)
     return world_verb(w, "amend -q --image-opts -o compat=0.10 %TOP");
 }
 
-/* Clusters that are counted and that nobody uses. */
-static void damage(World *w)
-{
-    g_assert_true(world_open(w));
-    BlockDriverState *bs = blk_bs(w->blk);
-    int64_t leaked = qcow2_alloc_clusters(bs, 5 * (uint64_t)qcow2_state(bs)->cluster_size);
-    g_assert_cmpint(leaked, >, 0);
-    g_assert_true(world_close(w));
-}
-
-/* What a crash with lazy refcounts leaves: the dirty bit, and counts that are not there. */
-static void damage_dirty(World *w)
-{
-    g_assert_true(world_open(w));
-    BlockDriverState *bs = blk_bs(w->blk);
-    uint64_t block = qcow2_state(bs)->reftable.entries[0];
-    uint64_t size = qcow2_state(bs)->cluster_size;
-    uint8_t features[8];
-    qb_stbe64(features, qcow2_state(bs)->header.incompatible | QCOW2_INCOMPAT_DIRTY);
-    g_assert_true(world_close(w));
-    unsigned top = disk_number("top");
-    disk_apply(&(DiskEvent){.kind = DISK_WRITE, .disk = top, .offset = 72, .data = features}, 0, 8);
-    disk_apply(&(DiskEvent){.kind = DISK_ZERO, .disk = top, .offset = block + size / 4}, 0,
-               size / 2);
-}
-
-static bool run_repair(World *w)
-{
-    return world_verb(w, "check -q -r all --image-opts %TOP");
-}
-
 /* ---------------------------------------------------------------- the table */
 
 #define OVER KIND_BACKING
 
 const Operation operations[] = {
-    {"open-close", "guest", NULL, run_open_close, 0, 0, NULL},
-    {"write", "guest", NULL, run_write, 0, 0, NULL},
-    {"overwrite", "guest", NULL, run_overwrite, 0, 0, NULL},
-    {"cow", "guest", NULL, run_cow, 0, 0, NULL},
-    {"zero", "guest", NULL, run_zero, 0, 0, NULL},
-    {"discard", "guest", NULL, run_discard, 0, 0, NULL},
-    {"discard-all", "guest", NULL, run_discard_all, 0, 0, NULL},
-    {"compressed-write", "guest", NULL, run_compressed, 0, NO_COMPRESSION, NULL},
-    {"random-1", "guest", NULL, run_random1, 0, 0, NULL},
-    {"random-2", "guest", NULL, run_random2, 0, 0, NULL},
-    {"threads", "guest", NULL, run_threads, 0, 0, NULL},
-    {"new-refcount-block", "guest", fill_block, run_new_block, 0, 0, " 512 "},
-    {"grow-refcount-table", "guest", NULL, run_grow_table, 0, 0, " 512 "},
-    {"grow", "image", NULL, run_grow, 0, KIND_FIXED, NULL},
-    {"shrink", "image", NULL, run_shrink, 0, KIND_FIXED, NULL},
-    {"shrink-grow", "image", NULL, run_shrink_grow, 0, KIND_FIXED, NULL},
+    {"open-close", "guest", NULL, run_open_close, 0, 0, 0, NULL},
+    {"close", "guest", NULL, run_close, 0, 0, 0, NULL},
+    {"write", "guest", NULL, run_write, 0, 0, 0, NULL},
+    {"overwrite", "guest", NULL, run_overwrite, 0, 0, 0, NULL},
+    {"cow", "guest", NULL, run_cow, 0, 0, 0, NULL},
+    {"zero", "guest", NULL, run_zero, 0, 0, 0, NULL},
+    {"discard", "guest", NULL, run_discard, 0, 0, 0, NULL},
+    {"discard-all", "guest", NULL, run_discard_all, 0, 0, 0, NULL},
+    {"compressed-write", "guest", NULL, run_compressed, 0, NO_COMPRESSION, 0, NULL},
+    {"random-1", "guest", NULL, run_random1, 0, 0, 0, NULL},
+    {"random-2", "guest", NULL, run_random2, 0, 0, 0, NULL},
+    {"threads", "guest", NULL, run_threads, 0, 0, 0, NULL},
+    {"new-refcount-block", "guest", fill_block, run_new_block, 0, 0, 0, " 512 "},
+    {"grow-refcount-table", "guest", NULL, run_grow_table, 0, 0, 0, " 512 "},
+    {"grow", "image", NULL, run_grow, 0, KIND_FIXED, 0, NULL},
+    {"grow-metadata", "image", NULL, run_grow_metadata, 0, KIND_FIXED | KIND_QED, 0, NULL},
+    {"grow-full", "image", NULL, run_grow_full, 0, KIND_FIXED | KIND_QED, 0, NULL},
+    {"shrink", "image", NULL, run_shrink, 0, KIND_FIXED, 0, NULL},
+    {"shrink-grow", "image", NULL, run_shrink_grow, 0, KIND_FIXED, 0, NULL},
     {"snapshot-create", "image", NULL, run_snapshot_create, 0,
-     KIND_NO_SHARING | KIND_DATA_FILE | KIND_QED, NULL},
-    {"snapshot-delete", "image", NULL, run_snapshot_delete, KIND_SNAPSHOT, 0, NULL},
-    {"snapshot-apply", "image", NULL, run_snapshot_apply, KIND_SNAPSHOT, 0, NULL},
-    {"make-empty", "image", NULL, run_make_empty, OVER, 0, NULL},
-    {"repair-leaks", "image", damage, run_repair, 0, KIND_QED, NULL},
-    {"repair-dirty", "image", damage_dirty, run_repair, 0, KIND_V2 | KIND_QED, NULL},
-    {"repair-at-open", "image", damage_dirty, run_write, 0, KIND_V2 | KIND_QED, NULL},
-    {"amend-width", "verb", NULL, run_amend_width, 0, KIND_V2 | KIND_QED, NULL},
-    {"amend-narrow", "verb", NULL, run_amend_narrow, 0, KIND_V2 | KIND_QED, NULL},
-    {"amend-upgrade", "verb", NULL, run_amend_upgrade, KIND_V2, 0, NULL},
+     KIND_NO_SHARING | KIND_DATA_FILE | KIND_QED, 0, NULL},
+    {"save-vm", "image", NULL, run_save_vm, 0, KIND_NO_SHARING | KIND_DATA_FILE | KIND_QED, 0,
+     NULL},
+    {"snapshot-delete", "image", NULL, run_snapshot_delete, KIND_SNAPSHOT, 0, OPERATION_ONCE, NULL},
+    {"snapshot-apply", "image", NULL, run_snapshot_apply, KIND_SNAPSHOT, KIND_BITMAPS, 0, NULL},
+    {"make-empty", "image", NULL, run_make_empty, OVER, 0, 0, NULL},
+    {"bitmap-add", "bitmap", NULL, run_bitmap_add, KIND_BITMAPS, 0, 0, NULL},
+    {"bitmap-remove", "bitmap", NULL, run_bitmap_remove, KIND_BITMAPS, 0, 0, NULL},
+    {"bitmap-remove-broken", "bitmap", NULL, run_bitmap_remove_broken, KIND_BITMAPS, 0, 0, NULL},
+    {"bitmap-clear", "bitmap", NULL, run_bitmap_clear, KIND_BITMAPS, 0, 0, NULL},
+    {"bitmap-enable", "bitmap", NULL, run_bitmap_enable, KIND_BITMAPS, 0, 0, NULL},
+    {"bitmap-disable", "bitmap", NULL, run_bitmap_disable, KIND_BITMAPS, 0, 0, NULL},
+    {"bitmap-merge", "bitmap", NULL, run_bitmap_merge, KIND_BITMAPS, 0, 0, NULL},
+    {"bitmap-session", "bitmap", NULL, run_bitmap_session, KIND_BITMAPS, 0, 0, NULL},
+    {"repair-leaks", "image", damage_leaks, run_repair, 0, KIND_QED, 0, NULL},
+    {"repair-dirty", "image", damage_dirty, run_repair, 0, KIND_V2 | KIND_QED, 0, NULL},
+    {"repair-at-open", "image", damage_dirty, run_write, 0, KIND_V2 | KIND_QED, 0, NULL},
+    {"repair-counts", "image", damage_counts, run_repair, 0, KIND_QED, OPERATION_DAMAGED, NULL},
+    {"repair-copied", "image", damage_copied, run_repair, 0, KIND_QED, OPERATION_DAMAGED, NULL},
+    {"repair-table", "image", damage_table, run_repair, 0, KIND_QED, OPERATION_DAMAGED, NULL},
+    {"repair-qed", "image", damage_qed, run_repair, KIND_QED, 0, 0, NULL},
+    {"repair-qed-at-open", "image", damage_qed, run_write, KIND_QED, 0, 0, NULL},
+    {"amend-width", "verb", NULL, run_amend_width, 0, KIND_V2 | KIND_QED, 0, NULL},
+    {"amend-narrow", "verb", NULL, run_amend_narrow, 0, KIND_V2 | KIND_QED, 0, NULL},
+    {"amend-upgrade", "verb", NULL, run_amend_upgrade, KIND_V2, 0, 0, NULL},
     {"amend-downgrade", "verb", NULL, run_amend_downgrade, 0, 0,
-     " v3 64k odd lazy compressed snapshot backing backing-raw backing-snapshot "},
-    {"commit", "verb", NULL, run_commit, OVER, 0, NULL},
-    {"rebase", "verb", make_other, run_rebase, OVER, KIND_SNAPSHOT, NULL},
-    {"rebase-none", "verb", NULL, run_rebase_none, OVER, KIND_SNAPSHOT, NULL},
-    {"convert-into", "verb", make_other, run_convert_into, 0, 0, NULL},
-    {"convert", "verb", NULL, run_convert, 0, 0, NULL},
-    {"convert-compressed", "verb", NULL, run_convert_compressed, 0, 0, NULL},
-    {"create", "verb", NULL, run_create, 0, KIND_DATA_FILE | KIND_QED, NULL},
+     0, " v3 64k odd lazy compressed snapshot backing backing-raw backing-snapshot "},
+    {"amend-lazy", "verb", NULL, run_amend_lazy, 0, KIND_V2 | KIND_QED, 0, NULL},
+    {"amend-size", "verb", NULL, run_amend_size, 0, KIND_FIXED | KIND_QED, 0, NULL},
+    {"amend-data-file", "verb", NULL, run_amend_data_file, KIND_DATA_FILE, 0, 0, NULL},
+    {"rename-base", "verb", NULL, run_rename_base, OVER, 0, 0, NULL},
+    {"commit", "verb", NULL, run_commit, OVER, 0, 0, NULL},
+    {"commit-live", "image", NULL, run_commit_live, OVER, 0, 0, NULL},
+    {"rebase", "verb", make_other, run_rebase, OVER, KIND_SNAPSHOT, 0, NULL},
+    {"rebase-none", "verb", NULL, run_rebase_none, OVER, KIND_SNAPSHOT, 0, NULL},
+    {"convert-into", "verb", make_other, run_convert_into, 0, 0, 0, NULL},
+    {"convert", "verb", NULL, run_convert, 0, 0, 0, NULL},
+    {"convert-compressed", "verb", NULL, run_convert_compressed, 0, 0, 0, NULL},
+    {"create", "verb", NULL, run_create, 0, KIND_DATA_FILE | KIND_QED, 0, NULL},
 };
 
 const unsigned nb_operations = G_N_ELEMENTS(operations);
@@ -577,6 +697,9 @@ bool operation_fits(const Operation *op, const Kind *kind)
 {
     g_autofree char *name = g_strdup_printf(" %s ", kind->name);
     if (op->only && !strstr(op->only, name)) {
+        return false;
+    }
+    if (kind->flags & KIND_BIG && strcmp(op->group, "bitmap")) {
         return false;
     }
     return (kind->flags & op->need) == op->need && !(kind->flags & op->bar);

@@ -11,6 +11,11 @@
 
 #include "tests/harness/world.h"
 
+typedef enum OperationFlags {
+    OPERATION_ONCE = 1 << 0,    /* what is done cannot be done again: then it may fail */
+    OPERATION_DAMAGED = 1 << 1, /* the image is corrupt until it has succeeded */
+} OperationFlags;
+
 typedef struct Operation {
     const char *name, *group;
     /* Brings the world into the state it begins with; NULL: as the kind is. */
@@ -18,6 +23,7 @@ typedef struct Operation {
     /* True when it succeeded; failures are counted in the world, too. */
     bool (*run)(World *w);
     unsigned need, bar; /* KindFlags that a kind must, and must not have */
+    unsigned flags;     /* OperationFlags */
     const char *only;   /* names of the kinds it is for, a blank before and after each; or NULL */
 } Operation;
 

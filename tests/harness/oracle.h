@@ -22,6 +22,9 @@
 #define ORACLE_VALUES 64
 #define ORACLE_MAX 16384 /* sectors */
 
+/* Of a view, a snapshot, a bitmap. */
+typedef enum Presence { VIEW_ABSENT, VIEW_MAYBE, VIEW_PRESENT } Presence;
+
 typedef struct Oracle {
     unsigned sectors, other_sectors; /* the legal sizes; the first is that if all went well */
     uint64_t allowed[ORACLE_MAX];    /* bit v: the sector may have value v */

@@ -1,5 +1,6 @@
 /*
- * What a test program is doing right now: said when the process dies of it, or does not end.
+ * What the test programs have in common that go through many cases: their options, and what they
+ * are doing right now, which is said when the process dies of it, or does not end.
  *
  * Not for several threads.
  *
@@ -8,7 +9,23 @@
 #ifndef TESTS_HARNESS_RUNNING_H
 #define TESTS_HARNESS_RUNNING_H
 
+#include <stdbool.h>
 #include <glib.h>
+
+/* Those that all of them have; part of them in @running_options. */
+typedef struct RunningOptions {
+    gint64 seed; /* 0: by chance */
+    char *only;  /* a pattern, or NULL: all */
+    char *shard; /* "I/N": every N-th case from the I-th on */
+    int every;   /* of these every N-th, beginning where the seed says */
+} RunningOptions;
+extern RunningOptions running_options;
+
+/* Parses the options of the program, those in @entries and --seed, --only, --shard and --every, and
+ * prints the seed; exits when they are not understood. */
+void running_parse(int argc, char **argv, const GOptionEntry *entries);
+/* Does case @name, the @number-th, belong to what these options say? */
+bool running_wants(const char *name, unsigned number);
 
 /* Once, at the beginning of main(). */
 void running_init(void);

@@ -20,6 +20,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "block/dirty-bitmap.h"
 #include "tests/harness/verbs.h"
 #include "util/error.h"
 #include "util/thread.h"
@@ -34,13 +35,17 @@ typedef enum Change {
     MARK_SETTLE_PART,
     MARK_DOUBT,
     MARK_DOUBT_ALL,
+    MARK_BITMAP,
+    MARK_BITMAP_DONE,
 } Change;
 
 typedef struct Mark {
     uint64_t time;
     Change change;
     ViewId view, from;          /* appear: from VIEWS: all zeroes */
-    unsigned first, n, value; /* resize: n */
+    unsigned first, n, value; /* resize: n; the end of a bitmap's change: n, is it done? */
+    BitmapChange bitmap_change;
+    BitmapId bitmap, bitmap_from;
 } Mark;
 
 /* ---------------------------------------------------------------- marks */
@@ -53,9 +58,17 @@ static void settle(View *v)
     }
 }
 
-static void apply_mark(View *views, const Mark *m)
+static void apply_resize(World *w, View *v, unsigned sectors)
 {
-    View *v = &views[m->view];
+    if (w->bitmaps && v == &w->view[VIEW_TOP]) {
+        bitmaps_resize(w->bitmaps, v->oracle.sectors, sectors);
+    }
+    oracle_resize(&v->oracle, sectors);
+}
+
+static void apply_mark(World *w, const Mark *m)
+{
+    View *views = w->view, *v = &views[m->view];
     switch (m->change) {
     case MARK_WRITE:
         oracle_write(&v->oracle, m->first, m->n, m->value);
@@ -64,7 +77,7 @@ static void apply_mark(View *views, const Mark *m)
         oracle_merge(&v->oracle, &views[m->from].oracle);
         break;
     case MARK_RESIZE:
-        oracle_resize(&v->oracle, m->n);
+        apply_resize(w, v, m->n);
         break;
     case MARK_APPEAR:
         if (m->from == VIEWS) {
@@ -92,6 +105,12 @@ static void apply_mark(View *views, const Mark *m)
     case MARK_DOUBT_ALL:
         oracle_doubt_all(&v->oracle);
         break;
+    case MARK_BITMAP:
+        bitmaps_begin(w->bitmaps, m->bitmap_change, m->bitmap, m->bitmap_from, &v->oracle);
+        break;
+    case MARK_BITMAP_DONE:
+        bitmaps_end(w->bitmaps, m->bitmap, m->n);
+        break;
     }
 }
 
@@ -101,7 +120,7 @@ static QbMutex marks_lock = QB_MUTEX_INIT;
 static void mark(World *w, Mark m)
 {
     QB_GUARD(&marks_lock);
-    apply_mark(w->view, &m);
+    apply_mark(w, &m);
     if (w->marks) {
         m.time = disk_tick();
         g_array_append_val(w->marks, m);
@@ -143,28 +162,31 @@ void world_mark_done(World *w, ViewId view, bool ok)
     mark(w, (Mark){.change = ok ? MARK_SETTLE : MARK_DOUBT_ALL, .view = view});
 }
 
-View *world_views_dup(const View *views)
+World world_copy(const World *w)
 {
-    return g_memdup2(views, VIEWS * sizeof(View));
+    return (World){.kind = w->kind, .value = w->value, .damaged = w->damaged,
+                   .view = g_memdup2(w->view, VIEWS * sizeof(View)),
+                   .bitmaps = bitmaps_dup(w->bitmaps)};
 }
 
-void world_views_free(View *views)
+void world_copy_clear(World *copy)
 {
-    g_free(views);
+    g_clear_pointer(&copy->view, g_free);
+    g_clear_pointer(&copy->bitmaps, g_free);
+    g_clear_pointer(&copy->why, g_free);
 }
 
-void world_record(World *w, View **ret_before)
+void world_record(World *w)
 {
-    *ret_before = world_views_dup(w->view);
     w->marks = g_array_new(false, false, sizeof(Mark));
 }
 
-void world_views_at(const World *w, uint64_t time, View *views)
+void world_advance(World *copy, const World *w, uint64_t time)
 {
     for (guint i = 0; i < w->marks->len; i++) {
         const Mark *m = &g_array_index(w->marks, Mark, i);
         if (m->time <= time) {
-            apply_mark(views, m);
+            apply_mark(copy, m);
         }
     }
 }
@@ -193,7 +215,8 @@ static char *file_options(const World *w, ViewId view)
     if (w->debug && !strcmp(disk, "top")) {
         return g_strdup("file.driver=blkdebug,file.image.driver=test-disk,file.image.disk=top");
     }
-    return g_strdup_printf("file.driver=test-disk,file.disk=%s", disk);
+    return g_strdup_printf("file.driver=test-disk,file.disk=%s%s", disk,
+                           w->kind->flags & KIND_4K ? ",file.align=4096" : "");
 }
 
 char *world_options(const World *w, ViewId view)
@@ -201,9 +224,10 @@ char *world_options(const World *w, ViewId view)
     bool top = !strcmp(disk_of_view[view], "top");
     bool data = top && w->kind->flags & KIND_DATA_FILE;
     g_autofree char *file = file_options(w, view);
-    return g_strdup_printf("driver=%s,discard=unmap,%s%s%s",
+    return g_strdup_printf("driver=%s,discard=unmap,%s%s%s%s",
                            format_of(w, view), file,
                            data ? ",data-file.driver=test-disk,data-file.disk=data" : "",
+                           top && w->kind->open ? w->kind->open : "",
                            top && w->more ? w->more : "");
 }
 
@@ -253,9 +277,12 @@ bool world_close(World *w)
     if (w->at_close) {
         w->at_close(w);
     }
+    GError *err = NULL;
+    bool ok = !w->bitmaps || bdrv_store_bitmaps(blk_bs(w->blk), &err);
+    world_note(w, ok, "bitmaps", err);
     int ret = world_flush(w);
     g_clear_pointer(&w->blk, blk_unref);
-    return ret == 0;
+    return ret == 0 && ok;
 }
 
 World world_part(const World *w, unsigned first, unsigned n)
@@ -349,6 +376,42 @@ int world_flush(World *w)
     }
     return ret;
 }
+
+/* ---------------------------------------------------------------- bitmaps */
+
+static bool change_bitmap(BlockDriverState *bs, BitmapChange change, const char *name,
+                          const char *from, GError **errp)
+{
+    switch (change) {
+    case BITMAP_ADD:
+        return bdrv_bitmap_add(bs, name, ORACLE_SECTOR, true, false, errp);
+    case BITMAP_REMOVE:
+        return bdrv_bitmap_remove(bs, name, errp);
+    case BITMAP_CLEAR:
+        return bdrv_bitmap_clear(bs, name, errp);
+    case BITMAP_ENABLE:
+        return bdrv_bitmap_enable(bs, name, errp);
+    case BITMAP_DISABLE:
+        return bdrv_bitmap_disable(bs, name, errp);
+    case BITMAP_MERGE:
+        break;
+    }
+    return bdrv_bitmap_merge(bs, name, bs, from, errp);
+}
+
+bool world_bitmap(World *w, BitmapChange change, BitmapId id, BitmapId from)
+{
+    static const char *const names[] = {"add", "remove", "clear", "enable", "disable", "merge"};
+    GError *err = NULL;
+    g_autofree char *what = g_strdup_printf("%s bitmap %s", names[change], bitmap_name(id));
+    mark(w, (Mark){.change = MARK_BITMAP, .bitmap_change = change, .bitmap = id,
+                   .bitmap_from = from});
+    bool ok = change_bitmap(blk_bs(w->blk), change, bitmap_name(id), bitmap_name(from), &err);
+    mark(w, (Mark){.change = MARK_BITMAP_DONE, .bitmap = id, .n = ok});
+    return world_note(w, ok, what, err);
+}
+
+/* ---------------------------------------------------------------- verbs */
 
 static char *expand(const World *w, const char *command)
 {
@@ -465,6 +528,34 @@ static void take_snapshot(World *w)
     }
 }
 
+/* The bitmap is IN_USE in the image that a crash leaves here; nothing else is lost. */
+static void leave_broken_bitmap(World *w)
+{
+    unsigned top = disk_number("top");
+    must(w, world_open(w) && world_bitmap(w, BITMAP_ADD, BITMAP_BROKEN, 0));
+    world_write(w, 0, 1);
+    must(w, world_flush(w) == 0);
+    DiskImage crashed = disk_save(top);
+    must(w, world_close(w));
+    disk_load(top, &crashed);
+    disk_image_clear(&crashed);
+}
+
+/* Some sectors are dirty in both, some in one of them. */
+static void add_bitmaps(World *w)
+{
+    unsigned c = w->kind->cluster;
+    leave_broken_bitmap(w);
+    must(w, world_open(w) && world_bitmap(w, BITMAP_ADD, BITMAP_DISABLED, 0));
+    world_write(w, 4 * c, c);
+    world_write(w, w->kind->sectors - 2, 1);
+    must(w, world_bitmap(w, BITMAP_ADD, BITMAP_ENABLED, 0));
+    world_write(w, 5 * c, c);
+    must(w, world_bitmap(w, BITMAP_DISABLE, BITMAP_DISABLED, 0));
+    world_write(w, 8 * c, 1);
+    must(w, world_close(w));
+}
+
 static void fill(World *w)
 {
     must(w, world_open(w));
@@ -477,6 +568,9 @@ static void fill(World *w)
         take_snapshot(w);
     }
     must(w, world_close(w));
+    if (w->kind->flags & KIND_BITMAPS) {
+        add_bitmaps(w);
+    }
 }
 
 static void init_views(World *w)
@@ -486,6 +580,7 @@ static void init_views(World *w)
         oracle_init(&w->view[view].oracle, w->kind->sectors);
     }
     w->view[VIEW_TOP].presence = VIEW_PRESENT;
+    w->bitmaps = w->kind->flags & KIND_BITMAPS ? bitmaps_new() : NULL;
 }
 
 World *world_new(const Kind *kind)
@@ -512,8 +607,7 @@ void world_free(World *w)
     if (w->marks) {
         g_array_free(w->marks, true);
     }
-    world_views_free(w->view);
-    g_free(w->why);
+    world_copy_clear(w);
     g_free(w);
 }
 
@@ -554,7 +648,8 @@ static bool check_image(const World *w, BlockBackend *blk, bool exact, char **re
         return false;
     }
     result.corruptions -= findings.harmless;
-    if (result.corruptions || result.check_errors || (exact && result.leaks)) {
+    bool counts = !(w->kind->flags & KIND_QED); /* without them what is free looks leaked */
+    if (result.corruptions || result.check_errors || (exact && counts && result.leaks)) {
         *ret_why = g_strdup_printf("check: %u corruptions, %u errors, %u leaks%s",
                                    (unsigned)result.corruptions, (unsigned)result.check_errors,
                                    (unsigned)result.leaks, text->str);
@@ -578,10 +673,13 @@ static bool has_snapshot(BlockBackend *blk, const char *name)
 static bool judge_image(const World *w, ViewId view, bool exact, bool *ret_snapshots,
                         char **ret_why)
 {
+    bool damaged = view == VIEW_TOP && w->damaged;
+    bool has_check = strcmp(format_of(w, view), "raw") && !damaged;
     g_autoptr(BlockBackend) blk =
-        world_open_view(w, view, BDRV_O_RDWR | BDRV_O_RESIZE, ret_why);
-    if (!blk || (strcmp(format_of(w, view), "raw") && !check_image(w, blk, exact, ret_why)) ||
-        !oracle_check(&w->view[view].oracle, blk, ret_why)) {
+        world_open_view(w, view, damaged ? 0 : BDRV_O_RDWR | BDRV_O_RESIZE, ret_why);
+    if (!blk || (has_check && !check_image(w, blk, exact, ret_why)) ||
+        !oracle_check(&w->view[view].oracle, blk, ret_why) ||
+        (view == VIEW_TOP && w->bitmaps && !bitmaps_check(w->bitmaps, blk, exact, ret_why))) {
         return false;
     }
     for (ViewId sn = VIEW_SNAP0; view == VIEW_TOP && sn <= VIEW_SNAP1; sn++) {
@@ -622,4 +720,11 @@ bool world_judge(const World *w, bool exact, char **ret_why)
         }
     }
     return true;
+}
+
+bool world_judge_end(const World *recorded, const World *w, char **ret_why)
+{
+    World end = *recorded;
+    end.bitmaps = w->bitmaps;
+    return world_judge(&end, false, ret_why);
 }

@@ -4,8 +4,9 @@
  *      kind    how the image under test is made     (a row of a table)
  *      views   guests' disks, each with its oracle: the image, its base, another image, the
  *              content of two internal snapshots
- *      marks   what was done to the views, with times on the disks' clock, so that the oracles
- *              can be had as they were at any time
+ *      bitmaps dirty bitmaps of the image under test, of the kinds that have some
+ *      marks   what was done to views and bitmaps, with times on the disks' clock, so that the
+ *              oracles can be had as they were at any time
  *
  * Everything that changes an oracle goes through a mark.  Several threads may make requests, each
  * with a copy of the world that has sectors of its own (world_part()); else not for several threads.
@@ -15,6 +16,7 @@
 #ifndef TESTS_HARNESS_WORLD_H
 #define TESTS_HARNESS_WORLD_H
 
+#include "tests/harness/bitmaps.h"
 #include "tests/harness/disk.h"
 #include "tests/harness/oracle.h"
 
@@ -30,6 +32,9 @@ typedef enum KindFlags {
     KIND_NO_DISCARD = 1 << 7, /* discards do nothing: version 2 over a base */
     KIND_FIXED = 1 << 8,      /* cannot be resized: version 2 with snapshots */
     KIND_QED = 1 << 9,        /* the other format: no snapshots, nothing compressed or amended */
+    KIND_BITMAPS = 1 << 10,   /* has a dirty bitmap in each state (BitmapId) */
+    KIND_4K = 1 << 11,        /* on a device whose sectors have 4096 bytes */
+    KIND_BIG = 1 << 12,       /* takes long: for the operations of group bitmap only */
 } KindFlags;
 
 typedef struct Kind {
@@ -38,6 +43,7 @@ typedef struct Kind {
     unsigned cluster;   /* sectors */
     unsigned sectors;   /* of the guest's disk */
     unsigned flags;     /* KindFlags */
+    const char *open;   /* options of its node, with a comma in front; NULL: none */
 } Kind;
 
 extern const Kind kinds[];
@@ -52,8 +58,6 @@ typedef enum ViewId {
     VIEWS,
 } ViewId;
 
-typedef enum Presence { VIEW_ABSENT, VIEW_MAYBE, VIEW_PRESENT } Presence;
-
 typedef struct View {
     Presence presence;
     bool vanishes; /* VIEW_MAYBE, and absent when it settles */
@@ -63,10 +67,12 @@ typedef struct View {
 typedef struct World {
     const Kind *kind;
     View *view;       /* [VIEWS] */
+    BitmapOracle *bitmaps; /* [BITMAPS]; NULL: the kind has none */
     BlockBackend *blk; /* the top, when an operation has it open */
-    const char *more; /* options of the top's node, with a comma in front; NULL: none */
+    const char *more; /* more options of the top's node, with a comma in front; NULL: none */
     const char *dir;  /* images are files there (kinds without a base); NULL: disks in memory */
     bool debug;       /* blkdebug stands below the top */
+    bool damaged;     /* the top is what nobody would write to: it is only read, not checked */
     unsigned value;   /* the last one written */
     unsigned own_first, own_n; /* sectors that a thread has for itself: a flush settles them only;
                                   0: all */
@@ -102,6 +108,8 @@ int world_discard(World *w, unsigned first, unsigned n);
 int world_flush(World *w);
 /* Counts a failure, and remembers the first. Returns @ok. */
 bool world_note(World *w, bool ok, const char *what, GError *err);
+/* Changes a dirty bitmap of the top, which is open; false: it is counted as a failure. */
+bool world_bitmap(World *w, BitmapChange change, BitmapId id, BitmapId from);
 /* Runs a verb of qemu-img; in @command %TOP, %BASE, %OTHER are the images. */
 bool world_verb(World *w, const char *command);
 
@@ -117,16 +125,19 @@ void world_mark_vanish(World *w, ViewId view);
 /* Something was done to all of the view: it is stable (@ok), or nobody knows. */
 void world_mark_done(World *w, ViewId view, bool ok);
 
-/* Begins to keep marks; *ret_before becomes a copy of the views: world_views_free(). */
-void world_record(World *w, View **ret_before);
-View *world_views_dup(const View *views);
-void world_views_free(View *views);
-/* Does to @views what the marks up to @time say. */
-void world_views_at(const World *w, uint64_t time, View *views);
+/* A world of its own that has the kind and the oracles as they are now: world_copy_clear(). */
+World world_copy(const World *w);
+void world_copy_clear(World *copy);
+/* Begins to keep marks. */
+void world_record(World *w);
+/* Does to @copy what the marks of @w up to @time say. */
+void world_advance(World *copy, const World *w, uint64_t time);
 
 /* --- judging --- */
 /* Opens every image read-write, checks it, and compares every view with what it may be. @exact:
- * leaks are not allowed either. *ret_why says what is wrong. */
+ * leaks are not allowed either, nor are bitmaps in use. *ret_why says what is wrong. */
 bool world_judge(const World *w, bool exact, char **ret_why);
+/* The same for what @recorded became, when the bitmaps are those of @w. */
+bool world_judge_end(const World *recorded, const World *w, char **ret_why);
 
 #endif

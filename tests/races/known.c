@@ -86,12 +86,12 @@ static void expect(World *w, bool exact)
 /* The disks with all that was written until now, and what they may show: what a crash leaves. */
 typedef struct Picture {
     DiskImage image[DISKS_MAX];
-    View *view;
+    World world;
 } Picture;
 
 static Picture take_picture(const World *w)
 {
-    Picture p = {.view = world_views_dup(w->view)};
+    Picture p = {.world = world_copy(w)};
     for (unsigned i = 0; i < disk_count(); i++) {
         p.image[i] = disk_save(i);
     }
@@ -99,15 +99,14 @@ static Picture take_picture(const World *w)
 }
 
 /* Opening an image waits for requests that are held, hence pictures are judged afterwards. */
-static void judge_picture(World *w, Picture *p)
+static void judge_picture(Picture *p)
 {
-    World crashed = {.kind = w->kind, .view = p->view};
     for (unsigned i = 0; i < disk_count(); i++) {
         disk_load(i, &p->image[i]);
         disk_image_clear(&p->image[i]);
     }
-    expect(&crashed, false);
-    world_views_free(p->view);
+    expect(&p->world, false);
+    world_copy_clear(&p->world);
 }
 
 /* Without a leak. @p: NULL, or a picture to be judged after the last. */
@@ -118,7 +117,7 @@ static void close_world(World *w, Picture *p)
     w->more = NULL;
     expect(w, true);
     if (p) {
-        judge_picture(w, p);
+        judge_picture(p);
     }
     world_free(w);
 }

@@ -21,6 +21,7 @@
 #include <unistd.h>
 
 #include "tests/harness/operations.h"
+#include "tests/harness/running.h"
 #include "tests/races/history.h"
 #include "util/pool.h"
 #include "util/thread.h"
@@ -31,9 +32,7 @@
 #define SECONDS_MAX 120
 
 static struct {
-    char *only;
     int requests, rounds;
-    gint64 seed;
 } opts = {.requests = 120, .rounds = 1};
 
 typedef struct Arena {
@@ -346,20 +345,11 @@ static void run_round(const Kind *kind, const char *more, guint32 seed)
 static void parse_options(int argc, char **argv)
 {
     const GOptionEntry entries[] = {
-        {"only", 0, 0, G_OPTION_ARG_STRING, &opts.only, "kinds (a pattern)", "KIND"},
         {"requests", 0, 0, G_OPTION_ARG_INT, &opts.requests, "of each worker", "N"},
         {"rounds", 0, 0, G_OPTION_ARG_INT, &opts.rounds, "for each kind", "N"},
-        {"seed", 0, 0, G_OPTION_ARG_INT64, &opts.seed, "of the requests", "N"},
         {NULL},
     };
-    g_autoptr(GOptionContext) context = g_option_context_new(NULL);
-    g_option_context_add_main_entries(context, entries, NULL);
-    GError *err = NULL;
-    if (!g_option_context_parse(context, &argc, &argv, &err)) {
-        fprintf(stderr, "%s\n", err->message);
-        exit(2);
-    }
-    opts.seed = opts.seed ? opts.seed : g_random_int_range(1, 1 << 20);
+    running_parse(argc, argv, entries);
 }
 
 int main(int argc, char **argv)
@@ -368,16 +358,15 @@ int main(int argc, char **argv)
     disk_init();
     for (int round = 0; round < opts.rounds; round++) {
         for (unsigned k = 0; k < nb_kinds; k++) {
-            if (!opts.only || g_pattern_match_simple(opts.only, kinds[k].name)) {
-                bool few = (round + (int)k) % 2 && !(kinds[k].flags & KIND_QED);
+            if (running_wants(kinds[k].name, k)) {
+                bool few = (round + (int)k) % 2 && !(kinds[k].flags & KIND_QED) && !kinds[k].open;
                 run_round(&kinds[k], few ? ",l2-cache-size=4096,l2-cache-entry-size=512,"
                                            "refcount-cache-size=4096" : "",
-                          (guint32)(opts.seed + round * 1000));
+                          (guint32)(running_options.seed + round * 1000));
             }
         }
     }
     qb_pools_shutdown();
     disk_done();
-    g_free(opts.only);
     return 0;
 }
