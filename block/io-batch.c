@@ -238,6 +238,7 @@ static void begin_batch(BlockDriverState *bs, const Split *s, BdrvRequest *req, 
     } else {
         bdrv_request_begin(req, bs, BDRV_TRACKED_WRITE, offset, end - offset);
         bdrv_request_enter(req);
+        bdrv_request_settle(req);
     }
     *ret_end = end;
 }

@@ -108,6 +108,10 @@ int bdrv_map(BdrvChild *child, BlkQueue *queue, BdrvMapIntent intent, int64_t of
     mapping->layers++;
     mapping->depth = depth;
     int ret = bs->drv->map(bs, queue, intent, offset, bytes, mapping);
+    if (ret == 0 && intent == BDRV_MAP_WRITE && depth > 0) {
+        /* The queue's thread may zero or discard below in the name of other requests: they do not wait. */
+        bdrv_request_settle(&mapping->layer[depth].req);
+    }
     mapping->layer[depth].end = offset + mapping->bytes - bytes_before;
     if (ret < 0) {
         undo_layers(queue, mapping, depth + 1); /* children it had mapped by then */

@@ -106,13 +106,17 @@ static int write_runs_in_place(const Qcow2Io *io, const InPlace *plan)
                              qcow2_io_pos(io, m->guest), 0);
 }
 
-/* Bytes written from @guest on; 0 when the first needs more than that. */
+/* Bytes written from @guest on; 0 when the first needs more than that. Whoever unlinks the clusters
+ * meanwhile may pass, once nothing is left to be serialised for. */
 static int64_t write_in_place(const Qcow2Io *io, uint64_t guest, uint64_t bytes)
 {
     InPlace plan;
     Qcow2User user;
     qcow2_user_announce_writing(io->s, &user);
     int ret = plan_in_place(io, guest, bytes, &plan);
+    if (ret == 0 && plan.bytes == bytes && io->req) {
+        bdrv_request_settle(io->req);
+    }
     if (ret == 0 && plan.n == 1) {
         qcow2_user_resolve(io->s, &user, plan.run[0].host, plan.run[0].bytes);
     }

@@ -9,6 +9,12 @@
  * overlapping requests in order.  Both are taken at begin, which for the requests of blk_submit()
  * is long before a worker picks them up.
  *
+ * A plain request that serialises late, since only then it finds out that it has to, must not lose its
+ * turn to a serialising one that came after it: so those wait for it, until it ends or has settled.
+ * What a driver writes in place, announced, it settles first: whatever the later ones do to the
+ * entries, they do not meet in the host cluster.  Batches settle, as their one request
+ * covers much that they do not write; and so does the fast lane below its topmost layer.
+ *
  * The unit.  A request that was granted a range cannot ask for a wider one: two such requests could
  * wait for one another.  So the core grants ranges that are rounded out to the widest unit the
  * driver changes as one (its cluster), which drivers show in their limits: bdrv_serialising_unit().
@@ -47,6 +53,12 @@ void bdrv_request_enter(BdrvRequest *req)
 {
     assert(req->type != BDRV_TRACKED_READ);
     qb_range_enter(&req->bs->ranges, &req->range);
+}
+
+void bdrv_request_settle(BdrvRequest *req)
+{
+    assert(req->type != BDRV_TRACKED_READ);
+    qb_range_settle(&req->bs->ranges, &req->range);
 }
 
 uint32_t bdrv_serialising_unit(const BlockDriverState *bs)

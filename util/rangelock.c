@@ -15,10 +15,10 @@
  *  1. Tickets rise along the list and are never reused.
  *  2. Two granted requests never overlap.
  *  3. waiters is the number of threads that wait; while it is 0 nobody needs to be woken.
- *  4. No cycle of waits: a granted or entered request waits for nothing, any other waits for
- *     granted or entered ones or for smaller tickets.  A request that goes from ENTERED to
- *     WAITING stops blocking those with smaller tickets in the same moment, and wakes them.  So does
- *     one that is handed over, which goes back to PLAIN with its ticket.
+ *  4. No cycle of waits: a granted, entered or settled request waits for nothing, any other waits
+ *     for such ones or for smaller tickets.  A request that goes from ENTERED to WAITING stops
+ *     blocking those with smaller tickets in the same moment, and wakes them.  So does one that is
+ *     handed over, which goes back to PLAIN with its ticket.
  *  5. A waiting request is overtaken by none that is submitted later and overlaps it: those see a
  *     smaller ticket.  So nobody starves.
  *
@@ -57,6 +57,8 @@ static bool blocks(const QbRangeRequest *other, const QbRangeRequest *r)
     case QB_RANGE_WAITING:
         return earlier;
     case QB_RANGE_ENTERED:
+        return r->wait_plain || earlier;
+    case QB_RANGE_SETTLED:
         return r->wait_plain || (earlier && r->state == QB_RANGE_PLAIN);
     case QB_RANGE_PLAIN:
         return earlier;
@@ -151,20 +153,12 @@ static void wait_unblocked_locked(QbRangeLock *l, const QbRangeRequest *r) QB_RE
     l->waiters--;
 }
 
-/* Serialising requests that had to see whether it would serialise too may go on. */
-static void become_entered_locked(QbRangeLock *l, QbRangeRequest *r) QB_REQUIRES(l->lock)
-{
-    qb_mutex_assert_held(&l->lock);
-    r->state = QB_RANGE_ENTERED;
-    wake_locked(l);
-}
-
 void qb_range_enter(QbRangeLock *l, QbRangeRequest *r)
 {
     QB_GUARD(&l->lock);
     assert(r->state == QB_RANGE_PLAIN);
     wait_unblocked_locked(l, r);
-    become_entered_locked(l, r);
+    r->state = QB_RANGE_ENTERED; /* nobody to wake: it blocks whom it blocked before */
 }
 
 bool qb_range_try_enter(QbRangeLock *l, QbRangeRequest *r)
@@ -174,7 +168,7 @@ bool qb_range_try_enter(QbRangeLock *l, QbRangeRequest *r)
     if (is_blocked_locked(l, r)) {
         return false;
     }
-    become_entered_locked(l, r);
+    r->state = QB_RANGE_ENTERED;
     return true;
 }
 
@@ -245,6 +239,16 @@ void qb_range_hand_over(QbRangeLock *l, QbRangeRequest *from, QbRangeRequest *to
     relink_locked(l, to);
     *from = (QbRangeRequest){.state = QB_RANGE_IDLE};
     wake_locked(l); /* those that a granted range kept away and a smaller ticket lets through */
+}
+
+void qb_range_settle(QbRangeLock *l, QbRangeRequest *r)
+{
+    QB_GUARD(&l->lock);
+    assert(r->state >= QB_RANGE_ENTERED && r->state != QB_RANGE_WAITING);
+    if (r->state == QB_RANGE_ENTERED) {
+        r->state = QB_RANGE_SETTLED;
+        wake_locked(l);
+    }
 }
 
 void qb_range_leave(QbRangeLock *l, QbRangeRequest *r)

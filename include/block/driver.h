@@ -75,6 +75,11 @@ typedef struct BdrvRequest {
  */
 void bdrv_request_serialise(BdrvRequest *req, int64_t offset, int64_t bytes);
 /*
+ * A write that was not made serialising will not be, and may be passed by serialising requests that came
+ * later: what it does now is right whatever they do meanwhile.  Until then, or its end, they wait.
+ */
+void bdrv_request_settle(BdrvRequest *req);
+/*
  * Work of a driver that no request asks for.  begin() counts it like a request, which drains of the
  * node and of those below it wait for, and lets whole-node operations and truncations that came
  * earlier end first (later ones wait for it).  False: the node is quiesced, not now.  Graph lock held

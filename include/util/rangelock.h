@@ -3,15 +3,16 @@
  *
  * A request draws its ticket when it is submitted (not when a worker picks it up).  It starts
  * PLAIN.  A request that turns out to change the map becomes SERIALISING for a range, and waits
- * until it is GRANTED.
+ * until it is GRANTED.  One that knows that it will not, and that may be passed, is SETTLED.
  *
- *   submit ---> PLAIN --serialise()--> WAITING --> GRANTED --> done
- *                  \------------------ enter() ---------------/
+ *   submit ---> PLAIN --serialise()--> WAITING --> GRANTED ------------> done
+ *                  \ enter()             ^                              /
+ *                   '---------------> ENTERED --settle()--> SETTLED ----'
  *
  * Who waits for whom (ranges overlapping, S = serialising and not done, t = ticket):
  *   a plain request entering            waits for all with smaller t, and for S that is granted
  *   a serialising request               waits for S with smaller t or granted, for plain requests
- *                                       with smaller t that have not entered (they may serialise),
+ *                                       with smaller t that have not settled (they may serialise),
  *                                       and, if asked to, for all plain ones that have entered
  * A granted request waits for nothing any more, and all others wait for smaller tickets or granted
  * ones only: the graph of waits has no cycle.
@@ -28,7 +29,8 @@
 typedef enum QbRangeState {
     QB_RANGE_IDLE,    /* not in the lock */
     QB_RANGE_PLAIN,   /* submitted, not entered */
-    QB_RANGE_ENTERED, /* plain and running */
+    QB_RANGE_ENTERED, /* plain and running, may still serialise */
+    QB_RANGE_SETTLED, /* plain and running, will not; later serialising ones may pass */
     QB_RANGE_WAITING, /* serialising, not granted */
     QB_RANGE_GRANTED, /* serialising and running */
 } QbRangeState;
@@ -60,6 +62,9 @@ void qb_range_submit(QbRangeLock *l, QbRangeRequest *r, uint64_t offset, uint64_
 void qb_range_enter(QbRangeLock *l, QbRangeRequest *r);
 /* As qb_range_enter(), but returns false at once instead of waiting. */
 bool qb_range_try_enter(QbRangeLock *l, QbRangeRequest *r);
+/* @r, which has entered, lets serialising requests with larger tickets pass, and serialises no more. Does
+ * nothing to a granted one. */
+void qb_range_settle(QbRangeLock *l, QbRangeRequest *r);
 /* Turns @r (submitted or entered) serialising for [offset, offset + bytes), which must contain its
  * own range, and waits until it is granted. Calling it again for a contained range does nothing; a
  * granted request cannot be widened, nor made to wait for plain ones afterwards. */

@@ -167,7 +167,9 @@ static void test_try_serialise(void)
     g_assert_cmpint(state_of(&r), ==, QB_RANGE_ENTERED);
     g_assert_cmpuint(r.req.offset, ==, K);
     g_assert_cmpuint(r.req.end, ==, 2 * K);
-    g_assert_true(qb_range_try_serialise(&l, &r.req, K, 3 * K)); /* not for those that entered */
+    g_assert_false(qb_range_try_serialise(&l, &r.req, K, 3 * K)); /* so may one that entered */
+    qb_range_settle(&l, &entered.req);
+    g_assert_true(qb_range_try_serialise(&l, &r.req, K, 3 * K));
     g_assert_cmpint(state_of(&r), ==, QB_RANGE_GRANTED);
     g_assert_true(qb_range_try_serialise(&l, &beside.req, 4 * K, K));
     leave(&beside);
@@ -195,9 +197,10 @@ static void test_waiting_blocks_later_plain(void)
     expect_granted(&holder);
     g_assert_cmpint(serialise(&s, 0, 2 * K, false), ==, QB_RANGE_WAITING);
     g_assert_true(qb_range_try_enter(&l, &earlier.req));
+    qb_range_settle(&l, &earlier.req);
     g_assert_false(qb_range_try_enter(&l, &later.req));
     leave(&holder);
-    expect_granted(&s); /* it does not wait for plain ones that have entered */
+    expect_granted(&s); /* it does not wait for plain ones that have settled */
     leave(&s);
     leave(&earlier);
     g_assert_true(qb_range_try_enter(&l, &later.req));
@@ -328,6 +331,33 @@ static void test_entered_turns_serialising(void)
     expect_granted(&b);
     leave(&b);
     qb_range_lock_destroy(&l);
+}
+
+/* Nor does it lose its turn to a later one, unless it has said that it will not serialise. */
+static void test_entered_keeps_its_turn(void)
+{
+    QbRangeLock l;
+    Actor a, b;
+    for (int settled = 0; settled < 2; settled++) {
+        qb_range_lock_init(&l);
+        submit(&l, &a, 0, K);
+        submit(&l, &b, 0, K);
+        g_assert_true(qb_range_try_enter(&l, &a.req));
+        g_assert_cmpint(serialise(&b, 0, K, false), ==, QB_RANGE_WAITING);
+        if (settled) {
+            qb_range_settle(&l, &a.req);
+            expect_granted(&b);
+            leave(&a);
+        } else {
+            serialise(&a, 0, K, false);
+            expect_granted(&a);
+            g_assert_cmpint(state_of(&b), ==, QB_RANGE_WAITING);
+            leave(&a);
+            expect_granted(&b);
+        }
+        leave(&b);
+        qb_range_lock_destroy(&l);
+    }
 }
 
 static void test_widening(void)
@@ -510,6 +540,7 @@ int main(int argc, char **argv)
     g_test_add_func("/rangelock/wait-plain", test_wait_plain);
     g_test_add_func("/rangelock/wait-plain-not-entered", test_wait_plain_not_entered);
     g_test_add_func("/rangelock/entered-turns-serialising", test_entered_turns_serialising);
+    g_test_add_func("/rangelock/entered-keeps-its-turn", test_entered_keeps_its_turn);
     g_test_add_func("/rangelock/widening", test_widening);
     g_test_add_func("/rangelock/infinity-and-nothing", test_infinity_and_nothing);
     g_test_add_func("/rangelock/enter-waits", test_enter_waits);
