@@ -58,6 +58,9 @@ int bdrv_backing_reads_zero(BlockDriverState *bs, int64_t offset, int64_t bytes)
 
 int64_t bdrv_backing_end(BlockDriverState *bs, bool may_be_backed)
 {
+    if (bs->open_flags & BDRV_O_BACKING_LATER) {
+        return INT64_MAX; /* that one may be longer than what there is now */
+    }
     if (bs->backing) {
         return bdrv_getlength(bs->backing->bs);
     }

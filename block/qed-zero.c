@@ -34,7 +34,7 @@ typedef struct Clear {
 
 static bool is_backed(BlockDriverState *bs)
 {
-    return bs->backing || *bdrv_backing_name(bs);
+    return bs->backing || *bdrv_backing_name(bs) || (bs->open_flags & BDRV_O_BACKING_LATER);
 }
 
 /* ---------------------------------------------------------------- steps */
