@@ -10,7 +10,9 @@
  * then it is counted as it will be.  Repaired are: a preallocated zero cluster at an impossible
  * place loses the place; bits that no reader looks at are cleared (reserved ones, COPIED on
  * compressed clusters); the subcluster bitmap of a compressed cluster becomes zero, as the format
- * has it; the place of data in an external data file becomes the only one it can be.
+ * has it; the place of data in an external data file becomes the only one it can be.  Entries that
+ * lead nowhere are counted as they are, and repaired when all owners are known
+ * (qcow2-check-lost.c).
  *
  * Invariants
  *   1. A data entry that is not aligned keeps the cluster it points into from being freed.
@@ -157,7 +159,7 @@ static void check_compressed(EntryCheck *x)
     c->res->allocated_clusters += x->t->active_refs;
     c->res->compressed_clusters += x->t->active_refs;
     c->res->fragmented_clusters += x->t->active_refs;
-    qcow2_check_count(c, host, bytes, x->t->refs, QCOW2_REF_COMP);
+    c->lost_entries += !qcow2_check_count(c, host, bytes, x->t->refs, QCOW2_REF_COMP);
 }
 
 /* Readers mask reserved bits, so clearing them changes nothing; but the zero bit of version 2,
@@ -190,6 +192,7 @@ static void check_subclusters(EntryCheck *x, uint64_t offset, bool allocated)
 {
     uint32_t alloc = (uint32_t)x->e.bitmap, zero = x->e.bitmap >> 32;
     if (!allocated && alloc) {
+        x->c->lost_entries++;
         qcow2_check_report(x->c, BDRV_FINDING_CORRUPTION, false, "subcluster-bitmap", x->t->offset,
                            "ERROR: Unallocated cluster has non-zero subcluster allocation map");
     } else if (alloc & zero) {
@@ -216,8 +219,9 @@ static void check_misaligned(EntryCheck *x, uint64_t offset)
     Qcow2Check *c = x->c;
     BDRVQcow2State *s = c->s;
     bool data = s->has_subclusters ? (uint32_t)x->e.bitmap : !(x->e.entry & QCOW2_ENTRY_ZERO);
-    uint64_t was = x->e.entry;
+    uint64_t was = x->e.entry, start = qcow2_start_of_cluster(s, offset);
     if (data) {
+        c->lost_entries++;
         qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "data-unaligned", x->t->offset,
                            "ERROR offset=%" PRIx64
                            ": Data cluster is not properly aligned; L2 entry corrupted.",
@@ -231,11 +235,13 @@ static void check_misaligned(EntryCheck *x, uint64_t offset)
             x->e = becomes;
         }
     }
-    if (x->e.entry == was) {
-        qcow2_check_count(c, qcow2_start_of_cluster(s, offset), s->cluster_size, x->t->refs,
-                          QCOW2_REF_DATA);
-        c->copied_uncounted |= is_active(x);
+    if (x->e.entry != was) {
+        return;
     }
+    if (qcow2_check_is_inside(c, start, s->cluster_size)) {
+        qcow2_check_count(c, start, s->cluster_size, x->t->refs, QCOW2_REF_DATA);
+    }
+    c->copied_uncounted |= is_active(x);
 }
 
 /* Guest data lies in the data file where the guest has it, so an entry can say nothing else. */
@@ -270,6 +276,7 @@ static void count_data(EntryCheck *x, uint64_t offset)
     }
     if (!qcow2_check_count(c, offset, c->s->cluster_size, x->t->refs, flags)) {
         c->copied_uncounted |= is_active(x) && copied;
+        c->lost_entries++;
     }
 }
 

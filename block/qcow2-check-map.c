@@ -259,7 +259,8 @@ void qcow2_refmap_clear_kind(Qcow2RefMap *map, uint64_t first, uint64_t n, unsig
         uint8_t *flags = &leaf->flags[c % QCOW2_REF_LEAF];
         *flags &= ~kind;
         unsigned kinds = *flags & QCOW2_REF_KINDS;
-        if ((kinds & (kinds - 1)) == 0) {
+        bool twice = kinds == QCOW2_REF_META && qcow2_refleaf_count(leaf, c % QCOW2_REF_LEAF) > 1;
+        if ((kinds & (kinds - 1)) == 0 && !twice) {
             *flags &= ~QCOW2_REF_ALIAS;
         }
     }

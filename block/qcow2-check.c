@@ -13,7 +13,9 @@
  *     qcow2-check-compare.c  the refcount structure, and every count on disk against the map
  *     qcow2-check-copied.c   COPIED flags against counts
  *     qcow2-rebuild.c        repair of refcounts: raise, hook up new blocks, lower
- *     qcow2-check-alias.c    repair of guest data that has a second owner
+ *     qcow2-check-moves.c    L2 entries that a repair makes point elsewhere
+ *     qcow2-check-alias.c      guest data that has a second owner
+ *     qcow2-check-lost.c       entries that lead nowhere
  *
  * Findings are records given to a callback; nothing is printed here.  A repair adds a second
  * record, "Repairing ...", of the class that is counted nowhere.
@@ -34,7 +36,7 @@
  *     possible the finding stays.
  *  5. Corrupt and dirty bits are cleared only when no error is left.
  *
- * Not done: guessing.  An entry that points nowhere is left as it is.
+ * Not done: guessing.  What is lost reads as an error, until it is written.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -383,12 +385,12 @@ static bool repair_errors(Qcow2Check *c)
     }
     qcow2_check_release_structure(c);
     qcow2_check_make_bitmap_tables(c);
-    Qcow2Moves *moves = qcow2_check_copy_aliases(c);
+    Qcow2Moves *moves = qcow2_check_plan_moves(c);
     if (c->s->version < 3) {
         qcow2_check_copied(c, true, true);
     }
     bool raised = qcow2_check_raise(c);
-    qcow2_check_relink_aliases(c, moves, raised);
+    qcow2_check_make_moves(c, moves, raised);
     if (raised) {
         qcow2_check_link_bitmap_tables(c);
     }

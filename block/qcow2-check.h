@@ -129,6 +129,7 @@ typedef struct Qcow2Check {
     uint64_t file_bytes, nb_clusters;
     bool incomplete;         /* something was not read: there may be more references */
     bool lost;               /* an L1 entry, a snapshot or a bitmap leads nowhere */
+    uint64_t lost_entries;   /* findings of L2 entries that do */
     bool keep_leaks;         /* and what looks leaked may be its own */
     bool touched;            /* the image was written: caches are stale */
     bool write_failed;       /* a repair stopped half-way */
@@ -293,14 +294,67 @@ void qcow2_check_release_structure(Qcow2Check *c);
  * structure is as planned. Afterwards c->copied_suspect speaks of the counts as they are now. */
 void qcow2_check_verify(Qcow2Check *c, bool hooked_up);
 
+/* ======================= qcow2-check-moves.c: entries to point elsewhere ======================= */
+
+typedef struct Qcow2Moves {
+    GArray *moves;       /* Move */
+    GHashTable *aliases; /* cluster -> Alias */
+    uint8_t *buf;        /* a cluster */
+    uint64_t dead_end;   /* a stream that cannot be unpacked, 0: none made yet */
+} Qcow2Moves;
+
+/* An L2 entry in hand. */
+typedef struct Qcow2EntryMove {
+    Qcow2Check *c;
+    Qcow2Moves *m;
+    const Qcow2CheckTable *t;
+    uint32_t index;
+    Qcow2L2Entry e;
+    uint64_t host, bytes; /* where it leads: to the end of the stream, or of the cluster */
+} Qcow2EntryMove;
+
+/* Decides what becomes of entries that lead nowhere or to another's cluster, and writes what they
+ * will refer to. Nothing refers to it yet, but the map counts as if. NULL when there is nothing to
+ * do. */
+Qcow2Moves *qcow2_check_plan_moves(Qcow2Check *c);
+/* Rewrites the entries, stable on return. @go: what they will refer to and its counts are stable;
+ * else only frees @moves, which may be NULL. */
+void qcow2_check_make_moves(Qcow2Check *c, Qcow2Moves *moves, bool go);
+
+/* For those who decide. May the entry be rewritten? */
+bool qcow2_move_possible(const Qcow2EntryMove *x);
+/* A new cluster with @data, counted for the entry; *ret: the entry that points there. */
+bool qcow2_move_to_new_cluster(const Qcow2EntryMove *x, const uint8_t *data, Qcow2L2Entry *ret);
+/* The map no longer counts what the entry refers to. */
+void qcow2_move_leave(const Qcow2EntryMove *x);
+/* Puts the move on the list; @code and @what are literals. @finding: one finding is repaired by it
+ * that has been counted. */
+void qcow2_move_add(const Qcow2EntryMove *x, Qcow2L2Entry becomes, const char *code,
+                    const char *what, bool finding);
+/* Reads from the file, zeroes behind its end; a failure is reported. */
+int qcow2_move_read(Qcow2Check *c, uint64_t offset, size_t bytes, uint8_t *buf);
+
 /* ======================= qcow2-check-alias.c: two owners of one cluster ======================= */
 
-typedef struct Qcow2Moves Qcow2Moves;
-/* Copies guest data that lies in a cluster with another owner to clusters of its own. Nothing
- * refers to the copies yet, but the map counts as if. NULL when there is nothing to do. */
-Qcow2Moves *qcow2_check_copy_aliases(Qcow2Check *c);
-/* Makes the entries point to the copies, stable on return. @go: copies and counts are stable; else
- * only frees @moves, which may be NULL. */
-void qcow2_check_relink_aliases(Qcow2Check *c, Qcow2Moves *moves, bool go);
+/* Fills m->aliases. */
+void qcow2_check_find_aliases(Qcow2Check *c, Qcow2Moves *m);
+/* Data, or a stream, that may have to move. */
+void qcow2_check_move_aliased(const Qcow2EntryMove *x);
+/* The entry stays where it is. */
+void qcow2_check_alias_stays(const Qcow2EntryMove *x);
+/* Where all data, or all streams, have left, the other owner is alone in the map. */
+void qcow2_check_forget_owners(Qcow2Check *c, const Qcow2Moves *m);
+
+/* ======================= qcow2-check-lost.c: entries that lead nowhere ======================= */
+
+#define QCOW2_SAY_GIVEN_UP "lost; reading it fails until it is written"
+/* Does the entry mean data of which nobody can say where they are? */
+bool qcow2_check_leads_nowhere(const Qcow2Check *c, Qcow2L2Entry e);
+/* Decides what becomes of it. */
+void qcow2_check_replace_lost(const Qcow2EntryMove *x);
+/* *ret: an entry that reads as an error. */
+bool qcow2_check_dead_end(const Qcow2EntryMove *x, Qcow2L2Entry *ret);
+/* Is nothing of the cluster data? */
+bool qcow2_check_reads_as_zero(const BDRVQcow2State *s, Qcow2L2Entry e);
 
 #endif
