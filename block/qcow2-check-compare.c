@@ -391,6 +391,7 @@ void qcow2_check_compare(Qcow2Check *c)
     }
     compare_batch(c, &cur, indices, n, buf);
     compare_uncounted(c, &cur, UINT64_MAX, NULL);
+    c->compared = true;
 }
 
 /* ---------------------------------------------------------------- single counts */
@@ -424,7 +425,7 @@ bool qcow2_check_disk_count(Qcow2Check *c, uint64_t cluster, uint64_t *ret)
     if (!block || (!is_readable(block) && block->state != QCOW2_BLOCK_UNREADABLE)) {
         return true;
     }
-    bool differs = block->todo & (QCOW2_BLOCK_RAISE | QCOW2_BLOCK_LOWER);
+    bool differs = !c->compared || (block->todo & (QCOW2_BLOCK_RAISE | QCOW2_BLOCK_LOWER));
     if (block->state == QCOW2_BLOCK_SOUND && !differs) {
         *ret = MIN(qcow2_refmap_count(c->map, cluster), c->s->refcount_max);
         return true;

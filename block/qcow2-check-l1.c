@@ -84,10 +84,27 @@ static int bound_by_entries(const Qcow2WalkTable *table, void *opaque)
     return qcow2_check_cancelled(b->c) ? -EINTR : 0;
 }
 
+/* The first @n entries of L1, without those that name a table again, or one that cannot be read: a
+ * hostile one names one table a million times. */
+static uint64_t *each_table_once(const Qcow2Check *c, uint64_t n)
+{
+    uint64_t *be = g_memdup2(c->be_l1, n * sizeof(*be));
+    g_autoptr(GHashTable) seen = g_hash_table_new(NULL, NULL);
+    for (uint64_t i = 0; i < n; i++) {
+        uint64_t offset = be64toh(be[i]) & QCOW2_ENTRY_OFFSET_MASK;
+        if (offset >= c->file_bytes || qcow2_offset_into_cluster(c->s, offset) ||
+            !g_hash_table_add(seen, (gpointer)(uintptr_t)offset)) {
+            be[i] = 0;
+        }
+    }
+    return be;
+}
+
 static void bound_by_data(const Qcow2Check *c, uint64_t begin, uint64_t needed, uint64_t *end)
 {
     DataBound b = {.c = c, .begin = begin, .end = end};
-    Qcow2WalkSource src = {.be_l1 = c->be_l1, .l1_size = needed};
+    g_autofree uint64_t *be_l1 = each_table_once(c, needed);
+    Qcow2WalkSource src = {.be_l1 = be_l1, .l1_size = needed};
     qcow2_walk_tables(c->bs, &src, 0, c->s->header.size, bound_by_entries, &b);
 }
 

@@ -316,6 +316,11 @@ static void check_table(Qcow2Check *c, const Qcow2CheckTable *t, const uint8_t *
     }
 }
 
+void qcow2_check_l2_table(Qcow2Check *c, guint index)
+{
+    qcow2_check_for_tables(c, index, 1, check_table, NULL);
+}
+
 void qcow2_check_l2_tables(Qcow2Check *c)
 {
     guint n = c->tables->len;

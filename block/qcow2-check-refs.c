@@ -19,7 +19,7 @@
  *   3. Active tables come first, in L1 order; the others by host offset.
  *
  * An L1 entry that is not aligned keeps the cluster it points into from being freed, but nothing is
- * read through it.
+ * read through it (qcow2-check-find.c looks for its table).
  *
  * SPDX-License-Identifier: MIT
  */
@@ -98,15 +98,25 @@ static void add_table(Qcow2Check *c, uint64_t offset, uint64_t times, bool activ
     t->flags |= flags;
 }
 
-static void misaligned_l1_entry(Qcow2Check *c, uint64_t offset, uint64_t times)
+void qcow2_check_bad_l1_entry(Qcow2Check *c, const Qcow2LostTable *lost)
 {
     BDRVQcow2State *s = c->s;
-    qcow2_check_count(c, qcow2_start_of_cluster(s, offset), s->cluster_size, times, QCOW2_REF_L2);
+    uint64_t offset = lost->entry & QCOW2_ENTRY_OFFSET_MASK;
+    uint64_t start = qcow2_start_of_cluster(s, offset);
+    c->lost = true;
+    c->copied_uncounted |= lost->l1_index != UINT32_MAX;
+    if (!qcow2_offset_into_cluster(s, offset)) {
+        qcow2_check_inside(c, offset, s->cluster_size);
+        return;
+    }
+    c->keep_leaks = true; /* they may be all that the table maps */
+    if (qcow2_check_is_inside(c, start, s->cluster_size)) {
+        qcow2_check_count(c, start, s->cluster_size, lost->times, QCOW2_REF_L2);
+    }
     qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "l1-entry-unaligned", offset,
                        "ERROR l2_offset=%" PRIx64
                        ": Table is not cluster aligned; L1 entry corrupted",
                        offset);
-    c->lost = true;
 }
 
 /* Readers mask reserved bits; and COPIED without a table is one more of them. */
@@ -136,14 +146,13 @@ static void check_l1_entry(Qcow2Check *c, uint64_t pos, uint64_t entry, uint64_t
     if (!offset) {
         return;
     }
-    if (qcow2_offset_into_cluster(s, offset)) {
-        misaligned_l1_entry(c, offset, times);
-        return;
-    }
     unsigned copied = entry & QCOW2_ENTRY_COPIED ? QCOW2_REF_COPIED : QCOW2_REF_SHARED;
-    if (!qcow2_check_inside(c, offset, s->cluster_size)) {
-        c->lost = true;
-        c->copied_uncounted |= active && copied == QCOW2_REF_COPIED;
+    if (qcow2_offset_into_cluster(s, offset) ||
+        !qcow2_check_is_inside(c, offset, s->cluster_size)) {
+        Qcow2LostTable lost = {pos, entry & ~QCOW2_L1_RESERVED_MASK, times, l1_index};
+        if (!qcow2_check_look_for_table(c, &lost)) {
+            qcow2_check_bad_l1_entry(c, &lost);
+        }
         return;
     }
     add_table(c, offset, times, active, l1_index, active ? copied : 0);

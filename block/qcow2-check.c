@@ -7,6 +7,7 @@
  *     qcow2-check-l1.c         an active L1 that is too long or too short
  *     qcow2-check-l2.c         L2 tables, each read once however many L1s name it
  *     qcow2-check-scan.c       those in which nothing is odd, on all cores
+ *     qcow2-check-find.c       L1 entries that lead nowhere, and their tables
  *     qcow2-check-fixes.c      entries that a repair rewrites
  *     qcow2-check-bitmaps.c    stored bitmaps
  *     qcow2-check-map.c        the counts that come of it, in memory
@@ -326,6 +327,7 @@ static bool begin(Qcow2Check *c, GError **errp)
     g_array_set_clear_func(c->entry_fixes, clear_entry_fix);
     c->table_fixes = g_array_new(false, false, sizeof(Qcow2TableFix));
     g_array_set_clear_func(c->table_fixes, clear_table_fix);
+    c->lost_tables = g_array_new(false, false, sizeof(Qcow2LostTable));
     c->taken = g_hash_table_new(NULL, NULL);
     return true;
 }
@@ -338,6 +340,7 @@ static void end(Qcow2Check *c)
     g_clear_pointer(&c->tables, g_array_unref);
     g_clear_pointer(&c->entry_fixes, g_array_unref);
     g_clear_pointer(&c->table_fixes, g_array_unref);
+    g_clear_pointer(&c->lost_tables, g_array_unref);
     g_clear_pointer(&c->table_index, g_hash_table_unref);
     g_clear_pointer(&c->taken, g_hash_table_unref);
     g_free(c->blocks);
@@ -472,6 +475,7 @@ static bool run(Qcow2Check *c, GError **errp)
         return false;
     }
     qcow2_check_refcount_structure(c);
+    qcow2_check_find_tables(c);
     qcow2_check_apply_fixes(c);
     BdrvCheckResult before = *c->res;
     qcow2_check_compare(c);

@@ -111,6 +111,13 @@ typedef struct Qcow2EntryFix {
     bool done;
 } Qcow2EntryFix;
 
+/* An L1 entry at @pos that leads nowhere. */
+typedef struct Qcow2LostTable {
+    uint64_t pos, entry;
+    uint64_t times;    /* L1 tables that have it */
+    uint32_t l1_index; /* as above */
+} Qcow2LostTable;
+
 /* A table of a bitmap that a repair makes anew. */
 typedef struct Qcow2TableFix {
     uint64_t pos;      /* of the directory entry, in the file */
@@ -134,6 +141,7 @@ typedef struct Qcow2Check {
     bool touched;            /* the image was written: caches are stale */
     bool write_failed;       /* a repair stopped half-way */
     bool quiet;              /* findings are counted, not told */
+    bool compared;           /* todo of blocks says where they differ from the map */
     bool copied_suspect;     /* some COPIED flag is wrong, by the map */
     bool copied_uncounted;   /* same, of an entry that is not in the map */
     Qcow2RefMap *map;
@@ -145,6 +153,7 @@ typedef struct Qcow2Check {
     GHashTable *table_index; /* offset -> position in tables, while they are collected */
     GArray *entry_fixes;     /* Qcow2EntryFix */
     GArray *table_fixes;     /* Qcow2TableFix */
+    GArray *lost_tables;     /* Qcow2LostTable */
     bool snapshots_broken;   /* the table is to be written again */
     uint64_t snapshot_faults;
     /* refcount structure; see qcow2-check-compare.c and qcow2-rebuild.c */
@@ -198,6 +207,17 @@ void qcow2_check_overflow(uint64_t cluster, void *opaque);
 bool qcow2_check_count(Qcow2Check *c, uint64_t offset, uint64_t bytes, uint64_t times,
                        unsigned flags);
 
+/* Reports an L1 entry that leads nowhere, and whose table has not been found. */
+void qcow2_check_bad_l1_entry(Qcow2Check *c, const Qcow2LostTable *lost);
+
+/* ======================= qcow2-check-find.c: L1 entries that lead nowhere ======================= */
+
+/* Is its table to be looked for? If not, it is to be reported now. */
+bool qcow2_check_look_for_table(Qcow2Check *c, const Qcow2LostTable *lost);
+/* Looks for them all, once everything else is counted; what is found, or is not there, is put on
+ * the list of entries to be rewritten, the rest is reported. */
+void qcow2_check_find_tables(Qcow2Check *c);
+
 /* ======================= qcow2-check-l1.c: the length of the active L1 ======================= */
 
 /* Reports an L1 table that runs into another structure, or is too short for the disk; c->l1_size
@@ -212,8 +232,9 @@ enum { QCOW2_CHECK_WALK = 1024 }; /* tables at once */
 /* qcow2_walk_tables() over at most QCOW2_CHECK_WALK tables from @first on, whose l1_index counts
  * from 0; those in holes of the file are left out. Any thread. */
 int qcow2_check_walk(const Qcow2Check *c, guint first, guint n, Qcow2TableFn fn, void *opaque);
-/* Judges and counts all entries of all tables. */
+/* Judges and counts all entries of all tables, or of table @index. */
 void qcow2_check_l2_tables(Qcow2Check *c);
+void qcow2_check_l2_table(Qcow2Check *c, guint index);
 /* Calls @fn for tables [first, first + n) of c->tables that can be read, in order; @entries holds
  * the table as on disk. Unreadable ones are reported, those in holes
  * of the file have no entries. */

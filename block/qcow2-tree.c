@@ -17,7 +17,8 @@
  *     held.
  *
  * Memory: 16 bytes per run, so at most as much as the metadata really refers to, however large a
- * header claims the image to be.
+ * header claims the image to be.  An L1 that names the same few tables a million times, which
+ * nobody makes but to harm, is refused.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -98,6 +99,25 @@ static void collect_tables(const BDRVQcow2State *s, const uint64_t *be_l1, uint6
     }
 }
 
+/* Are most of the tables that @be_l1 names the same ones? */
+static bool repeats_itself(const uint64_t *be_l1, uint64_t n)
+{
+    enum { SMALL = 1024 };
+    uint64_t named = 0;
+    if (n <= SMALL) {
+        return false;
+    }
+    g_autoptr(GHashTable) tables = g_hash_table_new(NULL, NULL);
+    for (uint64_t i = 0; i < n; i++) {
+        uint64_t offset = qb_ldbe64(&be_l1[i]) & QCOW2_ENTRY_OFFSET_MASK;
+        if (offset) {
+            named++;
+            g_hash_table_add(tables, (gpointer)(uintptr_t)offset);
+        }
+    }
+    return named > SMALL + 2 * (uint64_t)g_hash_table_size(tables);
+}
+
 typedef struct CollectAll {
     BlockDriverState *bs;
     const Qcow2WalkSource *src;
@@ -136,6 +156,9 @@ int qcow2_tree_collect(BlockDriverState *bs, const Qcow2WalkSource *src, GArray 
         uint32_t size;
         be_l1 = active = qcow2_l1_dup_be(s, &size);
         n = size;
+    }
+    if (repeats_itself(be_l1, n)) {
+        return -EMLINK;
     }
     int ret = collect_all_data(bs, src, n, runs);
     if (ret == 0) {
