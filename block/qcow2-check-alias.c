@@ -142,7 +142,8 @@ static bool move_stream(const Qcow2EntryMove *x)
         becomes.bitmap = UINT32_MAX; /* all of them are allocated */
     }
     qcow2_move_add(x, becomes, "cluster-shared",
-                   is_stream ? "compressed data unpacked to the cluster at" : QCOW2_SAY_GIVEN_UP, false);
+                   is_stream ? "compressed data unpacked to the cluster at" : QCOW2_SAY_GIVEN_UP,
+                   false);
     qcow2_move_leave(x);
     return true;
 }

@@ -18,8 +18,8 @@
  * Invariants
  *   1. Directory, tables and data have one owner.  A table that lies where something else was
  *      counted before is reported by the comparison, and nothing is read through it: so no part of
- *      the file is read twice, whatever the directory claims.  The directory, of which there is one, is read
- *      in any case: if guest data lies there by mistake, it is that which moves.
+ *      the file is read twice, whatever the directory claims.  The directory, of which there is one,
+ *      is read in any case: if guest data lies there by mistake, it is that which moves.
  *   2. A repair changes a table by single entries in place, or the directory by one write of the
  *      place and length of a table whose content and counts are stable.
  *
@@ -71,13 +71,6 @@ static bool read_meta(Qcow2Check *c, uint64_t offset, size_t bytes, void *buf)
                            offset, g_strerror(-ret));
     }
     return ret == 0;
-}
-
-/* Something refers to clusters that will look leaked: they are kept, for whoever can read it. */
-static void not_followed(Qcow2Check *c)
-{
-    c->lost = true;
-    c->keep_leaks = true;
 }
 
 /* Not behind the back of a session that has the directory in memory. */
@@ -165,7 +158,7 @@ static void check_table(Qcow2Check *c, const Bitmap *b)
     if (wrong) {
         bad(c, "bitmap-table", b->offset, "invalid bitmap table offset or size", b->offset);
         if (!plan_new_table(c, b)) {
-            not_followed(c);
+            qcow2_check_not_followed(c);
         }
     } else if (may_repair(c) && is_taken(c, b->offset, bytes)) {
         bad(c, "bitmap-table", b->offset, "bitmap table is not alone in its place", b->offset);
@@ -175,7 +168,7 @@ static void check_table(Qcow2Check *c, const Bitmap *b)
     } else if (claim(c, b->offset, bytes)) {
         check_table_entries(c, b);
     } else {
-        not_followed(c);
+        qcow2_check_not_followed(c);
     }
 }
 
@@ -241,7 +234,7 @@ static void claim_table(Qcow2Check *c, const Bitmap *b)
     if (sane && claim(c, b->offset, bytes)) {
         check_table_entries(c, b);
     } else {
-        not_followed(c);
+        qcow2_check_not_followed(c);
     }
 }
 
@@ -255,7 +248,7 @@ static void check_entries(Qcow2Check *c, const uint8_t *dir, uint64_t offset, ui
         uint64_t len = parse_entry(dir + pos, bytes - pos, offset + pos, &b);
         if (!len) {
             bad(c, "bitmap-directory", offset, "bitmap directory entry is cut off", n);
-            not_followed(c);
+            qcow2_check_not_followed(c);
             return;
         }
         if (is_understood(c, &b, dir + pos, names)) {
@@ -275,11 +268,11 @@ static void check_directory(Qcow2Check *c, uint64_t offset, uint64_t bytes, uint
     if (!bytes || bytes > QCOW2_MAX_BITMAP_DIRECTORY_BYTES ||
         qcow2_offset_into_cluster(c->s, offset)) {
         bad(c, "bitmap-directory", offset, "invalid bitmap directory size", bytes);
-        not_followed(c);
+        qcow2_check_not_followed(c);
         return;
     }
     if (!qcow2_check_count(c, offset, bytes, 1, QCOW2_REF_META)) {
-        not_followed(c);
+        qcow2_check_not_followed(c);
         return;
     }
     g_autofree uint8_t *dir = g_malloc(bytes);
@@ -296,7 +289,7 @@ void qcow2_check_bitmaps(Qcow2Check *c)
         return;
     }
     if (!qcow2_bitmaps_settled(c->s)) {
-        not_followed(c); /* tables in memory refer to more */
+        qcow2_check_not_followed(c); /* tables in memory refer to more */
     }
     check_directory(c, qb_ldbe64(ext->data + QCOW2_BITMAP_EXT_DIR_OFFSET),
                     qb_ldbe64(ext->data + QCOW2_BITMAP_EXT_DIR_BYTES),

@@ -19,7 +19,7 @@
  * Invariants
  *   1. A cluster without a leaf has count 0 and no flags.
  *   2. A count that passes the cap, the width of refcounts in the image, is reported; it is kept
- *      as it is (up to 2^32-1), so that references can be taken back.
+ *      as it is, so that references can be taken back.  One that came to 2^32-1 stays there.
  *   3. ALIAS is set once two owners were seen that cannot both be right:
  *        META with anything; L2 with DATA or COMP; DATA with COMP; active data twice.
  *      Data of two trees (active, snapshots), and compressed streams among themselves, share.
@@ -244,6 +244,9 @@ void qcow2_refmap_sub(Qcow2RefMap *map, uint64_t first, uint64_t n, uint64_t tim
         unsigned slot = c % QCOW2_REF_LEAF;
         uint32_t count = qcow2_refleaf_count(leaf, slot);
         assert(count > 0);
+        if (count == UINT32_MAX) {
+            continue; /* invariant 2: it may be any */
+        }
         count = count > times ? count - times : 0;
         set_count(leaf, slot, count);
         if (!count) {

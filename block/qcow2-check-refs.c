@@ -195,7 +195,7 @@ static void check_snapshot_l1(Qcow2Check *c, const Qcow2Snapshot *sn, GArray *ev
                            "ERROR snapshot %s (%s) l1_offset=%#" PRIx64 ": L1 table is not cluster "
                            "aligned; snapshot table entry corrupted",
                            sn->id, sn->name, sn->l1_offset);
-        c->lost = true;
+        qcow2_check_not_followed(c);
         return;
     }
     if (bytes > QCOW2_MAX_L1_BYTES) {
@@ -204,11 +204,11 @@ static void check_snapshot_l1(Qcow2Check *c, const Qcow2Snapshot *sn, GArray *ev
                            "ERROR snapshot %s (%s) l1_size=%#" PRIx32 ": L1 table is too large; "
                            "snapshot table entry corrupted",
                            sn->id, sn->name, sn->l1_size);
-        c->lost = true;
+        qcow2_check_not_followed(c);
         return;
     }
     if (!qcow2_check_count(c, sn->l1_offset, bytes, 1, QCOW2_REF_META)) {
-        c->lost = true;
+        qcow2_check_not_followed(c);
         return;
     }
     uint64_t end = MIN(sn->l1_offset + bytes, c->file_bytes);

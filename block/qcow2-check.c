@@ -3,6 +3,7 @@
  *
  *   snapshot table -> references -> refcounts -> COPIED flags -> snapshot table, header bits
  *
+ *     qcow2-check-snapshots.c  the snapshot table
  *     qcow2-check-refs.c     who refers to which host cluster: header, L1s, snapshots, crypto area
  *     qcow2-check-l1.c         an active L1 that is too long or too short
  *     qcow2-check-l2.c         L2 tables, each read once however many L1s name it
@@ -138,6 +139,12 @@ bool qcow2_check_is_hole(const Qcow2Check *c, uint64_t offset)
     return ret == 0 && (status.flags & BDRV_BLOCK_ZERO) && status.bytes >= c->s->cluster_size;
 }
 
+void qcow2_check_not_followed(Qcow2Check *c)
+{
+    c->lost = true;
+    c->keep_leaks = true;
+}
+
 bool qcow2_check_exclusive(const Qcow2Check *c, uint64_t offset, uint64_t bytes, unsigned kind)
 {
     uint64_t first = offset >> c->s->cluster_bits;
@@ -149,141 +156,6 @@ bool qcow2_check_exclusive(const Qcow2Check *c, uint64_t offset, uint64_t bytes,
         }
     }
     return true;
-}
-
-/* ---------------------------------------------------------------- snapshot table */
-
-/* Snapshots that do not fit are given up by a repair of errors only; until then they hold
- * clusters. */
-static void check_overhang(Qcow2Check *c, uint64_t overhang)
-{
-    if (c->fix & BDRV_FIX_ERRORS) {
-        qcow2_check_report(c, BDRV_FINDING_INFO, false, "snapshot-overhang",
-                           c->s->header.snapshots_offset,
-                           "Discarding %" PRIu64 " overhanging snapshots", overhang);
-        c->snapshot_faults += overhang;
-        c->res->corruptions += overhang;
-        return;
-    }
-    bool too_many = c->s->header.nb_snapshots > QCOW2_MAX_SNAPSHOTS;
-    c->incomplete = true;
-    qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "snapshot-overhang",
-                       c->s->header.snapshots_offset, "ERROR snapshot table %s",
-                       too_many ? "too large" : "is cut off");
-    qcow2_check_report(c, BDRV_FINDING_INFO, false, "snapshot-overhang", UINT64_MAX,
-                       "You can force-remove all %" PRIu64
-                       " overhanging snapshots with qemu-img check -r all",
-                       overhang);
-}
-
-static void check_extra_data(Qcow2Check *c, guint i, const Qcow2Snapshot *sn)
-{
-    bool repair = c->fix & BDRV_FIX_ERRORS;
-    if (sn->extra_cut) {
-        qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "snapshot-extra-data",
-                           c->s->header.snapshots_offset,
-                           "%s too much extra metadata in snapshot table entry %u (> %u)",
-                           repair ? "Discarding" : "ERROR", i, QCOW2_MAX_SNAPSHOT_EXTRA);
-        c->snapshot_faults++;
-        c->incomplete |= !repair; /* what follows in the table may be misread */
-    }
-    if (c->s->version >= 3 && sn->extra_size < QCOW2_SNAPSHOT_EXTRA_V3) {
-        qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "snapshot-incomplete",
-                           c->s->header.snapshots_offset,
-                           "%s snapshot table entry %u is incomplete",
-                           repair ? "Repairing" : "ERROR", i);
-        c->snapshot_faults++;
-    }
-}
-
-/* The place of a table that does not exist is nobody's, but readers refuse an impossible one. */
-static void check_no_table(Qcow2Check *c)
-{
-    uint64_t offset = c->s->header.snapshots_offset;
-    if (qcow2_offset_into_cluster(c->s, offset) || offset > INT64_MAX) {
-        qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "snapshot-table-place", offset,
-                           "%s snapshot table offset invalid",
-                           c->fix & BDRV_FIX_ERRORS ? "Repairing" : "ERROR");
-        c->snapshot_faults++;
-    }
-}
-
-/* A number that no snapshot has as its ID; *next: the one to give out, 0: not known yet. */
-static char *fresh_id(Qcow2Check *c, uint64_t *next)
-{
-    if (!*next) {
-        g_autofree char *first = qcow2_snapshot_next_id(c->s->snapshots);
-        *next = g_ascii_strtoull(first, NULL, 10);
-    }
-    return g_strdup_printf("%" PRIu64, (*next)++);
-}
-
-/* Nobody could name the second of two snapshots with one ID. */
-static void check_id(Qcow2Check *c, Qcow2Snapshot *sn, GHashTable *ids, uint64_t *next)
-{
-    if (g_hash_table_add(ids, g_strdup(sn->id))) {
-        return;
-    }
-    bool repair = c->fix & BDRV_FIX_ERRORS;
-    g_autofree char *id = repair ? fresh_id(c, next) : NULL;
-    qcow2_check_report(c, BDRV_FINDING_CORRUPTION, false, "snapshot-id",
-                       c->s->header.snapshots_offset,
-                       "%s snapshot %s (%s): another has this ID%s%s",
-                       repair ? "Repairing" : "ERROR", sn->id, sn->name,
-                       repair ? "; it is now " : "", repair ? id : "");
-    c->snapshot_faults++;
-    if (repair) {
-        g_free(sn->id);
-        sn->id = g_steal_pointer(&id);
-    }
-}
-
-static void check_snapshot_table(Qcow2Check *c)
-{
-    g_autoptr(GHashTable) ids = g_hash_table_new_full(g_str_hash, g_str_equal, g_free, NULL);
-    uint64_t next_id = 0;
-    if (!c->s->header.nb_snapshots) {
-        check_no_table(c);
-    }
-    const GArray *list = c->s->snapshots;
-    guint n = list ? list->len : 0;
-    if (c->s->header.nb_snapshots > n) {
-        check_overhang(c, c->s->header.nb_snapshots - n);
-    }
-    for (guint i = 0; i < n; i++) {
-        check_extra_data(c, i, &g_array_index(list, Qcow2Snapshot, i));
-        check_id(c, &g_array_index(list, Qcow2Snapshot, i), ids, &next_id);
-    }
-    c->snapshots_broken = c->snapshot_faults > 0;
-}
-
-/* A damaged table claims clusters of others: only those before the first of them are its own. */
-static uint64_t own_table_bytes(const Qcow2Check *c)
-{
-    const BDRVQcow2State *s = c->s;
-    uint64_t bytes = 0;
-    while (bytes < s->snapshots_bytes &&
-           qcow2_check_exclusive(c, s->header.snapshots_offset + bytes, 1, QCOW2_REF_META)) {
-        bytes += s->cluster_size;
-    }
-    return MIN(bytes, s->snapshots_bytes);
-}
-
-/* Writes the table again, as memory has it, to new clusters. The counts have been put right. */
-static void repair_snapshot_table(Qcow2Check *c)
-{
-    g_autoptr(GError) err = NULL;
-    c->s->snapshots_bytes = own_table_bytes(c);
-    GArray *list = c->s->snapshots ? qcow2_snapshots_dup(c->s->snapshots) : qcow2_snapshots_new();
-    if (!qcow2_snapshots_store(c->bs, list, NULL, NULL, &err) || qcow2_flush(c->bs) < 0 ||
-        !qcow2_snapshots_load(c->bs, true, &err)) {
-        qcow2_check_report(c, BDRV_FINDING_CHECK_ERROR, false, "snapshot-table-write", UINT64_MAX,
-                           "ERROR failed to update snapshot table: %s",
-                           err ? err->message : "flush failed");
-        return;
-    }
-    qcow2_check_mark_fixed(c, BDRV_FINDING_CORRUPTION, c->snapshot_faults);
-    c->snapshot_faults = 0;
 }
 
 /* ---------------------------------------------------------------- the run */
@@ -460,7 +332,7 @@ static bool repair(Qcow2Check *c, GError **errp)
         }
     }
     if (c->snapshots_broken && (c->fix & BDRV_FIX_ERRORS) && !c->write_failed) {
-        repair_snapshot_table(c);
+        qcow2_check_write_snapshot_table(c);
     }
     clear_bits(c, was_dirty);
     return true;
@@ -468,7 +340,7 @@ static bool repair(Qcow2Check *c, GError **errp)
 
 static bool run(Qcow2Check *c, GError **errp)
 {
-    check_snapshot_table(c);
+    qcow2_check_snapshot_table(c);
     qcow2_check_l1_length(c);
     qcow2_check_count_all(c);
     if (interrupted(c, errp)) {
@@ -513,7 +385,7 @@ Qcow2RefMap *qcow2_check_count_kept(BlockDriverState *bs)
     Qcow2RefMap *map = NULL;
     if (begin(&c, NULL)) {
         c.l1_size = 0;
-        check_snapshot_table(&c);
+        qcow2_check_snapshot_table(&c);
         qcow2_check_count_all(&c);
         bool sound = !res.corruptions && !res.check_errors && !c.incomplete && !c.lost;
         map = sound ? g_steal_pointer(&c.map) : NULL;

@@ -193,6 +193,16 @@ bool qcow2_check_is_hole(const Qcow2Check *c, uint64_t offset);
 /* Is every byte of [offset, +bytes) in clusters that belong to one owner of @kind only? */
 bool qcow2_check_exclusive(const Qcow2Check *c, uint64_t offset, uint64_t bytes, unsigned kind);
 
+/* Something refers to clusters that will look leaked: they are kept, for whoever can read it. */
+void qcow2_check_not_followed(Qcow2Check *c);
+
+/* ======================= qcow2-check-snapshots.c: the snapshot table ======================= */
+
+/* Judges the entries; a repair of errors puts them right in memory. */
+void qcow2_check_snapshot_table(Qcow2Check *c);
+/* Writes the table again, as memory has it, to new clusters. The counts have been put right. */
+void qcow2_check_write_snapshot_table(Qcow2Check *c);
+
 /* ======================= qcow2-check-refs.c: count what refers to what ======================= */
 
 /* Fills the map, the tables and the findings on everything but refcounts. */
@@ -210,7 +220,7 @@ bool qcow2_check_count(Qcow2Check *c, uint64_t offset, uint64_t bytes, uint64_t 
 /* Reports an L1 entry that leads nowhere, and whose table has not been found. */
 void qcow2_check_bad_l1_entry(Qcow2Check *c, const Qcow2LostTable *lost);
 
-/* ======================= qcow2-check-find.c: L1 entries that lead nowhere ======================= */
+/* ======================= qcow2-check-find.c: tables that L1 has lost ======================= */
 
 /* Is its table to be looked for? If not, it is to be reported now. */
 bool qcow2_check_look_for_table(Qcow2Check *c, const Qcow2LostTable *lost);
@@ -315,7 +325,7 @@ void qcow2_check_release_structure(Qcow2Check *c);
  * structure is as planned. Afterwards c->copied_suspect speaks of the counts as they are now. */
 void qcow2_check_verify(Qcow2Check *c, bool hooked_up);
 
-/* ======================= qcow2-check-moves.c: entries to point elsewhere ======================= */
+/* ======================= qcow2-check-moves.c: entries that move ======================= */
 
 typedef struct Qcow2Moves {
     GArray *moves;       /* Move */

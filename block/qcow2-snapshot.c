@@ -260,13 +260,21 @@ static int give_back(BlockDriverState *bs, const GArray *tree)
     return ret < 0 ? ret : end_change_of_counts(bs);
 }
 
-/* All that the snapshot refers to, and its L1. */
+/* All that the snapshot refers to, and its L1; nothing when that is at an impossible place: then
+ * deleting it is what one can do with such a snapshot. */
 static bool collect_snapshot(BlockDriverState *bs, const Qcow2Snapshot *sn, GArray *tree,
                              GError **errp)
 {
     const BDRVQcow2State *s = qcow2_state(bs);
-    g_autofree uint64_t *be = qcow2_snapshot_read_l1(bs, sn, errp);
+    g_autoptr(GError) err = NULL;
+    g_autofree uint64_t *be = qcow2_snapshot_read_l1(bs, sn, &err);
+    if (!be && (err->code == EINVAL || err->code == EFBIG)) {
+        bdrv_warn("%s; the space of the snapshot is leaked, 'qemu-img check -r leaks' gives it back",
+                  err->message);
+        return true;
+    }
     if (!be) {
+        g_propagate_error(errp, g_steal_pointer(&err));
         return false;
     }
     int ret = qcow2_tree_collect(bs, &(Qcow2WalkSource){.be_l1 = be, .l1_size = sn->l1_size}, tree);

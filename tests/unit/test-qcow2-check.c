@@ -101,6 +101,10 @@ static void test_widening(void)
     g_assert_cmpuint(qcow2_refmap_count(map, 3), ==, 300);
     add(map, 3, 1, UINT64_MAX, QCOW2_REF_L2);
     g_assert_cmpuint(qcow2_refmap_count(map, 3), ==, UINT32_MAX);
+    for (int i = 0; i < 3; i++) { /* nobody knows how many are left */
+        qcow2_refmap_sub(map, 3, 1, UINT32_MAX - 1);
+        g_assert_cmpuint(qcow2_refmap_count(map, 3), ==, UINT32_MAX);
+    }
     qcow2_refmap_free(map);
 }
 
