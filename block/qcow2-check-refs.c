@@ -103,13 +103,12 @@ void qcow2_check_bad_l1_entry(Qcow2Check *c, const Qcow2LostTable *lost)
     BDRVQcow2State *s = c->s;
     uint64_t offset = lost->entry & QCOW2_ENTRY_OFFSET_MASK;
     uint64_t start = qcow2_start_of_cluster(s, offset);
-    c->lost = true;
+    qcow2_check_not_followed(c); /* it may be all that the table maps */
     c->copied_uncounted |= lost->l1_index != UINT32_MAX;
     if (!qcow2_offset_into_cluster(s, offset)) {
         qcow2_check_inside(c, offset, s->cluster_size);
         return;
     }
-    c->keep_leaks = true; /* they may be all that the table maps */
     if (qcow2_check_is_inside(c, start, s->cluster_size)) {
         qcow2_check_count(c, start, s->cluster_size, lost->times, QCOW2_REF_L2);
     }
