@@ -138,7 +138,7 @@ static void handle_lost(Qcow2Check *c, const Qcow2LostTable *lost, uint8_t *buf)
     uint64_t copied = lost->entry & QCOW2_ENTRY_COPIED;
     uint64_t found = c->incomplete ? 0 : find_table(c, lost->entry, buf);
     bool unaligned = qcow2_offset_into_cluster(c->s, offset);
-    if (!found && (unaligned || c->incomplete)) {
+    if (!found && (unaligned || c->incomplete || !c->give_up)) {
         qcow2_check_bad_l1_entry(c, lost);
         return;
     }

@@ -65,7 +65,7 @@ bool qcow2_check_dead_end(const Qcow2EntryMove *x, Qcow2L2Entry *ret)
     Qcow2Check *c = x->c;
     uint64_t more = x->t->refs, cluster = x->m->dead_end >> c->s->cluster_bits;
     uint64_t room = MIN(c->s->refcount_max, UINT32_MAX);
-    if (more > room) {
+    if (more > room || !c->give_up) {
         return false;
     }
     if (!cluster || qcow2_refmap_count(c->map, cluster) + more > room) {
@@ -89,6 +89,9 @@ static bool zeroes(const Qcow2EntryMove *x, Qcow2L2Entry *ret)
 {
     const BDRVQcow2State *s = x->c->s;
     uint64_t zero = (x->e.bitmap >> QCOW2_SUBCLUSTERS) | (uint32_t)x->e.bitmap;
+    if (!x->c->give_up && !qcow2_check_reads_as_zero(s, x->e)) {
+        return false;
+    }
     if (s->has_subclusters) {
         *ret = (Qcow2L2Entry){0, zero << QCOW2_SUBCLUSTERS};
     } else if (s->version >= 3) {

@@ -37,6 +37,8 @@
  *     higher count: the refcount structure moves away, guest data is copied; where neither is
  *     possible the finding stays.
  *  5. Corrupt and dirty bits are cleared only when no error is left.
+ *  6. What is lost is given up only for a user who asked for a repair, not when a dirty image is
+ *     opened for writing: that fails then.
  *
  * Not done: guessing.  What is lost reads as an error, until it is written.
  *
@@ -366,15 +368,22 @@ static bool run(Qcow2Check *c, GError **errp)
     return true;
 }
 
-bool qcow2_check(BlockDriverState *bs, const BdrvCheckOptions *opts, BdrvCheckResult *result,
-                 GError **errp)
+/* @give_up: may a repair settle what is lost? */
+static bool check_image(BlockDriverState *bs, const BdrvCheckOptions *opts, bool give_up,
+                        BdrvCheckResult *result, GError **errp)
 {
     *result = (BdrvCheckResult){0};
-    Qcow2Check c = {
-        .bs = bs, .s = qcow2_state(bs), .opts = opts, .res = result, .fix = opts->fix};
+    Qcow2Check c = {.bs = bs, .s = qcow2_state(bs), .opts = opts, .res = result,
+                    .fix = opts->fix, .give_up = give_up};
     bool ok = begin(&c, errp) && run(&c, errp);
     end(&c);
     return ok;
+}
+
+bool qcow2_check(BlockDriverState *bs, const BdrvCheckOptions *opts, BdrvCheckResult *result,
+                 GError **errp)
+{
+    return check_image(bs, opts, opts->fix & BDRV_FIX_ERRORS, result, errp);
 }
 
 Qcow2RefMap *qcow2_check_count_kept(BlockDriverState *bs)
@@ -398,7 +407,7 @@ bool qcow2_repair_dirty(BlockDriverState *bs, GError **errp)
 {
     BdrvCheckOptions opts = {.fix = BDRV_FIX_LEAKS | BDRV_FIX_ERRORS};
     BdrvCheckResult res;
-    if (!qcow2_check(bs, &opts, &res, errp)) {
+    if (!check_image(bs, &opts, false, &res, errp)) {
         return false;
     }
     if (res.corruptions || res.check_errors) {

@@ -133,6 +133,7 @@ typedef struct Qcow2Check {
     const BdrvCheckOptions *opts;
     BdrvCheckResult *res;
     unsigned fix;            /* BdrvCheckFix */
+    bool give_up;            /* what is lost may be told to be */
     uint64_t file_bytes, nb_clusters;
     bool incomplete;         /* something was not read: there may be more references */
     bool lost;               /* an L1 entry, a snapshot or a bitmap leads nowhere */
