@@ -12,7 +12,8 @@
  * Invariants
  *  1. The backing file shows up to the end of the shorter of both disks.  What lies beyond the end of the
  *     image (VM state) never shows it.
- *  2. A backing file that is named but not open may be of any length.
+ *  2. A backing file that is not open, because another one is attached or none, or because it comes
+ *     later, may be of any length.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -56,20 +57,26 @@ int bdrv_backing_reads_zero(BlockDriverState *bs, int64_t offset, int64_t bytes)
     return bdrv_is_zero_fast(bs->backing->bs, offset, shown);
 }
 
-int64_t bdrv_backing_end(BlockDriverState *bs, bool may_be_backed)
+static bool gets_other_backing(BlockDriverState *bs)
 {
-    if (bs->open_flags & BDRV_O_BACKING_LATER) {
-        return INT64_MAX; /* that one may be longer than what there is now */
-    }
-    if (bs->backing) {
+    return bs->has_backing_override || (bs->open_flags & BDRV_O_BACKING_LATER);
+}
+
+bool bdrv_may_be_backed(BlockDriverState *bs)
+{
+    return bs->backing || *bdrv_backing_name(bs) || (bs->open_flags & BDRV_O_BACKING_LATER);
+}
+
+int64_t bdrv_backing_end(BlockDriverState *bs)
+{
+    if (bs->backing && !gets_other_backing(bs)) {
         return bdrv_getlength(bs->backing->bs);
     }
-    return may_be_backed ? INT64_MAX : 0;
+    return bdrv_may_be_backed(bs) ? INT64_MAX : 0;
 }
 
 int64_t bdrv_backing_end_in_growth(BlockDriverState *bs, int64_t old_length, int64_t new_length)
 {
-    bool unknown = !bs->has_backing_override && *bdrv_backing_name(bs);
-    int64_t end = bdrv_backing_end(bs, unknown);
+    int64_t end = bdrv_backing_end(bs);
     return end < 0 ? end : MAX(MIN(end, new_length), old_length);
 }

@@ -125,10 +125,21 @@ static void add_defaults(BdrvOpenArgs *args)
     }
 }
 
+/* No backing file: null, or an empty name, which is all that option strings can say. */
+static bool says_no_backing(json_t *options)
+{
+    json_t *backing = json_object_get(options, "backing");
+    if (json_is_string(backing) && !*json_string_value(backing)) {
+        bdrv_warn("Use of \"backing\": \"\" is deprecated; use \"backing\": null instead");
+        return true;
+    }
+    return json_is_null(backing);
+}
+
 static void take_backing_spec(json_t *options, BdrvBackingSpec *ret)
 {
     *ret = (BdrvBackingSpec){0};
-    ret->none = json_is_null(json_object_get(options, "backing"));
+    ret->none = says_no_backing(options);
     if (ret->none) {
         json_object_del(options, "backing");
     }

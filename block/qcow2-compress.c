@@ -540,7 +540,7 @@ static int write_batch(const Qcow2Io *io, uint64_t guest, uint64_t bytes, uint64
     Batch b;
     batch_init(&b, io, guest, bytes);
     *ret_done = MIN(bytes, (uint64_t)b.n << io->s->cluster_bits);
-    b.below_end = bdrv_backing_end(io->bs, qcow2_may_be_backed(io->bs));
+    b.below_end = bdrv_backing_end(io->bs);
     int ret = b.below_end < 0 ? (int)b.below_end : batch_run(&b);
     for (size_t i = 0; i < b.n; i++) {
         g_free(b.p[i].out);

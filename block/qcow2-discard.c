@@ -12,7 +12,7 @@
  *
  * (1) Where the backing file may show.  An image may be backed when it has a backing file, when its
  * header names one, or when the creator of the node says that one will come (BDRV_O_BACKING_LATER);
- * see qcow2_may_be_backed().  Version 2 has no zero flag: there all is 0 where the image is not
+ * see bdrv_may_be_backed().  Version 2 has no zero flag: there all is 0 where the image is not
  * backed, and declined where it may be.  discard-no-unref turns "unmap" into "keep" followed by a
  * hole in the file.  A part of an extended L2 cluster changes its bits; with "unmap", the last part
  * of it that held data takes the host cluster along.
@@ -73,7 +73,7 @@ static bool covers_all(const Clear *c, uint64_t mask)
 /* The whole entry becomes 0 where it reads zero then anyhow. */
 static bool clears_to_nothing(const Clear *c)
 {
-    bool unallocates = c->mode == CLEAR_UNMAP && !qcow2_may_be_backed(c->bs);
+    bool unallocates = c->mode == CLEAR_UNMAP && !bdrv_may_be_backed(c->bs);
     return c->mode == CLEAR_FULL || c->s->version < 3 || unallocates;
 }
 
@@ -316,7 +316,7 @@ static int clear_init(Clear *c, BlockDriverState *bs, uint64_t guest, uint64_t b
         c->end = qb_align_up(c->end, s->cluster_size); /* what lies behind the end is nobody's */
     }
     assert(qb_is_aligned(c->guest | c->end, s->subcluster_size));
-    c->below_end = bdrv_backing_end(bs, qcow2_may_be_backed(bs));
+    c->below_end = bdrv_backing_end(bs);
     return (int)MIN(c->below_end, 0);
 }
 
@@ -382,7 +382,7 @@ int qcow2_discard_clusters(BlockDriverState *bs, uint64_t guest, uint64_t bytes,
     BDRVQcow2State *s = qcow2_state(bs);
     bool to_zero = how == QCOW2_DISCARD_TO_ZERO;
     assert(qcow2_offset_into_cluster(s, guest) == 0 || to_zero);
-    if (to_zero && s->version < 3 && qcow2_may_be_backed(bs)) {
+    if (to_zero && s->version < 3 && bdrv_may_be_backed(bs)) {
         return 0; /* version 2 cannot say "zero" over a backing file; a discard is advice */
     }
     if (to_zero && s->data_file_raw) {
@@ -406,7 +406,7 @@ int qcow2_zero_clusters(BlockDriverState *bs, uint64_t guest, uint64_t bytes, in
 {
     BDRVQcow2State *s = qcow2_state(bs);
     bool unmap = flags & BDRV_REQ_MAY_UNMAP;
-    if (s->version < 3 && qcow2_may_be_backed(bs)) {
+    if (s->version < 3 && bdrv_may_be_backed(bs)) {
         return -ENOTSUP;
     }
     if (s->data_file_raw) {

@@ -175,6 +175,16 @@ static bool tail_needs_zeroes(const Qcow2Mapping *m, uint64_t shown_end)
     }
 }
 
+/* Zeroes behind the old end, where the part of the (sub)cluster before it may have to be copied. */
+static int zero_tail_part(const Resize *r, const Qcow2Mapping *m)
+{
+    bool copies = m->type == QCOW2_UNALLOCATED || m->type == QCOW2_UNALLOCATED_ALLOC;
+    if (copies && !r->bs->backing && !qb_is_aligned(m->guest, r->s->subcluster_size)) {
+        return -ENOTSUP; /* the backing file shows there, and is not to be had */
+    }
+    return write_zeroes(r->bs, m->guest, m->bytes);
+}
+
 static int zero_tail(const Resize *r, uint64_t shown_end)
 {
     uint64_t pos = r->old_size, end = round_up(r->s, r->old_size);
@@ -185,7 +195,7 @@ static int zero_tail(const Resize *r, uint64_t shown_end)
         int ret = qcow2_lookup(r->bs, pos, end - pos, &m);
         qcow2_user_leave(r->s, &user);
         if (ret == 0 && tail_needs_zeroes(&m, shown_end)) {
-            ret = write_zeroes(r->bs, pos, m.bytes);
+            ret = zero_tail_part(r, &m);
         }
         if (ret < 0) {
             return ret;

@@ -323,7 +323,6 @@ static bool open_steps(BlockDriverState *bs, json_t *options, int flags, GError 
         return false;
     }
     set_geometry(s);
-    s->backing_later = flags & BDRV_O_BACKING_LATER;
     if (!take_options(bs, options, errp) || !open_data_file(bs, options, flags, errp) ||
         !open_rooms(bs, errp) || !qcow2_snapshots_load(bs, for_check, errp) ||
         !load_names(bs, errp) || !repair_if_dirty(bs, flags, errp) ||

@@ -110,7 +110,6 @@ struct BDRVQcow2State {
     uint8_t compression_type;
     unsigned csize_shift;    /* compressed descriptor: bits of the offset field */
     uint64_t csize_mask;
-    bool backing_later;      /* the creator of the node says that a backing file will come */
 
     /* --- options, changed by reopen with the node drained --- */
     bool discard_request, discard_snapshot, discard_other; /* pass-discard-* */
@@ -176,11 +175,6 @@ struct BDRVQcow2State {
 static inline BDRVQcow2State *qcow2_state(BlockDriverState *bs)
 {
     return bs->opaque;
-}
-/* Does, or may, something show where nothing is allocated? Then zeroes must be said to be there. */
-static inline bool qcow2_may_be_backed(BlockDriverState *bs)
-{
-    return bs->backing || *bdrv_backing_name(bs) || qcow2_state(bs)->backing_later;
 }
 static inline uint64_t qcow2_start_of_cluster(const BDRVQcow2State *s, uint64_t offset)
 {

@@ -84,6 +84,9 @@ static int hide_backing_in_tail(const Resize *r, uint64_t shown_end)
     if (ret < 0 || m.type != QED_UNALLOCATED) {
         return ret;
     }
+    if (!r->bs->backing) {
+        return -ENOTSUP; /* it shows before the old end, too, and is not to be had */
+    }
     g_autofree uint8_t *zeroes = g_try_malloc0(end - r->old_size);
     IoVector qiov;
     if (!zeroes) {

@@ -32,11 +32,6 @@ typedef struct Clear {
     int flags;       /* for zeroing in place */
 } Clear;
 
-static bool is_backed(BlockDriverState *bs)
-{
-    return bs->backing || *bdrv_backing_name(bs) || (bs->open_flags & BDRV_O_BACKING_LATER);
-}
-
 /* ---------------------------------------------------------------- steps */
 
 /* Bytes from @guest on, at most @bytes, that are whole clusters; the last one of the disk is. */
@@ -77,7 +72,7 @@ static int64_t zero_in_place(const Clear *c, uint64_t guest, uint64_t bytes)
 /* An unallocated run: hidden as far as something may show through it. */
 static int64_t clear_unallocated(const Clear *c, const QedMapping *m)
 {
-    int64_t below = bdrv_backing_end(c->bs, is_backed(c->bs));
+    int64_t below = bdrv_backing_end(c->bs);
     if (below <= (int64_t)m->guest) {
         return below < 0 ? below : (int64_t)m->bytes;
     }
@@ -87,7 +82,7 @@ static int64_t clear_unallocated(const Clear *c, const QedMapping *m)
     }
     uint64_t rest = m->guest & (c->s->cluster_size - 1);
     uint64_t part = MIN(m->bytes, c->s->cluster_size - rest);
-    int ret = c->bs->backing ? qed_reads_zero(c->bs, m->guest, part) : 0;
+    int ret = below == INT64_MAX ? 0 : qed_reads_zero(c->bs, m->guest, part);
     return ret == 1 ? (int64_t)part : ret < 0 ? ret : -ENOTSUP;
 }
 
@@ -162,7 +157,7 @@ static Clear clear_init(BlockDriverState *bs, uint64_t end)
     BDRVQedState *s = qed_state(bs);
     return (Clear){
         .bs = bs, .s = s, .end = end, .disk_end = atomic_load(&s->image_size),
-        .entry = is_backed(bs) ? QED_ENTRY_ZERO : QED_ENTRY_NONE, .unmap = true,
+        .entry = bdrv_may_be_backed(bs) ? QED_ENTRY_ZERO : QED_ENTRY_NONE, .unmap = true,
     };
 }
 

@@ -320,9 +320,11 @@ int bdrv_backing_read(BlockDriverState *bs, int64_t offset, int64_t bytes, IoVec
                       size_t qiov_offset);
 /* 1 when that is known to be zero, 0 when not, or -errno. Never reads data. */
 int bdrv_backing_reads_zero(BlockDriverState *bs, int64_t offset, int64_t bytes);
+/* Does, or may, something show where nothing is allocated? Then zeroes must be said to be there. */
+bool bdrv_may_be_backed(BlockDriverState *bs);
 /* Up to here something may show, now or later, or -errno: the end of the disk does not count, since growing
- * clears what it uncovers. @may_be_backed: one that is not open may be there, of any length. */
-int64_t bdrv_backing_end(BlockDriverState *bs, bool may_be_backed);
+ * clears what it uncovers. INT64_MAX where a backing file is meant that is not open. */
+int64_t bdrv_backing_end(BlockDriverState *bs);
 /* End of what it would show in the grown part of the disk, @old_length when nothing, or -errno. */
 int64_t bdrv_backing_end_in_growth(BlockDriverState *bs, int64_t old_length, int64_t new_length);
 
