@@ -58,8 +58,8 @@ static bool wants_writes(const BdrvDirtyBitmap *bm)
 void bdrv_dirty_update_watch(BlockDriverState *bs)
 {
     bool watched = false;
-    for (guint i = 0; i < bs->dirty.all->len; i++) {
-        watched |= wants_writes(at(bs, i));
+    for (guint i = 0; i < bs->dirty.all->len && !watched; i++) {
+        watched = wants_writes(at(bs, i));
     }
     atomic_store(&bs->dirty.watched, watched);
 }
@@ -80,15 +80,26 @@ BdrvDirtyBitmap *bdrv_dirty_bitmap_new(BlockDriverState *bs, const BdrvDirtyPara
     }
     QB_GUARD(&bs->dirty.lock);
     g_ptr_array_add(bs->dirty.all, bm);
-    bdrv_dirty_update_watch(bs);
+    if (wants_writes(bm)) {
+        atomic_store(&bs->dirty.watched, true);
+    }
     return bm;
 }
 
+/* An image may have 65535 of them, which go one after the other: the last is looked for first. */
 static void unlist(BdrvDirtyBitmap *bm)
 {
+    GPtrArray *all = bm->bs->dirty.all;
+    guint i = all->len;
     QB_GUARD(&bm->bs->dirty.lock);
-    g_ptr_array_remove(bm->bs->dirty.all, bm);
-    bdrv_dirty_update_watch(bm->bs);
+    while (i > 0 && g_ptr_array_index(all, i - 1) != bm) {
+        i--;
+    }
+    assert(i > 0);
+    g_ptr_array_remove_index(all, i - 1);
+    if (wants_writes(bm)) {
+        bdrv_dirty_update_watch(bm->bs);
+    }
 }
 
 void bdrv_dirty_bitmap_free(BdrvDirtyBitmap *bm)

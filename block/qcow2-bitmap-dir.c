@@ -135,6 +135,14 @@ void qcow2_bitmap_free(void *opaque)
     g_free(q);
 }
 
+/* From the last to the first, as the node forgets them fastest. */
+void qcow2_bitmaps_forget_all(Qcow2Bitmaps *b)
+{
+    while (b->all->len) {
+        g_ptr_array_set_size(b->all, (int)b->all->len - 1);
+    }
+}
+
 Qcow2Bitmaps *qcow2_bitmaps_new(void)
 {
     Qcow2Bitmaps *b = g_new0(Qcow2Bitmaps, 1);
@@ -148,6 +156,7 @@ void qcow2_bitmaps_free(Qcow2Bitmaps *b)
 {
     if (b) {
         assert(!b->tables);
+        qcow2_bitmaps_forget_all(b);
         g_ptr_array_unref(b->all);
         g_free(b->dir);
         qb_mutex_destroy(&b->tables_lock);
@@ -295,7 +304,7 @@ static bool load_directory(Loading *l, GError **errp)
 {
     Qcow2Bitmaps *b = l->s->bitmaps;
     if (!read_directory(l, errp) || !parse_directory(l, errp)) {
-        g_ptr_array_set_size(b->all, 0);
+        qcow2_bitmaps_forget_all(b);
         g_clear_pointer(&b->dir, g_free);
         return false;
     }

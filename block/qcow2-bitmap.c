@@ -331,7 +331,7 @@ bool qcow2_bitmaps_remove_all(BlockDriverState *bs, GError **errp)
             free_storage(q, qcow2_bitmap_table_offset(q), qcow2_bitmap_table_entries(q));
         }
     }
-    g_ptr_array_set_size(b->all, 0);
+    qcow2_bitmaps_forget_all(b);
     g_clear_pointer(&b->dir, g_free);
     b->loaded = true;
     return true;

@@ -40,6 +40,8 @@ uint32_t qcow2_bitmap_flags(const Qcow2Bitmap *q);
 uint64_t qcow2_bitmap_table_offset(const Qcow2Bitmap *q);
 uint32_t qcow2_bitmap_table_entries(const Qcow2Bitmap *q);
 void qcow2_bitmap_free(void *q);
+/* Frees all that are listed, with the node's bitmaps. */
+void qcow2_bitmaps_forget_all(Qcow2Bitmaps *b);
 /* Pure: length of the entry at @entry, of which @left bytes are there; 0: it is cut off. */
 uint64_t qcow2_bitmap_entry_bytes(const uint8_t *entry, uint64_t left);
 /* Pure: why the entry cannot be used (static text), or NULL. @file_bytes: its table must lie
