@@ -23,12 +23,16 @@
 #include "util/checked.h"
 #include "util/pool.h"
 
+#define WAITED_FOR (1u << 31)
+
 struct BlockBackend {
     _Atomic(int) refcnt;
     BdrvChild *root; /* set at making */
-    _Atomic(unsigned) in_flight, quiesce;
+    _Atomic(unsigned) in_flight; /* requests, and WAITED_FOR */
+    _Atomic(unsigned) quiesce;
     _Atomic(bool) write_cache;
     QbMutex lock; /* leaf: only for waiting */
+    unsigned idle_waiters; /* guarded by lock; WAITED_FOR is set while there are any */
     QbCond changed;
 };
 
@@ -177,15 +181,15 @@ static void wake_waiters(BlockBackend *blk)
 void blk_end_request(BlockBackend *blk)
 {
     unsigned n = atomic_load(&blk->in_flight);
-    while (n > 1) {
+    while (!(n & WAITED_FOR)) { /* nobody to be woken */
         if (atomic_compare_exchange_weak(&blk->in_flight, &n, n - 1)) {
             return;
         }
     }
-    /* Who waits for the last one may free @blk once it sees 0, which it looks for under the lock:
+    /* Who waits for the last one may free @blk once it sees none, which it looks for under the lock:
      * unlocking is the last touch. */
     QB_GUARD(&blk->lock);
-    if (atomic_fetch_sub(&blk->in_flight, 1) == 1) {
+    if (atomic_fetch_sub(&blk->in_flight, 1) == (WAITED_FOR | 1)) {
         qb_cond_broadcast(&blk->changed);
     }
 }
@@ -226,8 +230,13 @@ void blk_unquiesce(BlockBackend *blk)
 void blk_wait_idle(BlockBackend *blk)
 {
     QB_GUARD(&blk->lock);
-    while (atomic_load(&blk->in_flight) > 0) {
+    blk->idle_waiters++;
+    atomic_fetch_or(&blk->in_flight, WAITED_FOR);
+    while (atomic_load(&blk->in_flight) & ~WAITED_FOR) {
         qb_cond_wait(&blk->changed, &blk->lock);
+    }
+    if (--blk->idle_waiters == 0) {
+        atomic_fetch_and(&blk->in_flight, ~WAITED_FOR);
     }
 }
 

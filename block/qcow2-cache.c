@@ -632,6 +632,40 @@ Qcow2Table *qcow2_cache_peek_part(Qcow2Cache *c, const Qcow2TableRange *r)
     return t;
 }
 
+/* As if it had been held for a moment: it is the one used last. */
+static void part_touch_locked(Part *p)
+{
+    GQueue *lru = &p->table->shard->lru[p->table->kind];
+
+    if (p->list == lru) {
+        p->left_at = atomic_load_explicit(&p->table->cache->tick, memory_order_relaxed);
+        if (lru->tail != &p->link) {
+            part_move_locked(p, lru);
+        }
+    }
+}
+
+bool qcow2_cache_copy_part(Qcow2Cache *c, const Qcow2TableRange *r, void *out)
+{
+    Shard *shard = shard_of(c, r->offset);
+    QB_GUARD(&shard->lock);
+    const Qcow2Table *t = g_hash_table_lookup(shard->tables, &r->offset);
+    unsigned first, end;
+
+    if (!t || t->kind != r->kind) {
+        return false;
+    }
+    range_of(t, r, &first, &end);
+    for (unsigned i = first; i < end; i++) {
+        if (!t->parts[i] || t->parts[i]->loading) {
+            return false;
+        }
+        part_touch_locked(t->parts[i]);
+    }
+    qcow2_table_copy_out_locked(t, r->pos, r->len, out);
+    return true;
+}
+
 Qcow2Table *qcow2_cache_peek(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset)
 {
     const Qcow2TableRange whole = {kind, offset, 0, c->table_bytes};

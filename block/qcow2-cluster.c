@@ -307,18 +307,18 @@ uint64_t qcow2_unmapped_by_l1(const BDRVQcow2State *s, uint64_t guest, uint64_t 
     return first_mapped > guest ? first_mapped - guest : 0;
 }
 
-/* Pins @n entries from @guest on of the table that @l1_entry names. With @nowait only if they are in
- * memory. */
+static Qcow2TableRange range_of_entries(const BDRVQcow2State *s, uint64_t l1_entry, uint64_t guest,
+                                        size_t n)
+{
+    return qcow2_l2_range(s, l1_entry & QCOW2_ENTRY_OFFSET_MASK, qcow2_l2_index(s, guest), n);
+}
+
+/* Pins @n entries from @guest on of the table that @l1_entry names. */
 static int get_entries(BlockDriverState *bs, uint64_t l1_entry, uint64_t guest, size_t n,
-                       bool nowait, Qcow2Table **ret)
+                       Qcow2Table **ret)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    uint64_t offset = l1_entry & QCOW2_ENTRY_OFFSET_MASK;
-    Qcow2TableRange range = qcow2_l2_range(s, offset, qcow2_l2_index(s, guest), n);
-    if (nowait) {
-        *ret = qcow2_cache_peek_part(s->cache, &range);
-        return *ret ? 0 : -EAGAIN;
-    }
+    Qcow2TableRange range = range_of_entries(s, l1_entry, guest, n);
     int err = qcow2_l1_entry_judge(bs, l1_entry, qcow2_l1_index(s, guest));
     return err < 0 ? err : qcow2_cache_get_part(s->cache, &range, ret);
 }
@@ -330,6 +330,13 @@ static bool table_is_current(const BDRVQcow2State *s, const Qcow2Table *t, uint6
            && !qcow2_table_poisoned(t);
 }
 
+static void decode_entries(const BDRVQcow2State *s, const uint8_t *raw, size_t n, Qcow2L2Entry *ret)
+{
+    for (size_t i = 0; i < n; i++) {
+        ret[i] = qcow2_entry_decode(s, raw + i * s->l2_entry_size);
+    }
+}
+
 /* Copies up to @n entries from @index on; the number copied. */
 static size_t copy_entries(const BDRVQcow2State *s, const Qcow2Table *t, unsigned index, size_t n,
                            Qcow2L2Entry *ret)
@@ -338,9 +345,7 @@ static size_t copy_entries(const BDRVQcow2State *s, const Qcow2Table *t, unsigne
     n = MIN(n, CHUNK_ENTRIES);
     assert(index + n <= s->l2_entries);
     qcow2_table_load(t, (size_t)index * s->l2_entry_size, n * s->l2_entry_size, raw);
-    for (size_t i = 0; i < n; i++) {
-        ret[i] = qcow2_entry_decode(s, raw + i * s->l2_entry_size);
-    }
+    decode_entries(s, raw, n, ret);
     return n;
 }
 
@@ -378,7 +383,7 @@ static int load_of_one_l1_entry(BlockDriverState *bs, uint64_t guest, size_t n, 
             return 0;
         }
         g_autoptr(Qcow2Table) t = NULL;
-        err = get_entries(bs, l1_entry, guest, n, false, &t);
+        err = get_entries(bs, l1_entry, guest, n, &t);
         if (err == 0) {
             err = load_from_table(bs, t, guest, n, ret);
         }
@@ -439,41 +444,62 @@ static size_t chunk_wanted(const Lookup *l)
     return (size_t)MIN(MIN(wanted, most), s->l2_entries - qcow2_l2_index(s, guest));
 }
 
-/* What is found here counts only if the table is still current afterwards: 1, 0, or QCOW2_STALE. */
-static int lookup_in_chunk(Lookup *l, Qcow2Table *t, size_t n)
+/* @e are the entries from here on: 1, 0, or -errno. */
+static int lookup_in_entries(Lookup *l, uint64_t table, const Qcow2L2Entry *e, size_t n)
 {
-    BDRVQcow2State *s = l->s;
-    Qcow2L2Entry e[CHUNK_ENTRIES];
     uint64_t guest = lookup_pos(l);
-    unsigned index = qcow2_l2_index(s, guest);
-    uint64_t cluster = qcow2_start_of_cluster(s, guest);
-    n = copy_entries(s, t, index, n, e);
-    if (!table_is_current(s, t, qcow2_l1_index(s, guest))) {
-        return QCOW2_STALE;
-    }
+    unsigned index = qcow2_l2_index(l->s, guest);
+    uint64_t cluster = qcow2_start_of_cluster(l->s, guest);
     int more = 1;
     for (size_t i = 0; i < n && more == 1; i++) {
         bool first = l->m.bytes == 0;
-        int err = qcow2_entry_judge(l->bs, e[i], cluster, qcow2_table_offset(t),
-                                    index + (unsigned)i);
+        int err = qcow2_entry_judge(l->bs, e[i], cluster, table, index + (unsigned)i);
         if (err < 0) {
             return first ? err : 0; /* the run in front of it is good */
         }
-        cluster += s->cluster_size;
+        cluster += l->s->cluster_size;
         more = lookup_add_entry(l, e[i], cluster);
     }
     return more;
 }
 
+/* Copies @n entries from where the look-up is: 0, QCOW2_STALE, or -errno. */
+static int fetch(const Lookup *l, uint64_t l1_entry, size_t n, Qcow2L2Entry *ret)
+{
+    uint64_t guest = lookup_pos(l);
+    g_autoptr(Qcow2Table) t = NULL;
+    int err = get_entries(l->bs, l1_entry, guest, n, &t);
+    if (err == 0) {
+        copy_entries(l->s, t, qcow2_l2_index(l->s, guest), n, ret);
+        err = table_is_current(l->s, t, qcow2_l1_index(l->s, guest)) ? 0 : QCOW2_STALE;
+    }
+    return err;
+}
+
+/* The same if they are in memory, else -EAGAIN.  What the cache finds is not poisoned while it is copied,
+ * so that L1 alone tells whether it still counts. */
+static int fetch_present(const Lookup *l, uint64_t l1_entry, size_t n, Qcow2L2Entry *ret)
+{
+    uint8_t raw[CHUNK_BYTES];
+    uint64_t guest = lookup_pos(l);
+    Qcow2TableRange range = range_of_entries(l->s, l1_entry, guest, n);
+    if (!qcow2_cache_copy_part(l->s->cache, &range, raw)) {
+        return -EAGAIN;
+    }
+    decode_entries(l->s, raw, n, ret);
+    uint64_t now = qcow2_l1_get(l->s, qcow2_l1_index(l->s, guest));
+    return (now & QCOW2_ENTRY_OFFSET_MASK) == range.offset ? 0 : QCOW2_STALE;
+}
+
 static int lookup_in_table(Lookup *l, uint64_t l1_entry)
 {
+    Qcow2L2Entry e[CHUNK_ENTRIES];
     size_t n = chunk_wanted(l);
-    g_autoptr(Qcow2Table) t = NULL;
-    int ret = get_entries(l->bs, l1_entry, lookup_pos(l), n, l->nowait, &t);
+    int ret = l->nowait ? fetch_present(l, l1_entry, n, e) : fetch(l, l1_entry, n, e);
     if (ret < 0) {
         return l->m.bytes ? 0 : ret; /* who wants more asks again from there */
     }
-    return lookup_in_chunk(l, t, n);
+    return ret ? ret : lookup_in_entries(l, l1_entry & QCOW2_ENTRY_OFFSET_MASK, e, n);
 }
 
 /* No table: unallocated as far as L1 says so. */

@@ -11,6 +11,8 @@
  * 1. Sequence numbers rise in list order; everybody announced before qcow2_inflight_seq() returned
  *    has a smaller one than it.
  * 2. The lock is a leaf and never held while anything waits but in functions that wait here.
+ * 3. Resolving takes no lock: it sets `bytes` before it looks for waiters, a waiter counts itself before it
+ *    looks at `bytes`, sequentially consistent, so one of the two sees the other.
  *
  * The list is as long as there are requests in flight (tens), so it is searched linearly.
  *
@@ -23,7 +25,7 @@ struct Qcow2Inflight {
     QbCond left;
     Qcow2User *first, *last; /* in the order of seq */
     uint64_t next_seq;
-    unsigned waiters;
+    _Atomic(unsigned) waiters; /* changed under the lock */
 };
 
 Qcow2Inflight *qcow2_inflight_new(void)
@@ -72,12 +74,11 @@ void qcow2_user_announce_writing(BDRVQcow2State *s, Qcow2User *u)
 
 void qcow2_user_resolve(BDRVQcow2State *s, Qcow2User *u, uint64_t host, uint64_t bytes)
 {
-    QB_GUARD(&s->inflight->lock);
-
     assert(bytes > 0);
     u->host = host;
-    u->bytes = bytes;
-    if (s->inflight->waiters) {
+    atomic_store(&u->bytes, bytes);
+    if (atomic_load(&s->inflight->waiters)) { /* invariant 3 */
+        QB_GUARD(&s->inflight->lock);
         qb_cond_broadcast(&s->inflight->left);
     }
 }
@@ -111,7 +112,8 @@ uint64_t qcow2_inflight_seq(BDRVQcow2State *s)
 
 static bool is_on(const Qcow2User *u, uint64_t host, uint64_t bytes)
 {
-    return !u->bytes || qb_ranges_overlap(u->host, u->bytes, host, bytes);
+    uint64_t pinned = atomic_load(&u->bytes);
+    return !pinned || qb_ranges_overlap(u->host, pinned, host, bytes);
 }
 
 bool qcow2_inflight_busy(BDRVQcow2State *s, uint64_t seq, uint64_t host, uint64_t bytes)

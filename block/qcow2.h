@@ -381,6 +381,8 @@ int qcow2_cache_get_part(Qcow2Cache *cache, const Qcow2TableRange *range, Qcow2T
  * length of 0 anything of it will do; what is dirty or becomes so then stays until put(). */
 Qcow2Table *qcow2_cache_peek(Qcow2Cache *cache, Qcow2TableKind kind, uint64_t offset);
 Qcow2Table *qcow2_cache_peek_part(Qcow2Cache *cache, const Qcow2TableRange *range);
+/* Copies it if it is all in memory; else false. Never blocks. */
+bool qcow2_cache_copy_part(Qcow2Cache *cache, const Qcow2TableRange *range, void *out);
 /* The range of @n entries from @index on of the L2 table at @offset; some. */
 static inline Qcow2TableRange qcow2_l2_range(const BDRVQcow2State *s, uint64_t offset, unsigned index,
                                              size_t n)
@@ -491,7 +493,8 @@ void qcow2_drop_empty_tables_locked(BDRVQcow2State *s) QB_REQUIRES(s->lock);
 typedef struct Qcow2User {
     struct Qcow2User *prev, *next;
     uint64_t seq;
-    uint64_t host, bytes; /* bytes 0: unresolved, pins everything */
+    uint64_t host;
+    _Atomic(uint64_t) bytes; /* 0: unresolved, pins everything; host is set before */
     bool writes;
 } Qcow2User;
 Qcow2Inflight *qcow2_inflight_new(void);

@@ -152,6 +152,18 @@ void qb_io_complete(QbIoOp *op, ssize_t res)
 
 /* ---- without waiting ---- */
 
+/* The short form costs less, and is all that many transfers need. */
+static ssize_t transfer_one_piece(const QbIoOp *op)
+{
+    const struct iovec *iov = op->iov;
+    ssize_t n;
+    do {
+        n = op->kind == QB_IO_READ ? pread(op->fd, iov->iov_base, iov->iov_len, (off_t)op->offset)
+                                   : pwrite(op->fd, iov->iov_base, iov->iov_len, (off_t)op->offset);
+    } while (n < 0 && errno == EINTR);
+    return n < 0 ? -errno : n;
+}
+
 static ssize_t transfer_flags(const QbIoOp *op, int flags)
 {
     int niov = qb_io_first_niov(op);
@@ -172,7 +184,7 @@ ssize_t qb_io_nowait(const QbIoOp *op, _Atomic(bool) *lacks)
         }
         atomic_store_explicit(lacks, true, memory_order_relaxed);
     }
-    return transfer_flags(op, 0);
+    return op->niov == 1 ? transfer_one_piece(op) : transfer_flags(op, 0);
 }
 
 /* What is worth a try in the calling thread, for the file of the ops in a row. */
