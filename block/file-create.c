@@ -118,7 +118,7 @@ static bool preallocate(const Resize *r, GError **errp)
 static bool check_prealloc(const Resize *r, GError **errp)
 {
     if (r->prealloc == PREALLOC_MODE_METADATA) {
-        qb_error_set(errp, ENOTSUP, "Unsupported preallocation mode '%s'",
+        qb_error_set(errp, ENOTSUP, "Unsupported preallocation mode: %s",
                      prealloc_mode_names[r->prealloc]);
         return false;
     }

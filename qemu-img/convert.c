@@ -115,6 +115,8 @@ static bool check_combinations(const ConvertArgs *a)
         {a->copy_offload && a->sparse_text, "Cannot enable copy offloading when -S is used"},
         {a->target_is_zero && !a->no_create, "--target-is-zero requires use of -n flag"},
         {a->target_image_opts && !a->no_create, "--target-image-opts requires use of -n flag"},
+        {a->target_image_opts && a->target_format,
+         "--image-opts and --format are mutually exclusive"},
         {a->skip_broken_bitmaps && !a->bitmaps, "Use of --skip-broken-bitmaps requires --bitmaps"},
         {a->no_create && a->backing, "-B cannot be used together with -n"},
         {a->no_create && a->options, "-o has no effect when skipping image creation"},

@@ -46,10 +46,11 @@ static const char *create_format(const CreateArgs *args)
 }
 
 /* The order in which users know the options of the line; all others follow in table order. */
-static const char *const shown_first[] = {
+static const char *const shown_for_qcow2[] = {
     "encryption", "cluster_size", "extended_l2", "preallocation", "compression_type", "size",
     "compat", "data_file", "data_file_raw", "backing_file", "backing_fmt", "lazy_refcounts",
     "refcount_bits", NULL};
+static const char *const shown_for_others[] = {"size", "backing_file", "backing_fmt", NULL};
 
 /* A comma in a value is doubled, as it would be in -o. */
 static void print_string(const char *name, const char *value)
@@ -76,6 +77,8 @@ static void print_option(const QbOptDesc *desc, const json_t *options)
 static void print_formatting(const char *file, const char *format, const ImgCreateTables *t,
                              const json_t *options)
 {
+    const char *const *shown_first = strcmp(format, "qcow2") ? shown_for_others : shown_for_qcow2;
+
     printf("Formatting '%s', fmt=%s", file, format);
     for (const char *const *name = shown_first; *name; name++) {
         const QbOptDesc *desc = qb_opts_find(t->format, *name);

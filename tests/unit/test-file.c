@@ -649,7 +649,7 @@ static void test_truncate(TestDir *t, gconstpointer root)
     truncate_ok(bs, 1000, PREALLOC_MODE_OFF);
     g_assert_cmpint(node_read_byte(bs, 500, 500), ==, 0);
     expect_truncate_error(bs, 2000, PREALLOC_MODE_METADATA,
-                          "Unsupported preallocation mode 'metadata'");
+                          "Unsupported preallocation mode: metadata");
     expect_truncate_error(bs, 100, PREALLOC_MODE_FALLOC,
                           "Cannot use preallocation for shrinking files");
     node_close(bs);
@@ -849,7 +849,7 @@ static void test_create_errors(TestDir *t, gconstpointer root)
     expect_create_error(t->dir, "size=1M", is_dir);
     expect_create_error(deep, "size=1M", no_dir);
     expect_create_error(t->file, "size=1M,preallocation=metadata",
-                        "Unsupported preallocation mode 'metadata'");
+                        "Unsupported preallocation mode: metadata");
     expect_create_error(t->file, "size=1M,preallocation=some",
                         "Parameter 'preallocation' does not accept value 'some'");
     expect_create_error(t->file, "extent_size_hint=8G", "Extent size hint is too large");
