@@ -18,7 +18,8 @@
  *     cached for that place are dropped and the generation rises; a reader puts a cluster into the
  *     cache only if the generation is the one from the time when it was announced.  Space of a
  *     stream is given to another one only after such readers have left.
- *  3. Only clusters without a host cluster or stream are written to; the request is serialised.
+ *  3. Only clusters without a host cluster or stream are written to, but by who moves a stream; the
+ *     request is serialised.
  *
  * Not done: an unpacked cluster is not kept when all of it was asked for.
  *
@@ -384,7 +385,10 @@ static Qcow2L2Entry zero_entry(const Batch *b, size_t i)
 static int place_stream(Batch *b, Packed *p)
 {
     BlockDriverState *bs = b->io->bs;
-    int64_t host = qcow2_alloc_bytes(bs, (uint32_t)p->out_bytes);
+    unsigned size = b->io->s->cluster_size;
+    int64_t host = p->out_bytes < size
+                       ? qcow2_alloc_bytes(bs, (uint32_t)p->out_bytes)
+                       : qcow2_alloc_clusters(bs, qb_align_up(p->out_bytes, size));
     if (host < 0) {
         return (int)host;
     }
@@ -546,6 +550,43 @@ static int write_batch(const Qcow2Io *io, uint64_t guest, uint64_t bytes, uint64
         g_free(b.p[i].out);
     }
     return ret;
+}
+
+/* --- moving --- */
+
+/* Reads the stream of @m, which must still be what the entry says. */
+static int load_stream(Batch *b, const Qcow2Mapping *m)
+{
+    BlockDriverState *bs = b->io->bs;
+    Packed *p = &b->p[0];
+    Qcow2User user;
+    Qcow2Mapping now = {0};
+    qcow2_user_announce(b->io->s, &user);
+    int ret = qcow2_load_entries(bs, b->guest, 1, b->old);
+    if (ret == 0) {
+        now = qcow2_entry_mapping(b->io->s, b->old[0], b->guest, b->guest + 1);
+    }
+    bool same = now.type == QCOW2_COMPRESSED && now.host == m->host &&
+                now.comp_bytes == m->comp_bytes;
+    ret = ret == 0 && !same ? -EIO : ret;
+    ret = ret < 0 ? ret : bdrv_pread(bs->file, (int64_t)m->host, m->comp_bytes, p->out, 0);
+    qcow2_user_leave(b->io->s, &user);
+    return ret;
+}
+
+int qcow2_move_stream(BlockDriverState *bs, const Qcow2Mapping *m)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    const Qcow2Io io = {.bs = bs, .s = s};
+    g_autofree uint8_t *data = g_try_malloc(m->comp_bytes);
+    Batch b = {.io = &io, .n = 1, .guest = qcow2_start_of_cluster(s, m->guest)};
+    b.p[0] = (Packed){
+        .io = &io, .guest = b.guest, .as = PACKED_STREAM, .out = data, .out_bytes = m->comp_bytes,
+    };
+    int ret = data ? load_stream(&b, m) : -ENOMEM;
+    ret = ret < 0 ? ret : batch_store(&b);
+    ret = ret < 0 ? ret : batch_link(&b);
+    return ret < 0 ? ret : qcow2_relieve(bs);
 }
 
 /* Whole clusters, or the rest of the disk. */

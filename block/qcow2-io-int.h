@@ -164,6 +164,9 @@ int qcow2_streams_read(BlockDriverState *bs, Qcow2Stream *streams, size_t n);
 /* Not announced: waits for workers. Fills @io's vector. */
 int qcow2_streams_unpack(const Qcow2Io *io, Qcow2Stream *streams, size_t n);
 void qcow2_streams_clear(Qcow2Stream *streams, size_t n);
+/* Moves the stream of a compressed cluster, found by a walk, to another place. Whole node in the range
+ * lock, not announced. */
+int qcow2_move_stream(BlockDriverState *bs, const Qcow2Mapping *m);
 
 /* --- qcow2-map-fresh.c --- */
 

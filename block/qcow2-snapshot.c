@@ -12,7 +12,8 @@
  *                                      <- done
  *
  * Invariants (besides invariants 0 to 8 of the driver)
- *  1. Overflow of any count in the whole tree is found before anything changes.
+ *  1. Overflow of any count in the whole tree is found before anything changes.  Where streams of
+ *     compressed clusters are the cause, they are moved first (qcow2-snapshot-room.c).
  *  2. COPIED is off before a count becomes 2 and comes back after it is 1 again: on version 2,
  *     which has no dirty bit, a crash shows at most "COPIED clear, count 1".
  *  3. Whoever looked an entry up while it was COPIED has finished writing before the snapshot
@@ -208,6 +209,25 @@ static bool fail_for_counts(const BDRVQcow2State *s, int err, GError **errp)
     return false;
 }
 
+static int collect_active(BlockDriverState *bs, GArray *tree)
+{
+    int ret = qcow2_flush_all(bs);
+    g_array_set_size(tree, 0);
+    return ret < 0 ? ret : qcow2_tree_collect(bs, NULL, tree);
+}
+
+/* Also by moving what fills counts up; @tree is collected anew then. */
+static int find_room(BlockDriverState *bs, GArray *tree)
+{
+    int ret = qcow2_counts_have_room(bs, tree);
+    if (ret != -EINVAL) {
+        return ret;
+    }
+    ret = qcow2_make_room_in_counts(bs, tree);
+    ret = ret < 0 ? ret : collect_active(bs, tree);
+    return ret < 0 ? ret : qcow2_counts_have_room(bs, tree);
+}
+
 bool qcow2_snapshot_create(BlockDriverState *bs, const char *name, GError **errp)
 {
     BDRVQcow2State *s = qcow2_state(bs);
@@ -216,12 +236,11 @@ bool qcow2_snapshot_create(BlockDriverState *bs, const char *name, GError **errp
     if (!may_create(bs, name, errp)) {
         return false;
     }
-    int ret = qcow2_flush_all(bs);
-    ret = ret < 0 ? ret : qcow2_tree_collect(bs, NULL, tree);
+    int ret = collect_active(bs, tree);
     if (ret < 0) {
         return fail_errno(errp, ret);
     }
-    ret = qcow2_counts_have_room(bs, tree);
+    ret = find_room(bs, tree);
     if (ret < 0) {
         return fail_for_counts(s, ret, errp);
     }

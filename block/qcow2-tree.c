@@ -274,6 +274,23 @@ int qcow2_counts_have_room(BlockDriverState *bs, const GArray *runs)
     return ret;
 }
 
+int qcow2_counts_without_room(BlockDriverState *bs, const GArray *runs, GArray *ret)
+{
+    g_autoptr(GArray) list = stretches(qcow2_state(bs), NULL, runs);
+    for (guint i = 0; i < list->len; i++) {
+        const Stretch *st = &g_array_index(list, Stretch, i);
+        Qcow2HostRun run = {st->start, st->end - st->start};
+        int err = st->delta > INT_MAX ? -EINVAL
+                                      : qcow2_judge_refcounts(bs, &run, 1, (int)st->delta);
+        if (err == -EINVAL) {
+            g_array_append_val(ret, run);
+        } else if (err < 0) {
+            return err;
+        }
+    }
+    return 0;
+}
+
 int qcow2_change_counts(BlockDriverState *bs, const GArray *runs, int sign)
 {
     g_autoptr(GArray) list = stretches(qcow2_state(bs), NULL, runs);

@@ -39,6 +39,8 @@ const Kind kinds[] = {
     {"snapshot-ext", "cluster_size=16k,extended_l2=on", 32, SECTORS(1024), KIND_SNAPSHOT},
     {"snapshot-512", "cluster_size=512,refcount_bits=32", 1, SECTORS(64), KIND_SNAPSHOT},
     {"snapshot-compressed", "cluster_size=4k", 8, SECTORS(256), KIND_SNAPSHOT | KIND_COMPRESSED},
+    {"packed", "cluster_size=4k,refcount_bits=4", 8, SECTORS(256),
+     KIND_SNAPSHOT | KIND_COMPRESSED | KIND_TIGHT},
     /* Tables of at least two clusters: the peer cannot open others. */
     {"qed", "cluster_size=4k,table_size=2", 8, SECTORS(512), KIND_QED},
     {"qed-backing", "cluster_size=8k,table_size=2", 16, SECTORS(512), KIND_QED | KIND_BACKING},

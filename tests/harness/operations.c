@@ -653,6 +653,7 @@ const Operation operations[] = {
      KIND_NO_SHARING | KIND_DATA_FILE | KIND_QED, 0, NULL},
     {"save-vm", "image", NULL, run_save_vm, 0, KIND_NO_SHARING | KIND_DATA_FILE | KIND_QED, 0,
      NULL},
+    {"snapshot-repack", "image", NULL, run_snapshot_create, KIND_TIGHT, 0, 0, NULL},
     {"snapshot-delete", "image", NULL, run_snapshot_delete, KIND_SNAPSHOT, 0, OPERATION_ONCE, NULL},
     {"snapshot-apply", "image", NULL, run_snapshot_apply, KIND_SNAPSHOT, KIND_BITMAPS, 0, NULL},
     {"make-empty", "image", NULL, run_make_empty, OVER, 0, 0, NULL},
@@ -700,6 +701,9 @@ bool operation_fits(const Operation *op, const Kind *kind)
         return false;
     }
     if (kind->flags & KIND_BIG && strcmp(op->group, "bitmap")) {
+        return false;
+    }
+    if ((kind->flags & KIND_TIGHT) && !(op->need & KIND_TIGHT)) {
         return false;
     }
     return (kind->flags & op->need) == op->need && !(kind->flags & op->bar);

@@ -35,6 +35,7 @@ typedef enum KindFlags {
     KIND_BITMAPS = 1 << 10,   /* has a dirty bitmap in each state (BitmapId) */
     KIND_4K = 1 << 11,        /* on a device whose sectors have 4096 bytes */
     KIND_BIG = 1 << 12,       /* takes long: for the operations of group bitmap only */
+    KIND_TIGHT = 1 << 13,     /* counts are full: for operations that need just that */
 } KindFlags;
 
 typedef struct Kind {
