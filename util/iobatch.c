@@ -191,6 +191,7 @@ ssize_t qb_io_nowait(const QbIoOp *op, _Atomic(bool) *lacks)
 typedef struct Cached {
     int fd;
     bool reads, writes;
+    bool in_memory; /* all of the file, always */
 } Cached;
 
 /* Direct I/O waits for the device.  Writes into the page cache of a regular file do not, as a rule, and
@@ -225,9 +226,9 @@ static size_t first_bytes(const QbIoOp *op)
 /* Runs the op if the page cache has all of it; else it stays pending, also when there is an error. */
 static void try_cached_read(QbIoOp *op, Cached *file)
 {
-    ssize_t n = transfer_flags(op, RWF_NOWAIT);
+    ssize_t n = file->in_memory ? -EOPNOTSUPP : transfer_flags(op, RWF_NOWAIT);
     if (n == -EOPNOTSUPP || n == -ENOSYS || n == -EINVAL) {
-        file->reads = is_in_memory(op->fd);
+        file->reads = file->in_memory = file->in_memory || is_in_memory(op->fd);
         if (file->reads) {
             run_one(op);
         }
