@@ -8,8 +8,10 @@
  *                SKIP   the target's backing file has it
  *
  * Reads run in parallel; writes happen in the order of the turns, so that the target is laid out in
- * guest order, unless -W allows any order.  A unit of compressed data is many clusters long: the
- * driver compresses them in parallel inside one write.
+ * guest order, unless -W allows any order.  Into the page cache of a file writes go one by one then,
+ * too: the kernel lets one writer into a file at a time, and has others spin who could be reading; and
+ * they are short, so that what was read is still in the processor's caches.  A unit of compressed data
+ * is many clusters long: the driver compresses them in parallel inside one write.
  *
  * Invariants
  * 1. Units partition [0, size); a DATA unit is at most CONVERT_UNIT long and begins and ends on a
@@ -32,6 +34,7 @@
 #include "util/thread.h"
 
 #define CONVERT_UNIT (2 * 1024 * 1024)
+#define CONVERT_SHORT_UNIT (512 * 1024)
 #define CONVERT_SECTOR 512
 #define CONVERT_GAP (64 * 1024) /* zeroes as short as this are copied along with the data around */
 
@@ -47,6 +50,9 @@ typedef struct Engine {
     const ConvertPlan *plan;
     QbMutex lock;
     QbCond turn_passed;
+    int64_t unit;       /* longest unit of data */
+    bool one_writer;    /* any order, but one at a time */
+    bool writing;
     int64_t cursor;     /* guarded by lock, as are all below */
     uint64_t next_turn, write_turn;
     UnitKind known_kind; /* what lies from here to there */
@@ -99,7 +105,7 @@ static int learn_locked(Engine *e, int64_t offset)
 
     if (ret < 0 && plan->salvage) {
         st = (BdrvStatus){.flags = BDRV_BLOCK_DATA | BDRV_BLOCK_ALLOCATED,
-                          .bytes = MIN(src->size - pos, CONVERT_UNIT)};
+                          .bytes = MIN(src->size - pos, e->unit)};
         ret = 0;
     }
     if (ret < 0) {
@@ -128,7 +134,7 @@ static bool gather_locked(Engine *e, Unit *u)
     }
     *u = (Unit){.offset = e->cursor, .kind = e->known_kind, .turn = e->next_turn++};
     end = e->known_end;
-    while (u->kind == UNIT_DATA && end - u->offset < CONVERT_UNIT && end < e->plan->size) {
+    while (u->kind == UNIT_DATA && end - u->offset < e->unit && end < e->plan->size) {
         if (learn_locked(e, end) < 0) {
             return false;
         }
@@ -160,7 +166,7 @@ static void shape_unit(const Engine *e, Unit *u)
         }
     }
     if (u->kind == UNIT_DATA) {
-        end = (int64_t)qb_align_up((uint64_t)(u->offset + MIN(u->bytes, CONVERT_UNIT)),
+        end = (int64_t)qb_align_up((uint64_t)(u->offset + MIN(u->bytes, e->unit)),
                                    (uint64_t)align);
         u->bytes = end - u->offset;
     }
@@ -191,23 +197,31 @@ static bool next_unit(Engine *e, Unit *u)
 
 /* ---- turns ---- */
 
+static bool may_write_locked(const Engine *e, const Unit *u)
+{
+    return e->plan->out_of_order ? !e->one_writer || !e->writing : e->write_turn == u->turn;
+}
+
 static void wait_turn(Engine *e, const Unit *u)
 {
-    if (e->plan->out_of_order) {
-        return;
-    }
     QB_GUARD(&e->lock);
-    while (e->write_turn != u->turn) {
+    while (!may_write_locked(e, u)) {
         qb_cond_wait(&e->turn_passed, &e->lock);
     }
+    e->writing = true;
 }
 
 static void pass_turn(Engine *e, bool ok)
 {
     QB_GUARD(&e->lock);
     e->write_turn++;
+    e->writing = false;
     e->failed |= !ok;
-    qb_cond_broadcast(&e->turn_passed);
+    if (e->one_writer) {
+        qb_cond_signal(&e->turn_passed);
+    } else {
+        qb_cond_broadcast(&e->turn_passed);
+    }
 }
 
 /* ---- reading ---- */
@@ -400,7 +414,7 @@ static void throttle(Engine *e, const Unit *u)
 static void *worker_main(void *opaque)
 {
     Engine *e = opaque;
-    size_t size = CONVERT_UNIT + (size_t)e->plan->target_alignment;
+    size_t size = (size_t)e->unit + (size_t)e->plan->target_alignment;
     QB_AUTO_FREE uint8_t *buf = bdrv_try_blockalign(blk_bs(e->plan->target), size);
     Unit u;
 
@@ -420,9 +434,12 @@ static void *worker_main(void *opaque)
 bool convert_copy(const ConvertPlan *plan)
 {
     Engine e = {.plan = plan, .limit = {.speed = plan->rate_limit}};
+    bool plain = !plan->compress && !plan->copy_offload;
     g_autofree pthread_t *threads = g_new0(pthread_t, plan->workers);
     unsigned started = 0;
 
+    e.one_writer = plain && plan->out_of_order && plan->target_cached;
+    e.unit = e.one_writer ? CONVERT_SHORT_UNIT : CONVERT_UNIT;
     qb_mutex_init(&e.lock);
     qb_cond_init(&e.turn_passed);
     while (started + 1 < plan->workers &&

@@ -104,6 +104,14 @@ static bool parse_workers(const char *text, unsigned *ret)
     return true;
 }
 
+/* @mode is a good one; NULL: unsafe. */
+static bool is_cached(const char *mode)
+{
+    BlkCacheMode cache = {0};
+
+    return !mode || (blk_parse_cache_mode(mode, &cache) && !cache.direct);
+}
+
 /* Pairs of options that do not go together, and what is said. */
 static bool check_combinations(const ConvertArgs *a)
 {
@@ -381,6 +389,7 @@ int img_convert(int argc, char **argv)
     g_autofree char *options = args.options;
     ConvertPlan plan = {.compress = args.compress, .out_of_order = args.out_of_order,
                         .salvage = args.salvage, .quiet = args.quiet,
+                        .target_cached = is_cached(args.target_cache),
                         .copy_offload = args.copy_offload, .rate_limit = args.rate_limit};
     if (img_asks_for_option_help(options)) {
         return img_print_option_help(target_format(&args), last_operand(operands));

@@ -28,6 +28,7 @@ typedef struct ConvertPlan {
     bool target_is_zero;       /* what is not written reads as zeroes */
     bool target_has_backing;   /* what the sources' top layers do not have shines through */
     bool compress, out_of_order, salvage, quiet;
+    bool target_cached;        /* writes go to the page cache */
     bool copy_offload;         /* data are copied by the kernel where it can, zeroes in them too */
     int64_t min_sparse;        /* shortest run of zeroes to look for in data; 0: write everything */
     unsigned workers;
