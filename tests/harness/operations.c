@@ -77,12 +77,25 @@ static bool run_cow(World *w)
     return world_close(w);
 }
 
+/* Cluster @at goes in two parts, and somebody wants its space. */
+static void zero_by_halves(World *w, unsigned at)
+{
+    unsigned c = w->kind->cluster;
+    if (c > 1) {
+        world_zero(w, at + c / 2, c / 2, BDRV_REQ_MAY_UNMAP);
+        world_flush(w);
+        world_zero(w, at, c / 2, BDRV_REQ_MAY_UNMAP);
+        world_write(w, operation_group(w, 7) + 3 * c, c);
+    }
+}
+
 static bool run_zero(World *w)
 {
     if (!world_open(w)) {
         return false;
     }
     unsigned c = w->kind->cluster;
+    zero_by_halves(w, operation_group(w, 1));
     world_zero(w, operation_group(w, 0), 3 * c, 0);
     world_zero(w, operation_group(w, 2), 4 * c, BDRV_REQ_MAY_UNMAP);
     world_zero(w, operation_group(w, 4) + c / 2, 5 * c, BDRV_REQ_MAY_UNMAP);
