@@ -34,6 +34,7 @@
 enum {
     EXT_NB = 0,
     TABLE_CHUNK = 1 << 17, /* entries read at once */
+    MAX_NEW_TABLES = 1024, /* by one repair; a directory may claim 65535 bitmaps in 2 MiB */
 };
 #define MAX_TABLE_BYTES (UINT64_C(8) << 20) /* 512 MiB of bitmap in clusters of 512 bytes */
 
@@ -141,7 +142,8 @@ static bool plan_new_table(Qcow2Check *c, const Bitmap *b)
 {
     uint64_t entries = entries_needed(c, b);
     Qcow2TableFix fix = {.pos = b->pos, .entries = (uint32_t)entries, .name = g_strdup(b->name)};
-    if (!may_repair(c) || entries * sizeof(uint64_t) > MAX_TABLE_BYTES) {
+    if (!may_repair(c) || entries * sizeof(uint64_t) > MAX_TABLE_BYTES ||
+        c->table_fixes->len >= MAX_NEW_TABLES) {
         g_free(fix.name);
         return false;
     }

@@ -96,7 +96,7 @@ void qcow2_check_mark_fixed(Qcow2Check *c, BdrvFindingClass kind, uint64_t n)
 
 bool qcow2_check_cancelled(const Qcow2Check *c)
 {
-    return qb_progress_cancelled(c->opts->progress);
+    return !c->repairing && qb_progress_cancelled(c->opts->progress);
 }
 
 /* ---------------------------------------------------------------- writing */
@@ -320,6 +320,7 @@ static void clear_bits(Qcow2Check *c, bool was_dirty)
 
 static bool repair(Qcow2Check *c, GError **errp)
 {
+    c->repairing = true;
     bool was_dirty = c->s->header.incompatible & QCOW2_INCOMPAT_DIRTY;
     if (c->res->corruptions || c->res->leaks) {
         repair_counts(c);

@@ -142,6 +142,7 @@ typedef struct Qcow2Check {
     bool touched;            /* the image was written: caches are stale */
     bool write_failed;       /* a repair stopped half-way */
     bool quiet;              /* findings are counted, not told */
+    bool repairing;          /* goes on to its end */
     bool compared;           /* todo of blocks says where they differ from the map */
     bool copied_suspect;     /* some COPIED flag is wrong, by the map */
     bool copied_uncounted;   /* same, of an entry that is not in the map */
@@ -180,7 +181,8 @@ void qcow2_check_report(Qcow2Check *c, BdrvFindingClass kind, bool fixed, const 
                         uint64_t offset, const char *fmt, ...) G_GNUC_PRINTF(6, 7);
 /* @n findings of this class that were reported before have been repaired. */
 void qcow2_check_mark_fixed(Qcow2Check *c, BdrvFindingClass kind, uint64_t n);
-/* Did the user ask to stop? Looked at while nothing has been changed. */
+/* Did the user ask to stop? Not once a repair of counts has begun: what it has seen half of would
+ * be judged wrongly. */
 bool qcow2_check_cancelled(const Qcow2Check *c);
 /* Writes to the image file; a failure is reported as a check error. */
 int qcow2_check_write(Qcow2Check *c, uint64_t offset, size_t bytes, const void *buf);

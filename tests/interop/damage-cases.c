@@ -15,7 +15,8 @@
  *
  *      info --> check --> read everything      none of them writes
  *      check -r leaks, check -r all            what they call clean is clean; what could be read
- *                                              before a repair can be read after it
+ *                                              before a repair can be read after it; also when
+ *                                              it is interrupted and run again
  *      open for writing, write, zero, discard, snapshot, resize, flush
  *
  * It must end with errors or a sound image: no crash, nothing that a sanitizer finds, no more than
@@ -70,6 +71,8 @@ typedef struct Session {
     uint8_t *guest;          /* sound content; NULL: cannot be read */
     size_t guest_bytes;
     size_t memory_before;    /* KiB */
+    QbProgress progress;     /* of checks */
+    unsigned findings_left;  /* before the check is asked to stop; 0: it is not */
 } Session;
 
 /* ---------------------------------------------------------------- saying */
@@ -173,16 +176,21 @@ static void note_finding(const BdrvCheckFinding *finding, void *opaque)
     if (!finding->text[0] || !finding->code[0]) {
         fail(s, "a finding without words");
     }
+    if (s->findings_left && --s->findings_left == 0) {
+        atomic_store(&s->progress.cancel, true);
+    }
 }
 
 /* False: it could not be run. */
 static bool check(Session *s, const RecFile *f, unsigned fix, BdrvCheckResult *ret)
 {
-    BdrvCheckOptions opts = {.fix = fix, .finding = note_finding, .opaque = s};
+    BdrvCheckOptions opts = {.fix = fix, .finding = note_finding, .opaque = s,
+                             .progress = &s->progress};
     int flags = BDRV_O_CHECK | BDRV_O_NO_BACKING;
     flags |= fix ? BDRV_O_RDWR | BDRV_O_RESIZE : BDRV_O_NO_IO;
     g_autoptr(BlockBackend) blk = try_open(s, f, flags);
     *ret = (BdrvCheckResult){0};
+    qb_progress_init(&s->progress, 0);
     return blk && bdrv_check(blk_bs(blk), &opts, ret, NULL);
 }
 
@@ -242,24 +250,30 @@ static bool is_clean(const BdrvCheckResult *r)
     return !r->corruptions && !r->check_errors;
 }
 
-/* A pass; the next look must agree with what it says is left. */
+/* The next look must agree with what a repair says is left. False: there is none. */
+static bool look_again(Session *s, RecFile *f, const BdrvCheckResult *first,
+                       BdrvCheckResult *again)
+{
+    step(s, "check after the repair");
+    unsigned writes = f->count[REC_WRITE];
+    if (!check(s, f, 0, again)) {
+        fail(s, "the repaired image does not open for a check");
+        return false;
+    }
+    expect_unwritten(s, f, writes);
+    if (is_clean(first) && (!is_clean(again) || again->leaks > first->leaks)) {
+        fail(s, "%" PRIu64 " corruptions, %" PRIu64 " leaks after a repair that left none",
+             again->corruptions, again->leaks);
+    }
+    return true;
+}
+
 static void repair(Session *s, RecFile *f, unsigned fix)
 {
     BdrvCheckResult first, again, third;
     step(s, fix & BDRV_FIX_ERRORS ? "check -r all" : "check -r leaks");
-    if (!check(s, f, fix, &first)) {
+    if (!check(s, f, fix, &first) || !look_again(s, f, &first, &again)) {
         return;
-    }
-    step(s, "check after the repair");
-    unsigned writes = f->count[REC_WRITE];
-    if (!check(s, f, 0, &again)) {
-        fail(s, "the repaired image does not open for a check");
-        return;
-    }
-    expect_unwritten(s, f, writes);
-    if (is_clean(&first) && (!is_clean(&again) || again.leaks > first.leaks)) {
-        fail(s, "%" PRIu64 " corruptions, %" PRIu64 " leaks after a repair that left none",
-             again.corruptions, again.leaks);
     }
     step(s, "repair of the repaired");
     if (is_clean(&again) && (fix & BDRV_FIX_ERRORS) &&
@@ -282,6 +296,24 @@ static void expect_nothing_lost(Session *s, const RecFile *f, const uint8_t *bef
             return;
         }
     }
+}
+
+/* Somebody stops a repair at one of its first findings, and lets it run another time. */
+static void repair_interrupted(Session *s, const uint8_t *readable)
+{
+    RecFile *f = copy_of(s);
+    BdrvCheckResult result, again;
+    step(s, "interrupted check -r all");
+    s->findings_left = 1 + g_str_hash(s->shared->story) % 5;
+    bool done = check(s, f, BDRV_FIX_LEAKS | BDRV_FIX_ERRORS, &result);
+    s->findings_left = 0;
+    if (done) {
+        look_again(s, f, &result, &again);
+    }
+    expect_nothing_lost(s, f, readable);
+    repair(s, f, BDRV_FIX_LEAKS | BDRV_FIX_ERRORS);
+    expect_nothing_lost(s, f, readable);
+    rec_file_free(f);
 }
 
 static void repair_both_ways(Session *s, const uint8_t *readable)
@@ -427,6 +459,7 @@ static void run_case(Session *s, uint64_t i)
     g_autofree uint8_t *readable = look_at_content(s, f);
     rec_file_free(f);
     repair_both_ways(s, readable);
+    repair_interrupted(s, readable);
     use_image(s);
     step(s, "the whole case");
     /* Every sector is read by itself, and a stream that does not unpack is tried for each of them. */
