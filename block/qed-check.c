@@ -10,8 +10,12 @@
  * A repair of leaks cuts the file behind the last cluster in use; those in between remain, and are
  * counted as other programs count them, because the format cannot tell them from free space.
  *
+ * Entries are cleared when all owners are known: to write to a table in whose clusters guest data
+ * lie, because the entry of L1 that leads there is wrong, would destroy those.
+ *
  * Invariants
- *  1. A check without repair writes nothing.
+ *  1. A check without repair writes nothing; a repair writes to a table only if no data share its
+ *     clusters.
  *  2. The need-check bit goes last, when all that was repaired is stable, nothing is left, and a
  *     shrink that may have been interrupted has been ended.
  *  3. A table that was seen already is not read again: what it refers to would all be counted
@@ -25,12 +29,22 @@
 #include <inttypes.h>
 #include <stdarg.h>
 
+enum { MAX_REPAIRS = 1 << 20 }; /* at once; the rest stays for the next time */
+
+/* An entry to be set to 0. */
+typedef struct QedRepair {
+    uint64_t table, index, entry;
+} QedRepair;
+
 typedef struct QedCheck {
     BlockDriverState *bs;
     BDRVQedState *s;
     const BdrvCheckOptions *opts;
     BdrvCheckResult *res;
     QedSpace *seen;
+    QedSpace *tables;     /* first clusters of tables */
+    QedSpace *shared;     /* clusters with two owners, of which one is data */
+    GArray *repairs;      /* QedRepair */
     uint64_t file_clusters;
     uint64_t l1_index;    /* of the table that pieces are coming from */
     uint64_t last_offset; /* the data cluster before in this table, 0: none */
@@ -80,44 +94,66 @@ static bool cancelled(const QedCheck *c)
 
 /* ---------------------------------------------------------------- entries */
 
-/* Sets entry @index of the table at @table to 0, if repair is wanted. */
-static bool clear_entry(QedCheck *c, uint64_t table, uint64_t index)
-{
-    if (!(c->opts->fix & BDRV_FIX_ERRORS)) {
-        return false;
-    }
-    int ret = qed_clear_entry(c->bs, table, index);
-    if (ret < 0) {
-        report_io(c, table, ret, "Could not change the table");
-    }
-    return ret == 0;
-}
-
-/* True when the @bytes at @offset were not there before. */
-static bool see(QedCheck *c, uint64_t offset, uint64_t bytes)
+/* How many of the clusters of [offset, +bytes) were there before. */
+static uint64_t see(QedCheck *c, uint64_t offset, uint64_t bytes)
 {
     const BDRVQedState *s = c->s;
-    return qed_space_add(c->seen, offset >> s->cluster_bits, bytes >> s->cluster_bits) == 0;
+    return qed_space_add(c->seen, offset >> s->cluster_bits, bytes >> s->cluster_bits);
 }
 
-/* What entry @index of the table at @table (@name) refers to. True when it may be used. */
-static bool judge(QedCheck *c, const char *name, uint64_t table, uint64_t index, uint64_t entry)
+static void report_invalid(QedCheck *c, const QedRepair *r, bool fixed)
 {
-    uint64_t bytes = table == c->s->l1_offset ? c->s->table_bytes : c->s->cluster_size;
+    const char *name = r->table == c->s->l1_offset ? "L1" : "L2";
+    BdrvCheckFinding f = {.kind = BDRV_FINDING_CORRUPTION, .code = "invalid-offset",
+                          .offset = r->entry, .fixed = fixed};
+    report(c, &f, "%s: %s table at offset 0x%" PRIx64 ", entry %" PRIu64 ": offset 0x%" PRIx64
+           " is not in the image", fixed ? "Repairing" : "ERROR", name, r->table, r->index,
+           r->entry);
+}
+
+/* It is repaired, or else told, at the end of a repair. */
+static void invalid(QedCheck *c, const QedRepair *r)
+{
+    if ((c->opts->fix & BDRV_FIX_ERRORS) && c->repairs->len < MAX_REPAIRS) {
+        g_array_append_vals(c->repairs, r, 1);
+    } else {
+        report_invalid(c, r, false);
+    }
+}
+
+/* @n: clusters; each of them counts. */
+static void two_owners(QedCheck *c, const QedRepair *r, uint64_t bytes, uint64_t n)
+{
+    const BDRVQedState *s = c->s;
+    bool l1 = r->table == s->l1_offset;
+    uint64_t first = r->entry >> s->cluster_bits;
+    BdrvCheckFinding f = {.kind = BDRV_FINDING_CORRUPTION, .code = "two-owners",
+                          .offset = r->entry};
+    if (!l1 || !qed_space_has(c->tables, first)) {
+        qed_space_add(c->shared, first, bytes >> s->cluster_bits);
+    }
+    report(c, &f, "ERROR: %s table at offset 0x%" PRIx64 ", entry %" PRIu64 ": offset 0x%" PRIx64
+           " is referred to twice", l1 ? "L1" : "L2", r->table, r->index, r->entry);
+    c->res->corruptions += n - 1;
+}
+
+/* What entry @index of the table at @table refers to. True when it may be used. */
+static bool judge(QedCheck *c, uint64_t table, uint64_t index, uint64_t entry)
+{
+    bool l1 = table == c->s->l1_offset;
+    uint64_t bytes = l1 ? c->s->table_bytes : c->s->cluster_size;
+    QedRepair r = {table, index, entry};
     if (!qed_in_file(c->s, entry, bytes)) {
-        bool fixed = clear_entry(c, table, index);
-        BdrvCheckFinding f = {.kind = BDRV_FINDING_CORRUPTION, .code = "invalid-offset",
-                              .offset = entry, .fixed = fixed};
-        report(c, &f, "%s: %s table at offset 0x%" PRIx64 ", entry %" PRIu64 ": offset 0x%" PRIx64
-               " is not in the image", fixed ? "Repairing" : "ERROR", name, table, index, entry);
+        invalid(c, &r);
         return false;
     }
-    if (!see(c, entry, bytes)) {
-        BdrvCheckFinding f = {.kind = BDRV_FINDING_CORRUPTION, .code = "two-owners",
-                              .offset = entry};
-        report(c, &f, "ERROR: %s table at offset 0x%" PRIx64 ", entry %" PRIu64 ": offset 0x%"
-               PRIx64 " is referred to twice", name, table, index, entry);
+    uint64_t again = see(c, entry, bytes);
+    if (again) {
+        two_owners(c, &r, bytes, again);
         return false;
+    }
+    if (l1) {
+        qed_space_add(c->tables, entry >> c->s->cluster_bits, 1);
     }
     return true;
 }
@@ -128,7 +164,7 @@ static int check_table(uint64_t l1_index, uint64_t entry, void *opaque)
     if (cancelled(c)) {
         return -ECANCELED;
     }
-    return judge(c, "L1", c->s->l1_offset, l1_index, entry); /* invariant 3 */
+    return judge(c, c->s->l1_offset, l1_index, entry); /* invariant 3 */
 }
 
 static void check_data(QedCheck *c, const QedWalkPiece *piece, uint64_t index, uint64_t entry)
@@ -138,7 +174,7 @@ static void check_data(QedCheck *c, const QedWalkPiece *piece, uint64_t index, u
         c->res->fragmented_clusters++;
     }
     c->last_offset = entry;
-    judge(c, "L2", piece->table, index, entry);
+    judge(c, piece->table, index, entry);
 }
 
 static void begin_table(QedCheck *c, const QedWalkPiece *piece)
@@ -164,10 +200,7 @@ static int check_piece(const QedWalkPiece *piece, void *opaque)
             check_data(c, piece, piece->first + i, entry);
         }
     }
-    if (cancelled(c)) {
-        return -ECANCELED;
-    }
-    return c->opts->fix ? qed_relieve(c->bs) : 0;
+    return cancelled(c) ? -ECANCELED : 0;
 }
 
 static int check_l1_error(uint64_t l1_index, int error, void *opaque)
@@ -192,6 +225,49 @@ static int walk(QedCheck *c)
     return ret;
 }
 
+/* ---------------------------------------------------------------- repair */
+
+static bool is_alone(const QedCheck *c, uint64_t table)
+{
+    const BDRVQedState *s = c->s;
+    uint64_t first = table >> s->cluster_bits, n = s->table_bytes >> s->cluster_bits;
+    bool shared = false;
+    for (uint64_t i = first; i < first + n; i++) {
+        shared |= qed_space_has(c->shared, i);
+    }
+    return !shared;
+}
+
+/* Sets an entry to 0 if it may be; 0 or -errno. */
+static int repair_entry(QedCheck *c, const QedRepair *r)
+{
+    if (!is_alone(c, r->table)) {
+        report_invalid(c, r, false);
+        return 0;
+    }
+    int ret = qed_clear_entry(c->bs, r->table, r->index);
+    if (ret < 0) {
+        report_io(c, r->table, ret, "Could not change the table");
+    }
+    report_invalid(c, r, ret == 0);
+    return qed_relieve(c->bs);
+}
+
+static int repair_entries(QedCheck *c)
+{
+    int ret = 0;
+    for (guint i = 0; i < c->repairs->len && ret == 0; i++) {
+        ret = repair_entry(c, &g_array_index(c->repairs, QedRepair, i));
+    }
+    return ret;
+}
+
+/* Whole clusters of @bytes of the file, in sectors as other programs see it. */
+static uint64_t clusters_of(const QedCheck *c, int64_t bytes)
+{
+    return qb_align_up((uint64_t)bytes, BDRV_SECTOR_SIZE) >> c->s->cluster_bits;
+}
+
 /* Clusters of the file that nothing refers to; those at its end may be cut off. */
 static void check_leaks(QedCheck *c)
 {
@@ -208,7 +284,7 @@ static void check_leaks(QedCheck *c)
             return;
         }
         int64_t length = bdrv_getlength(c->bs->file->bs); /* devices stay as they are */
-        if (length >= 0 && (uint64_t)length >> c->s->cluster_bits <= end) {
+        if (length >= 0 && clusters_of(c, length) <= end) {
             c->res->leaks_fixed = c->file_clusters - end;
             c->res->leaks -= c->res->leaks_fixed;
         }
@@ -238,12 +314,13 @@ static int run(QedCheck *c)
     if (ret < 0) {
         return ret;
     }
-    c->file_clusters = (uint64_t)length >> c->s->cluster_bits;
+    c->file_clusters = clusters_of(c, length);
     c->res->total_clusters = qed_round_up(c->s, atomic_load(&c->s->image_size)) >>
                              c->s->cluster_bits;
     ret = walk(c);
     if (ret == 0 && c->opts->fix) {
-        return finish_repair(c);
+        ret = repair_entries(c);
+        return ret < 0 ? ret : finish_repair(c);
     }
     check_leaks(c);
     return ret;
@@ -254,9 +331,14 @@ bool qed_check(BlockDriverState *bs, const BdrvCheckOptions *opts, BdrvCheckResu
 {
     *result = (BdrvCheckResult){0};
     QedCheck c = {.bs = bs, .s = qed_state(bs), .opts = opts, .res = result,
-                  .seen = qed_space_new()};
+                  .seen = qed_space_new(), .tables = qed_space_new(),
+                  .shared = qed_space_new(),
+                  .repairs = g_array_new(false, false, sizeof(QedRepair))};
     int ret = run(&c);
     qed_space_free(c.seen);
+    qed_space_free(c.tables);
+    qed_space_free(c.shared);
+    g_array_unref(c.repairs);
     if (ret < 0) {
         qb_error_set_errno(errp, ret, "Could not check the image");
     }
