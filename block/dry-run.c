@@ -70,7 +70,8 @@ static BlockBackend *open_again(BlockDriverState *bs, BlockDriverState *file,
     if (data) {
         json_object_set_new(options, "data-file", json_string(data->node_name));
     }
-    int flags = BDRV_O_RDWR | BDRV_O_RESIZE | BDRV_O_NO_IO | BDRV_O_NO_BACKING | BDRV_O_NO_NAMES;
+    int flags = BDRV_O_RDWR | BDRV_O_RESIZE | BDRV_O_NO_IO | BDRV_O_NO_BACKING | BDRV_O_NO_NAMES |
+                BDRV_O_TRIAL;
     return blk_new_open(NULL, options, flags, errp);
 }
 

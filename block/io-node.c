@@ -133,7 +133,9 @@ bool bdrv_resize(BdrvChild *child, const BdrvResize *how, GError **errp)
         return false;
     }
     bs->resize_progress = how->progress;
+    bs->truncation = &req;
     bool ok = call_truncate(bs, &tr, errp);
+    bs->truncation = NULL;
     bs->resize_progress = NULL;
     refresh_length(bs, ok ? tr.length : tr.old_length);
     int64_t length = bdrv_getlength(bs);

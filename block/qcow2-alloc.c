@@ -582,6 +582,25 @@ int64_t qcow2_alloc_run(BlockDriverState *bs, uint64_t want, uint64_t *bytes)
     return (int64_t)(r.cluster << s->cluster_bits);
 }
 
+uint64_t qcow2_alloc_at(BlockDriverState *bs, uint64_t offset, uint64_t bytes)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    Request r = {.want = offset >> s->cluster_bits, .max = bytes >> s->cluster_bits};
+
+    if (qcow2_lazy_begin(bs) < 0 || file_limit(bs, &r.limit) < 0) {
+        return 0;
+    }
+    qb_mutex_lock(&s->alloc_lock);
+    if (try_want_locked(s, &r) < 0) {
+        r.n = 0;
+    }
+    qb_mutex_unlock(&s->alloc_lock);
+    if (r.n) {
+        note_allocated(bs, &r);
+    }
+    return r.n << s->cluster_bits;
+}
+
 /* ---- without waiting ---- */
 
 static Qcow2Table *peek_block_locked(BDRVQcow2State *s, uint64_t index)

@@ -145,6 +145,11 @@ static void cache_drop(struct Qcow2Compressor *c, uint64_t host, uint64_t bytes)
     }
 }
 
+void qcow2_streams_forget(BDRVQcow2State *s, uint64_t host, uint64_t bytes)
+{
+    cache_drop(s->compressor, host, bytes);
+}
+
 /* --- reading --- */
 
 void qcow2_streams_clear(Qcow2Stream *streams, size_t n)

@@ -132,6 +132,10 @@ int qcow2_get_active_entries(BlockDriverState *bs, uint64_t l1_index, Qcow2Entry
 /* Takes the whole table @l1_index out of the active L1 and frees it with all that it refers to. Its
  * guest range is serialised; no lock held, not announced. */
 int qcow2_drop_table(BlockDriverState *bs, uint64_t l1_index, Qcow2DiscardType type);
+/* The active table @l1_index goes from its own cluster @from to @to, which nothing refers to yet; the old
+ * one is freed. 0, QCOW2_STALE: it is not there, or not alone; or -errno. No lock held, not announced. */
+int qcow2_move_table(BlockDriverState *bs, uint64_t l1_index, uint64_t from, uint64_t to,
+                     Qcow2DiscardType type);
 /* Writes metadata back when more waits than should. 0 or -errno. No lock held, not announced. */
 int qcow2_relieve(BlockDriverState *bs);
 
@@ -164,6 +168,8 @@ int qcow2_streams_read(BlockDriverState *bs, Qcow2Stream *streams, size_t n);
 /* Not announced: waits for workers. Fills @io's vector. */
 int qcow2_streams_unpack(const Qcow2Io *io, Qcow2Stream *streams, size_t n);
 void qcow2_streams_clear(Qcow2Stream *streams, size_t n);
+/* Other streams are going to lie in [host, +bytes): what is known of those that lay there is dropped. */
+void qcow2_streams_forget(BDRVQcow2State *s, uint64_t host, uint64_t bytes);
 /* Moves the stream of a compressed cluster, found by a walk, to another place. Whole node in the range
  * lock, not announced. */
 int qcow2_move_stream(BlockDriverState *bs, const Qcow2Mapping *m);

@@ -230,6 +230,22 @@ int qcow2_l1_grow(BlockDriverState *bs, uint64_t size, bool exact)
     return 0;
 }
 
+void qcow2_l1_move(BlockDriverState *bs, uint64_t offset, Qcow2DiscardType type)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    struct Qcow2L1 *l1 = s->l1;
+    QB_GUARD(&s->lock);
+    uint64_t old = l1->offset;
+
+    qb_rwlock_wrlock(&l1->lock);
+    l1->offset = offset;
+    l1->moved = true;
+    guard_place(s, l1);
+    qb_rwlock_wrunlock(&l1->lock);
+    qcow2_free_run(bs, old, qb_align_up((uint64_t)l1->size * sizeof(uint64_t), s->cluster_size),
+                   type);
+}
+
 void qcow2_l1_replace(BDRVQcow2State *s, uint64_t *be_entries, uint32_t size, uint64_t offset)
 {
     struct Qcow2L1 *fresh = make(be_entries, size, offset);

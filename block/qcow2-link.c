@@ -448,6 +448,28 @@ int qcow2_drop_table(BlockDriverState *bs, uint64_t l1_index, Qcow2DiscardType t
     return ret;
 }
 
+int qcow2_move_table(BlockDriverState *bs, uint64_t l1_index, uint64_t from, uint64_t to,
+                     Qcow2DiscardType type)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    uint64_t l1_entry;
+    g_autoptr(Qcow2Table) t = NULL;
+    int ret = qcow2_get_active_table(bs, l1_index, &l1_entry, &t);
+    if (ret < 0) {
+        return ret;
+    }
+    if (!is_writable_entry(l1_entry) || (l1_entry & QCOW2_ENTRY_OFFSET_MASK) != from) {
+        return QCOW2_STALE;
+    }
+    qb_mutex_lock(&s->lock);
+    ret = install_table_locked(s, l1_index, l1_entry, t, to);
+    qb_mutex_unlock(&s->lock);
+    if (ret == 0) {
+        qcow2_free_run(bs, from, s->cluster_size, type);
+    }
+    return ret;
+}
+
 int qcow2_relieve(BlockDriverState *bs)
 {
     BDRVQcow2State *s = qcow2_state(bs);

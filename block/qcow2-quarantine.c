@@ -14,13 +14,16 @@
  * 2. A cluster that is to be punched keeps its count until the punch is done: it cannot be
  *    allocated in between.
  * 3. One release at a time (the flusher calls it, holding its turn).
+ * 4. What a shrink has freed (type ALWAYS) waits, between hold() and take(), as "spare" when it is
+ *    ready: with its counts, so that it is nobody else's, to become other clusters of the image or to
+ *    be released.  Beyond MAX_SPARE runs it is released at once.
  *
  * The amount is bounded by those who allocate, write and discard: qcow2_quarantine_full() makes
  * them flush (qcow2_relieve()); those who cut all off go on to MAX_RUNS, which bounds its memory, as
- * all they free shall be released at few barriers.  What users held back at the last flush does not count, another one
- * would not move it.  When nothing was freed for a second the background flushes (release step);
- * what that flush cannot release, because it fails or because somebody still uses it, waits for the
- * next flush.
+ * all they free shall be released at few barriers.  What users held back at the last flush does not
+ * count, another one would not move it.  When nothing was freed for a second the background flushes
+ * (release step); what that flush cannot release, because it fails or because somebody still uses it,
+ * waits for the next flush.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -31,6 +34,7 @@
 #define QUARANTINE_MAX (UINT64_C(64) << 20)
 #define QUARANTINE_MIN (UINT64_C(1) << 20)
 #define MAX_RUNS (1u << 18) /* 10 MiB of FreedRun */
+#define MAX_SPARE (1u << 20)
 #define NS_PER_MS UINT64_C(1000000)
 #define IDLE_MS 1000
 
@@ -48,6 +52,7 @@ struct Qcow2Quarantine {
     _Atomic(uint64_t) held;      /* of them: not released by the last flush because of users */
     _Atomic(uint64_t) last_free; /* qb_now_ns() */
     _Atomic(unsigned) fresh;     /* runs entered since the last release */
+    GArray *spare; /* FreedRun; NULL: nobody wants it */
 };
 
 Qcow2Quarantine *qcow2_quarantine_new(void)
@@ -197,6 +202,14 @@ static bool may_punch(const BDRVQcow2State *s, Qcow2DiscardType type)
     return false;
 }
 
+/* Where a run goes that is free to go. */
+static GArray *place_of(const Qcow2Quarantine *q, const FreedRun *run, GArray *ready)
+{
+    bool spare = q->spare && q->spare->len < MAX_SPARE && run->type == QCOW2_DISCARD_ALWAYS;
+
+    return spare ? q->spare : ready;
+}
+
 /* Takes out what is free to go; the rest stays in its order. */
 static GArray *take_ready(BDRVQcow2State *s, uint64_t gen)
 {
@@ -209,7 +222,7 @@ static GArray *take_ready(BDRVQcow2State *s, uint64_t gen)
     for (guint i = 0; i < q->runs->len; i++) {
         FreedRun run = g_array_index(q->runs, FreedRun, i);
         if (run.generation <= gen && !qcow2_inflight_busy(s, run.seq, run.offset, run.bytes)) {
-            g_array_append_val(ready, run);
+            g_array_append_vals(place_of(q, &run, ready), &run, 1);
             atomic_fetch_sub(&q->bytes, run.bytes);
         } else {
             held += run.generation <= gen ? run.bytes : 0;
@@ -364,25 +377,112 @@ static int release_losses(BlockDriverState *bs, const Loss *losses, guint n)
     return ret;
 }
 
-int qcow2_quarantine_release(BlockDriverState *bs, uint64_t gen)
+/* Handles @n losses of the same number of references: clusters that lose the last one keep one count. */
+static int lower_to_spare(BlockDriverState *bs, const Loss *losses, guint n, GArray *ret)
 {
-    g_autoptr(GArray) ready = take_ready(qcow2_state(bs), gen);
-    g_autoptr(GArray) losses = NULL;
+    g_autoptr(GArray) now = g_array_new(FALSE, FALSE, sizeof(Qcow2HostRun));
+    g_autoptr(GArray) last = g_array_new(FALSE, FALSE, sizeof(Qcow2HostRun));
+    int err = 0;
+
+    for (guint i = 0; i < n && err == 0; i++) {
+        err = sort_loss(bs, &losses[i], now, last);
+    }
+    err = err < 0 ? err : lower(bs, now, losses->times);
+    if (err == 0 && losses->times > 1) {
+        err = lower(bs, last, losses->times - 1);
+    }
+    if (err == 0 && last->len) {
+        g_array_append_vals(ret, last->data, last->len);
+    }
+    return err;
+}
+
+/* As release_losses(), but what loses its last reference goes to @spare. */
+static int release_to(BlockDriverState *bs, const Loss *losses, guint n, GArray *spare)
+{
+    return spare ? lower_to_spare(bs, losses, n, spare) : release_losses(bs, losses, n);
+}
+
+/* Releases @runs, or, where @spare is not NULL, keeps what it can there. */
+static int release_runs(BlockDriverState *bs, const GArray *runs, GArray *spare)
+{
+    g_autoptr(GArray) losses = cluster_losses(qcow2_state(bs), runs);
     int result = 0;
 
-    if (!ready->len) {
-        return 0;
-    }
-    poison_ready(qcow2_state(bs), ready);
-    losses = cluster_losses(qcow2_state(bs), ready);
     for (guint first = 0, end; first < losses->len; first = end) {
         const Loss *loss = &g_array_index(losses, Loss, first);
         int ret;
         for (end = first + 1; end < losses->len && loss[end - first].times == loss->times; end++) {
         }
-        ret = release_losses(bs, loss, end - first);
+        ret = release_to(bs, loss, end - first, spare);
         result = result ? result : ret;
     }
-    bdrv_debug_event(bs->file, "cluster_free");
     return result;
+}
+
+int qcow2_quarantine_release(BlockDriverState *bs, uint64_t gen)
+{
+    g_autoptr(GArray) ready = take_ready(qcow2_state(bs), gen);
+
+    if (!ready->len) {
+        return 0;
+    }
+    poison_ready(qcow2_state(bs), ready);
+    int ret = release_runs(bs, ready, NULL);
+    bdrv_debug_event(bs->file, "cluster_free");
+    return ret;
+}
+
+/* ---- spare clusters ---- */
+
+void qcow2_quarantine_hold(BDRVQcow2State *s)
+{
+    Qcow2Quarantine *q = s->quarantine;
+    QB_GUARD(&q->lock);
+
+    assert(!q->spare);
+    q->spare = g_array_new(FALSE, FALSE, sizeof(FreedRun));
+}
+
+static GArray *end_hold(BDRVQcow2State *s)
+{
+    Qcow2Quarantine *q = s->quarantine;
+    QB_GUARD(&q->lock);
+
+    return g_steal_pointer(&q->spare);
+}
+
+static gint compare_host_runs(gconstpointer a, gconstpointer b)
+{
+    const Qcow2HostRun *ra = a, *rb = b;
+
+    return ra->offset < rb->offset ? -1 : ra->offset > rb->offset;
+}
+
+int qcow2_quarantine_take(BlockDriverState *bs, GArray *ret)
+{
+    g_autoptr(GArray) spare = end_hold(qcow2_state(bs));
+
+    poison_ready(qcow2_state(bs), spare);
+    int err = release_runs(bs, spare, ret);
+    g_array_sort(ret, compare_host_runs);
+    return err;
+}
+
+int qcow2_release_spare(BlockDriverState *bs, GArray *spare, uint64_t punch_end)
+{
+    g_autoptr(GArray) punch = g_array_new(FALSE, FALSE, sizeof(Qcow2HostRun));
+    int ret;
+
+    for (guint i = 0; i < spare->len; i++) {
+        Qcow2HostRun run = g_array_index(spare, Qcow2HostRun, i);
+        if (run.offset < punch_end) {
+            run.bytes = MIN(run.bytes, punch_end - run.offset);
+            g_array_append_val(punch, run);
+        }
+    }
+    punch_runs(bs, punch);
+    ret = lower(bs, spare, 1);
+    g_array_set_size(spare, 0);
+    return ret;
 }

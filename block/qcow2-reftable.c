@@ -211,20 +211,23 @@ uint64_t qcow2_block_offset_locked(const BDRVQcow2State *s, uint64_t index)
 
 int qcow2_pin_block_locked(BDRVQcow2State *s, uint64_t index, Qcow2Table **ret, bool *dropped)
 {
-    uint64_t offset = qcow2_block_offset_locked(s, index);
-    int err;
-
     qb_mutex_assert_held(&s->alloc_lock);
-    assert(offset);
-    *ret = qcow2_cache_peek(s->cache, QCOW2_TABLE_REFBLOCK, offset);
-    if (*ret) {
-        return 0;
+    for (;;) {
+        uint64_t offset = qcow2_block_offset_locked(s, index);
+        assert(offset);
+        *ret = qcow2_cache_peek(s->cache, QCOW2_TABLE_REFBLOCK, offset);
+        if (*ret) {
+            return 0;
+        }
+        *dropped = true;
+        qb_mutex_unlock(&s->alloc_lock);
+        int err = qcow2_cache_get(s->cache, QCOW2_TABLE_REFBLOCK, offset, ret);
+        qb_mutex_lock(&s->alloc_lock);
+        if (err < 0 || !qcow2_table_poisoned(*ret)) {
+            return err;
+        }
+        g_clear_pointer(ret, qcow2_cache_put); /* it has moved */
     }
-    *dropped = true;
-    qb_mutex_unlock(&s->alloc_lock);
-    err = qcow2_cache_get(s->cache, QCOW2_TABLE_REFBLOCK, offset, ret);
-    qb_mutex_lock(&s->alloc_lock);
-    return err;
 }
 
 /* ---- appending ---- */
@@ -452,6 +455,41 @@ void qcow2_reftable_done(BDRVQcow2State *s, const GArray *pieces, const Qcow2Ref
         uint64_t index = (p->offset - s->reftable.offset) / sizeof(uint64_t);
         g_array_append_val(s->reftable.dirty, index);
     }
+}
+
+/* ---- moving ---- */
+
+int qcow2_refblock_move(BlockDriverState *bs, uint64_t index, uint64_t offset, Qcow2DiscardType type)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    QB_GUARD(&s->alloc_lock);
+    g_autoptr(Qcow2Table) old = NULL, new = NULL;
+    bool dropped = false;
+    int ret = qcow2_pin_block_locked(s, index, &old, &dropped);
+
+    if (ret < 0) {
+        return ret;
+    }
+    new = qcow2_cache_add(s->cache, QCOW2_TABLE_REFBLOCK, offset, qcow2_refblock_data(old));
+    if (!new) {
+        return -ENOMEM;
+    }
+    hook_up(s, index, offset);
+    qcow2_free_tables(bs, qcow2_table_offset(old), s->cluster_size, type);
+    return 0;
+}
+
+void qcow2_reftable_move(BlockDriverState *bs, uint64_t offset, Qcow2DiscardType type)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    QB_GUARD(&s->alloc_lock);
+    uint64_t old = s->reftable.offset;
+
+    s->reftable.offset = offset;
+    s->reftable.moved = true;
+    guard_place(s);
+    g_array_set_size(s->reftable.dirty, 0); /* all of it will be written */
+    qcow2_free_tables(bs, old, (uint64_t)s->reftable.clusters << s->cluster_bits, type);
 }
 
 /* ---- shrinking ---- */

@@ -498,26 +498,73 @@ static bool warn(int ret, const char *text)
     return ret >= 0;
 }
 
+/* Step 3. What it frees is kept in @spare until it is known what becomes of it. */
+static bool free_tail(const Resize *r, GArray *spare)
+{
+    qcow2_quarantine_hold(r->s);
+    int ret = discard_tail(r);
+    if (ret == 0) {
+        shorten_l1(r);
+        ret = qcow2_flush(r->bs);
+    }
+    int err = qcow2_quarantine_take(r->bs, spare);
+    return warn(ret < 0 ? ret : err, "Failed to discard cropped clusters");
+}
+
+/* Step 5. */
+static bool free_counts(const Resize *r, GArray *spare, uint64_t end)
+{
+    bool cuts = bdrv_can_grow(r->bs->file->bs); /* then what lies behind @end goes with the file */
+    return warn(qcow2_release_spare(r->bs, spare, cuts ? end : UINT64_MAX),
+                "Failed to discard cropped clusters") &&
+           warn(qcow2_refcount_shrink(r->bs), "Failed to discard unused refblocks") &&
+           (qcow2_is_clean(r->s) ||
+            warn(qcow2_flush_all(r->bs), "Failed to discard unused refblocks"));
+}
+
+/* Steps 4 and 5, again where guests have allocated meanwhile; where the file is to end to *ret_end. */
+static bool settle_clusters(const Resize *r, GArray *spare, uint64_t *ret_end)
+{
+    uint64_t used = 0;
+    bool ok = true;
+    for (int turn = 0; turn < 3 && ok; turn++) {
+        warn(qcow2_compact(r->bs, spare, ret_end), "Failed to move clusters");
+        ok = free_counts(r, spare, *ret_end) &&
+             warn(qcow2_last_used_end(r->bs, &used), "Failed to find the last cluster");
+        if (used <= *ret_end) {
+            break;
+        }
+    }
+    return ok;
+}
+
+/* Step 6 for the image file. What is left behind @end, which guests keep long, becomes a hole. */
+static void cut_at(BlockDriverState *bs, uint64_t end)
+{
+    warn(qcow2_cut_file(bs), "Failed to truncate the tail of the image");
+    int64_t length = bdrv_getlength(bs->file->bs);
+    if (length > 0 && (uint64_t)length > end && bdrv_can_grow(bs->file->bs)) {
+        qcow2_punch_free(bs, end, (uint64_t)length);
+    }
+}
+
 /* Steps 3 to 6; false when something of it failed, which costs space only. */
 static bool give_back(const Resize *r)
 {
+    g_autoptr(GArray) spare = g_array_new(false, false, sizeof(Qcow2HostRun));
     QbProgress *progress = r->bs->resize_progress;
-    uint64_t tail = tail_bytes(r);
+    uint64_t tail = tail_bytes(r), end = UINT64_MAX;
     qb_progress_grow(progress, 2 * tail); /* taking it out is about half of the work */
-    if (!warn(discard_tail(r), "Failed to discard cropped clusters")) {
+    if (!free_tail(r, spare)) {
+        warn(qcow2_release_spare(r->bs, spare, UINT64_MAX), "Failed to discard cropped clusters");
         return false;
     }
-    shorten_l1(r);
-    bool ok = warn(qcow2_flush(r->bs), "Failed to discard cropped clusters");
-    qb_progress_add(progress, tail / 2);
-    ok = ok && warn(qcow2_refcount_shrink(r->bs), "Failed to discard unused refblocks") &&
-         (qcow2_is_clean(r->s) ||
-          warn(qcow2_flush_all(r->bs), "Failed to discard unused refblocks"));
     qb_progress_add(progress, tail / 4);
-    if (!ok) {
+    if (!settle_clusters(r, spare, &end)) {
         return false;
     }
-    warn(qcow2_cut_file(r->bs), "Failed to truncate the tail of the image");
+    qb_progress_add(progress, tail / 2);
+    cut_at(r->bs, end);
     g_autoptr(GError) err = NULL;
     if (r->s->has_data_file && !bdrv_truncate(r->s->data_file, (int64_t)r->new_size, false,
                                               PREALLOC_MODE_OFF, false, &err)) {

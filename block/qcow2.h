@@ -92,6 +92,14 @@ typedef struct Qcow2HostRun {
     uint64_t offset, bytes;
 } Qcow2HostRun;
 
+typedef enum Qcow2DiscardType { /* why it was freed: decides whether the file is punched */
+    QCOW2_DISCARD_NEVER,
+    QCOW2_DISCARD_ALWAYS,   /* shrink, make_empty: the space must go */
+    QCOW2_DISCARD_REQUEST,  /* guest discard or zero */
+    QCOW2_DISCARD_SNAPSHOT,
+    QCOW2_DISCARD_OTHER,
+} Qcow2DiscardType;
+
 struct BDRVQcow2State {
     /* --- set at open, constant until close (amend changes the version, the width of refcounts and
      * data_file_raw, the node held and drained) --- */
@@ -469,6 +477,9 @@ uint64_t *qcow2_l1_dup_be(const BDRVQcow2State *s, uint32_t *ret_size);
 /* Makes room for @size entries: a new table in new clusters, to which the next flush switches.
  * @exact: no spare. The old clusters go to quarantine. Not under any lock. */
 int qcow2_l1_grow(BlockDriverState *bs, uint64_t size, bool exact);
+/* The table as it is goes to @offset, to which the next flush switches: clusters for all of it, which
+ * nothing refers to yet. The old ones are freed. Not under any lock. */
+void qcow2_l1_move(BlockDriverState *bs, uint64_t offset, Qcow2DiscardType type);
 /* Forgets the entries from @size on, in memory; dirty ones below stay so. Who calls frees what they
  * named, and the clusters they lay in. The header says so already. */
 void qcow2_l1_shorten(BDRVQcow2State *s, uint32_t size);
@@ -515,13 +526,6 @@ void qcow2_inflight_wait_writers(BDRVQcow2State *s, uint64_t host, uint64_t byte
 
 /* ======================= qcow2-quarantine.c: freed, not yet reusable ======================= */
 
-typedef enum Qcow2DiscardType { /* why it was freed: decides whether the file is punched */
-    QCOW2_DISCARD_NEVER,
-    QCOW2_DISCARD_ALWAYS,   /* shrink, make_empty: the space must go */
-    QCOW2_DISCARD_REQUEST,  /* guest discard or zero */
-    QCOW2_DISCARD_SNAPSHOT,
-    QCOW2_DISCARD_OTHER,
-} Qcow2DiscardType;
 Qcow2Quarantine *qcow2_quarantine_new(void);
 void qcow2_quarantine_free(Qcow2Quarantine *q);
 /*
@@ -549,6 +553,16 @@ uint64_t qcow2_release_step(BlockDriverState *bs);
 /* All refcounts have been replaced by ones that do not count what waits. Whole node held, users
  * waited for. */
 void qcow2_quarantine_forget(BDRVQcow2State *s);
+/*
+ * A shrink frees clusters between hold() and take(): those whose unlink a flush has made stable, and whose
+ * users have left, are kept as they are.  take(): appends them to @ret (Qcow2HostRun, sorted): nothing
+ * refers to them, their count is 1, and they are the caller's; what somebody else has too is released
+ * as ever.  0 or the first error (the rest leaks).
+ */
+void qcow2_quarantine_hold(BDRVQcow2State *s);
+int qcow2_quarantine_take(BlockDriverState *bs, GArray *ret);
+/* Makes such clusters free, and @spare empty; the space of those below @punch_end is given back. */
+int qcow2_release_spare(BlockDriverState *bs, GArray *spare, uint64_t punch_end);
 /* Called by the flusher: everything freed before generation @gen ended is unlinked stably. Lowers
  * counts, then punches merged runs. 0 or first error (the rest leaks, never dangles). */
 int qcow2_quarantine_release(BlockDriverState *bs, uint64_t gen);
@@ -617,7 +631,10 @@ int64_t qcow2_alloc_clusters(BlockDriverState *bs, uint64_t bytes);
 /* Up to *bytes (cluster multiple) in one run, at @want if that is free (0: anywhere); *bytes becomes
  * what was given, at least one cluster. */
 int64_t qcow2_alloc_run(BlockDriverState *bs, uint64_t want, uint64_t *bytes);
-/* The same from what is in memory, without waiting or flushing: -EAGAIN otherwise. */
+/* Those of [offset, +bytes) that are free, up to the first that is not; their number in bytes. Makes no
+ * refcount blocks. May block as above. */
+uint64_t qcow2_alloc_at(BlockDriverState *bs, uint64_t offset, uint64_t bytes);
+/* qcow2_alloc_run() from what is in memory, without waiting or flushing: -EAGAIN otherwise. */
 int64_t qcow2_alloc_run_nowait(BlockDriverState *bs, uint64_t want, uint64_t *bytes);
 /* @size bytes (< cluster_size) for a compressed cluster; packs them behind the previous ones. */
 int64_t qcow2_alloc_bytes(BlockDriverState *bs, uint32_t size);
@@ -661,6 +678,11 @@ int qcow2_reftable_collect_locked(BDRVQcow2State *s, GArray *pieces, Qcow2Reftab
     QB_REQUIRES(s->alloc_lock);
 void qcow2_reftable_done(BDRVQcow2State *s, const GArray *pieces, const Qcow2ReftableCopy *copy,
                          bool failed);
+/* Block @index, or the table, becomes what lies at @offset, in clusters of its own that nothing refers to
+ * yet; the old ones are freed. The next flush writes it. -ENOMEM, or -errno of reading the block. */
+int qcow2_refblock_move(BlockDriverState *bs, uint64_t index, uint64_t offset,
+                        Qcow2DiscardType type);
+void qcow2_reftable_move(BlockDriverState *bs, uint64_t offset, Qcow2DiscardType type);
 /* Drops refcount blocks whose counts are all zero (but themselves) at the table's end; for shrink.
  * Requests may allocate meanwhile; one at a time, as cuts. */
 int qcow2_refcount_shrink(BlockDriverState *bs);
@@ -884,6 +906,16 @@ bool qcow2_fill_new(BlockDriverState *bs, PreallocMode prealloc, GError **errp);
 int qcow2_finish_shrink(BlockDriverState *bs);
 /* Cuts the image file behind the last host cluster in use; devices stay as long as they are. */
 int qcow2_cut_file(BlockDriverState *bs);
+/* qcow2-compact.c; for truncate */
+/*
+ * Moves what lies at the end of the image file into free clusters before it, and into those of @spare (see
+ * qcow2_quarantine_take(); it takes out what it uses).  *ret_end: where what is in use ends when empty
+ * refcount blocks have been dropped, too; UINT64_MAX: not known.  Guest requests go on.  0 or -errno:
+ * then some of it may have been moved, and the image is as good as before.
+ */
+int qcow2_compact(BlockDriverState *bs, GArray *spare, uint64_t *ret_end);
+/* Gives back the space of free clusters from @start to @end. */
+void qcow2_punch_free(BlockDriverState *bs, uint64_t start, uint64_t end);
 /* qcow2-empty.c */
 bool qcow2_make_empty(BlockDriverState *bs, GError **errp);
 /* qcow2-snapshot.c */

@@ -134,6 +134,31 @@ void bdrv_request_end_whole(BdrvRequest *req)
     bdrv_request_end(req);
 }
 
+#define NS_PER_US 1000
+
+void bdrv_truncate_pause_writes(BlockDriverState *bs, BdrvWritePause *pause)
+{
+    BdrvRequest *req = &pause->req;
+    const QbRangeRequest *owner = &bs->truncation->range;
+    assert(bdrv_graph_held());
+    *req = (BdrvRequest){.bs = bs, .type = BDRV_TRACKED_WRITE};
+    atomic_fetch_add(&bs->in_flight, 1);
+    qb_range_submit_for(&bs->ranges, &req->range, owner, 0, owner->offset);
+    qb_range_serialise(&bs->ranges, &req->range, 0, owner->offset, true);
+    pause->since = qb_now_ns();
+}
+
+void bdrv_truncate_resume_writes(BdrvWritePause *pause)
+{
+    QbRangeLock *ranges = &pause->req.bs->ranges;
+    uint64_t held = qb_now_ns() - pause->since;
+    bool contended = qb_range_contended(ranges);
+    bdrv_request_end(&pause->req);
+    if (contended) {
+        g_usleep(held / NS_PER_US);
+    }
+}
+
 /* Where no guest request is, but whole-node operations and truncations are. */
 #define BACKGROUND_OFFSET (INT64_MAX - 1)
 

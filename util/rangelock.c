@@ -12,7 +12,8 @@
  * the rules.
  *
  * Invariants
- *  1. Tickets rise along the list and are never reused.
+ *  1. Tickets rise along the list and are never reused, but that a request submitted for another one has
+ *     the ticket of that, and stands right behind it.
  *  2. Two granted requests never overlap.
  *  3. waiters is the number of threads that wait; while it is 0 nobody needs to be woken.
  *  4. No cycle of waits: a granted, entered or settled request waits for nothing, any other waits
@@ -20,7 +21,8 @@
  *     blocking those with smaller tickets in the same moment, and wakes them.  So does one that is
  *     handed over, which goes back to PLAIN with its ticket.
  *  5. A waiting request is overtaken by none that is submitted later and overlaps it: those see a
- *     smaller ticket.  So nobody starves.
+ *     smaller ticket.  So nobody starves, but for those who meet a long row of requests that are all
+ *     submitted for one: whoever submits them lets others go in between.
  *
  * Not done: no tree of intervals and no condition per waiter.  A node has tens of requests in
  * flight, of which a few overlap; a scan costs a few nanoseconds per request, a leave wakes all
@@ -133,6 +135,34 @@ void qb_range_submit(QbRangeLock *l, QbRangeRequest *r, uint64_t offset, uint64_
     QB_GUARD(&l->lock);
     r->ticket = l->next_ticket++;
     append_locked(l, r);
+}
+
+void qb_range_submit_for(QbRangeLock *l, QbRangeRequest *r, const QbRangeRequest *owner,
+                         uint64_t offset, uint64_t bytes)
+{
+    QbRangeRequest *behind = (QbRangeRequest *)owner; /* of the list, which is ours to change */
+    *r = (QbRangeRequest){
+        .offset = offset,
+        .end = end_of(offset, bytes),
+        .state = QB_RANGE_PLAIN,
+        .ticket = owner->ticket,
+    };
+    QB_GUARD(&l->lock);
+    assert(owner->state == QB_RANGE_GRANTED && !overlap(owner, r));
+    if (!behind->next) {
+        append_locked(l, r);
+        return;
+    }
+    r->prev = behind;
+    r->next = behind->next;
+    r->next->prev = r;
+    behind->next = r;
+}
+
+bool qb_range_contended(QbRangeLock *l)
+{
+    QB_GUARD(&l->lock);
+    return l->waiters > 0;
 }
 
 static void wake_locked(QbRangeLock *l) QB_REQUIRES(l->lock)

@@ -49,6 +49,7 @@ typedef enum BdrvOpenFlags {
     BDRV_O_AIO_NATIVE = 1 << 9,   /* files run batches by the kernel's aio where no option "aio" ... */
     BDRV_O_AIO_THREADS = 1 << 10, /* ... says otherwise; or by threads */
     BDRV_O_NO_NAMES = 1 << 12,    /* open nothing that an image names: no backing, no data file */
+    BDRV_O_TRIAL = 1 << 13,       /* nothing of it is to last: copying guest data may be left out */
     BDRV_O_NO_SHARE = 1 << 11,    /* for blk_new_open(): nobody else may write meanwhile */
 } BdrvOpenFlags;
 

@@ -88,8 +88,21 @@ void bdrv_request_settle(BdrvRequest *req);
 bool bdrv_background_begin(BlockDriverState *bs, BdrvRequest *req);
 void bdrv_background_end(BdrvRequest *req);
 
-/* The same in a driver's map(), for a range that has the units of the driver already: false, with nothing
- * changed, where it would wait. */
+/*
+ * For a driver's truncate(): keeps requests from changing what lies before the range that the truncation
+ * holds, too, and waits for those that do.  Reads go on.  For short pieces of work: end() lets those go
+ * on who wait, and for as long as it held them up, since the next begin() goes before all of them.  No
+ * lock held, not announced.
+ */
+typedef struct BdrvWritePause {
+    BdrvRequest req;
+    uint64_t since; /* qb_now_ns() */
+} BdrvWritePause;
+void bdrv_truncate_pause_writes(BlockDriverState *bs, BdrvWritePause *pause);
+void bdrv_truncate_resume_writes(BdrvWritePause *pause);
+
+/* bdrv_request_serialise() in a driver's map(), for a range that has the units of the driver already:
+ * false, with nothing changed, where it would wait. */
 bool bdrv_request_try_serialise(BdrvRequest *req, int64_t offset, int64_t bytes);
 
 /* --- the fast lane --- */
@@ -287,6 +300,7 @@ struct BlockDriverState {
 
     /* requests */
     QbRangeLock ranges;
+    BdrvRequest *truncation; /* the one that is inside; its thread only */
     _Atomic(unsigned) in_flight;
     _Atomic(unsigned) quiesce;
     _Atomic(int) refcnt;

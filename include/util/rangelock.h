@@ -58,6 +58,12 @@ void qb_range_lock_destroy(QbRangeLock *l); /* asserts that nobody is inside */
 /* Draws the ticket. @r is the caller's, lives until qb_range_leave(). offset + bytes beyond
  * UINT64_MAX means up to infinity; a range of 0 bytes overlaps nothing. */
 void qb_range_submit(QbRangeLock *l, QbRangeRequest *r, uint64_t offset, uint64_t bytes);
+/* The same for a part of the work of @owner, which is granted, elsewhere: @r has its ticket, and so waits
+ * for nobody who waits for @owner. The ranges do not overlap. */
+void qb_range_submit_for(QbRangeLock *l, QbRangeRequest *r, const QbRangeRequest *owner,
+                         uint64_t offset, uint64_t bytes);
+/* Does anybody wait? */
+bool qb_range_contended(QbRangeLock *l);
 /* Waits for those in the way. */
 void qb_range_enter(QbRangeLock *l, QbRangeRequest *r);
 /* As qb_range_enter(), but returns false at once instead of waiting. */

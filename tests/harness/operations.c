@@ -377,6 +377,28 @@ static bool run_shrink_grow(World *w)
            resize(w, w->kind->sectors, PREALLOC_MODE_OFF);
 }
 
+/* What lies in the second half of the disk lies in front of what lies in the first. */
+static void turn_around(World *w)
+{
+    unsigned c = w->kind->cluster, half = w->kind->sectors / 2 / c * c;
+    int flags = w->kind->flags & KIND_COMPRESSED ? BDRV_REQ_COMPRESSED : 0;
+    g_assert_true(world_open(w));
+    world_discard(w, 0, w->kind->sectors);
+    world_flush(w);
+    for (unsigned first = half; first + 4 * c <= w->kind->sectors; first += 4 * c) {
+        world_write(w, first, 4 * c);
+    }
+    for (unsigned first = 0; first + 3 * c <= half; first += 4 * c) {
+        world_write_flags(w, first, 3 * c, flags);
+    }
+    g_assert_true(world_close(w));
+}
+
+static bool run_shrink_moves(World *w)
+{
+    return resize(w, w->kind->sectors / 2 + 1, PREALLOC_MODE_OFF);
+}
+
 /* A snapshot makes stable what it shows. */
 static bool create_snapshot(World *w)
 {
@@ -399,6 +421,17 @@ static bool run_snapshot_create(World *w)
     bool ok = world_write(w, operation_group(w, 3), w->kind->cluster + 1) == 0 &&
               create_snapshot(w);
     return world_close(w) && ok;
+}
+
+/* A snapshot has what is at the end, too, and there are holes before it. */
+static void share_the_end(World *w)
+{
+    unsigned c = w->kind->cluster, half = w->kind->sectors / 2 / c * c;
+    turn_around(w);
+    g_assert_true(world_open(w));
+    world_discard(w, half, w->kind->sectors / 4);
+    g_assert_true(create_snapshot(w));
+    g_assert_true(world_close(w));
 }
 
 /* A sector gets the value that it has. */
@@ -662,6 +695,10 @@ const Operation operations[] = {
     {"grow-full", "image", NULL, run_grow_full, 0, KIND_FIXED | KIND_QED, 0, NULL},
     {"shrink", "image", NULL, run_shrink, 0, KIND_FIXED, 0, NULL},
     {"shrink-grow", "image", NULL, run_shrink_grow, 0, KIND_FIXED, 0, NULL},
+    {"shrink-moves", "image", turn_around, run_shrink_moves, 0,
+     KIND_FIXED | KIND_NO_DISCARD | KIND_QED, 0, NULL},
+    {"shrink-moves-shared", "image", share_the_end, run_shrink_moves, 0, KIND_FIXED, 0,
+     " v3 ext compressed "},
     {"snapshot-create", "image", NULL, run_snapshot_create, 0,
      KIND_NO_SHARING | KIND_DATA_FILE | KIND_QED, 0, NULL},
     {"save-vm", "image", NULL, run_save_vm, 0, KIND_NO_SHARING | KIND_DATA_FILE | KIND_QED, 0,

@@ -1,0 +1,96 @@
+/*
+ * What the files that move clusters towards the front of the image tell one another.
+ *
+ *   qcow2-compact-plan.c   what is to move, and where to: counts, references, places
+ *   qcow2-compact-copy.c   content: from here to there, holes stay holes
+ *   qcow2-compact.c        moves it, step by step
+ *
+ * SPDX-License-Identifier: MIT
+ */
+#ifndef BLOCK_QCOW2_COMPACT_H
+#define BLOCK_QCOW2_COMPACT_H
+
+#include "block/qcow2-io-int.h"
+
+/* What moves in one way; in the order in which it does. */
+typedef enum Qcow2MoveKind {
+    QCOW2_MOVE_ENTRIES,  /* guest data and streams: all L2 entries that name the clusters change */
+    QCOW2_MOVE_TABLE,    /* an L2 table of the active L1 */
+    QCOW2_MOVE_BLOCK,    /* a refcount block */
+    QCOW2_MOVE_L1,       /* the active L1 */
+    QCOW2_MOVE_REFTABLE,
+} Qcow2MoveKind;
+
+/* A reference to host clusters [cluster, +n). */
+typedef struct Qcow2MoveRef {
+    uint64_t cluster;
+    uint64_t where; /* entries: index in L1, or offset of the L2 table of a snapshot; table, block:
+                     * its index */
+    uint32_t n;
+    uint32_t index; /* entries: in the L2 table */
+    uint8_t kind;   /* Qcow2MoveKind */
+    bool detached;  /* entries: of a snapshot */
+} Qcow2MoveRef;
+
+/* A host cluster in use at or behind the floor. */
+typedef struct Qcow2MoveCluster {
+    uint64_t cluster;
+    uint32_t count, found; /* references by its refcount, and those that were found */
+    uint8_t kind;          /* of those */
+    bool joined;           /* something lies in it and the next one */
+    bool stuck;            /* and does not move */
+} Qcow2MoveCluster;
+
+/* Clusters in a row that move as one. */
+typedef struct Qcow2MoveUnit {
+    uint64_t from, to;   /* cluster numbers; to 0: it stays */
+    uint64_t n;
+    guint first_cluster; /* in clusters[] */
+    guint first_ref, nb_refs; /* in refs[] */
+    uint8_t kind;
+} Qcow2MoveUnit;
+
+/* Host clusters [first, +n) of one count. */
+typedef struct Qcow2MoveUse {
+    uint64_t first, n;
+    uint64_t count; /* 0: not in use, but there is no refcount block for them */
+} Qcow2MoveUse;
+
+typedef struct Qcow2MovePlan {
+    BlockDriverState *bs;
+    BDRVQcow2State *s;
+    const GArray *spare; /* borrowed; Qcow2HostRun, sorted: free but for their count */
+    GArray *uses;        /* Qcow2MoveUse, sorted */
+    GArray *blocks;      /* Qcow2MoveRef: the refcount blocks there are */
+    GArray *clusters;    /* Qcow2MoveCluster, sorted */
+    GArray *refs;        /* Qcow2MoveRef, sorted by cluster */
+    GArray *units;       /* Qcow2MoveUnit, by kind, then by place */
+    GArray *gaps;        /* Qcow2MoveUse: places to move to, sorted */
+    uint64_t used;       /* clusters, without those of spare */
+    uint64_t now;        /* end of what is used */
+    uint64_t floor;      /* where the file could end */
+    uint64_t end;        /* where it will end; all in clusters */
+} Qcow2MovePlan;
+
+void qcow2_move_plan_init(Qcow2MovePlan *p, BlockDriverState *bs, const GArray *spare);
+void qcow2_move_plan_clear(Qcow2MovePlan *p);
+G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Qcow2MovePlan, qcow2_move_plan_clear)
+/* Fills it in. Nothing is changed, and others may change things meanwhile: what it says must be looked at
+ * again when they are kept away. Reads the tables only if there is something to move. 0 or -errno. */
+int qcow2_move_plan_make(Qcow2MovePlan *p);
+
+/* Pure: the host clusters that @e names, as cluster and n of @ref; false: none. */
+bool qcow2_move_ref_of_entry(const BDRVQcow2State *s, Qcow2L2Entry e, Qcow2MoveRef *ref);
+
+/* Bytes to copy inside the file. */
+typedef struct Qcow2MoveCopy {
+    uint64_t from, to, bytes;
+} Qcow2MoveCopy;
+typedef struct Qcow2Copier Qcow2Copier;
+/* NULL: no memory. */
+Qcow2Copier *qcow2_copier_new(BlockDriverState *bs);
+void qcow2_copier_free(Qcow2Copier *c); /* NULL is fine */
+/* Copies all of @list (Qcow2MoveCopy); no two ranges overlap. What are holes become holes. 0 or -errno. */
+int qcow2_copier_run(Qcow2Copier *c, const GArray *list);
+
+#endif
