@@ -142,6 +142,7 @@ void file_note_discard(BDRVFileState *s);
 void file_note_hole_seen(BDRVFileState *s);
 /* Makes the file at least @end bytes long, never shorter, whoever else writes. 0 or -errno. */
 int file_grow(BDRVFileState *s, int64_t end);
+int file_cut_padding(BlockDriverState *bs, int64_t end, int64_t padded_end);
 
 /* --- file-status.c --- */
 

@@ -104,6 +104,32 @@ int file_grow(BDRVFileState *s, int64_t end)
     return ret;
 }
 
+static int cut_padding_locked(BDRVFileState *s, int64_t end, int64_t padded_end)
+{
+    struct stat st;
+    if (fstat(s->fd, &st) < 0) {
+        return -errno;
+    }
+    if (st.st_size != padded_end) {
+        return 0;
+    }
+    if (ftruncate(s->fd, end) < 0) {
+        return -errno;
+    }
+    atomic_store(&s->eof, end);
+    return 0;
+}
+
+/* Nobody else writes between @end and @padded_end: the core has granted that range. */
+int file_cut_padding(BlockDriverState *bs, int64_t end, int64_t padded_end)
+{
+    BDRVFileState *s = file_state(bs);
+    qb_rwlock_wrlock(&s->grow);
+    int ret = cut_padding_locked(s, end, padded_end);
+    qb_rwlock_wrunlock(&s->grow);
+    return ret;
+}
+
 /* --- flush --- */
 
 void file_flush_init(FileFlush *f)

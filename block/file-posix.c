@@ -526,4 +526,5 @@ const BlockDriver bdrv_file = {
     .create_opts = file_create_opts,
     .create = file_create,
     .truncate = file_truncate,
+    .cut_padding = file_cut_padding,
 };

@@ -15,6 +15,8 @@
  *  1. Between the reading of head and tail and the end of the write no other write changes them:
  *     the request is serialising for the whole wider range and has waited for the plain ones in it.
  *  2. The driver's request begins and ends at multiples of request_alignment.
+ *  3. Padding makes no node longer: what a write adds behind its own end is cut off again, while its
+ *     range is granted.  A crash in between leaves zeroes there.
  *
  * Events, for tests that stop a request there: pwritev_rmw_head and pwritev_rmw_after_head around
  * the reading of the first unit, pwritev_rmw_tail and pwritev_rmw_after_tail around that of the
@@ -155,6 +157,30 @@ static int read_head_and_tail(const BdrvTransfer *t, const Padding *p)
     return ret;
 }
 
+/* Where the node shall end at least after the padded write of @t; the end of the padding when that is
+ * behind no end of the node. Or -errno. */
+static int64_t wanted_end(const BdrvTransfer *t, const Padding *p)
+{
+    int64_t padded_end = p->offset + p->bytes;
+    if (!p->tail || !t->bs->drv->cut_padding || bdrv_known_to_reach(t->bs, padded_end)) {
+        return padded_end;
+    }
+    int64_t length = bdrv_getlength(t->bs);
+    return length < 0 ? length : MIN(MAX(length, t->offset + t->bytes), padded_end);
+}
+
+/* Invariant 3. */
+static int cut_padding(const BdrvTransfer *t, const Padding *p, int64_t end)
+{
+    BlockDriverState *bs = t->bs;
+    int64_t padded_end = p->offset + p->bytes;
+    int ret = end < padded_end ? bs->drv->cut_padding(bs, end, padded_end) : 0;
+    if (end < padded_end && ret == 0) {
+        (void)atomic_compare_exchange_strong(&bs->length, &padded_end, end);
+    }
+    return ret;
+}
+
 int bdrv_padded_pwritev(const BdrvTransfer *t)
 {
     if (bdrv_transfer_is_aligned(t)) {
@@ -169,6 +195,12 @@ int bdrv_padded_pwritev(const BdrvTransfer *t)
     if (ret < 0) {
         return ret;
     }
+    int64_t end = wanted_end(t, &p);
+    if (end < 0) {
+        return (int)end;
+    }
     BdrvTransfer wide = padded(t, &p);
-    return bdrv_aligned_pwritev(&wide);
+    ret = bdrv_aligned_pwritev(&wide);
+    int cut = cut_padding(t, &p, end); /* a part may be written */
+    return ret < 0 ? ret : cut;
 }

@@ -225,6 +225,9 @@ struct BlockDriver {
     int64_t (*getlength)(BlockDriverState *bs);
     bool (*truncate)(BlockDriverState *bs, int64_t offset, bool exact, PreallocMode prealloc,
                      bool zero_new, GError **errp);
+    /* A write that was padded to request_alignment has made the node @padded_end long, where @end would
+     * do: cut it, unless it is longer by now. The range of the padding is granted. 0 or -errno. */
+    int (*cut_padding)(BlockDriverState *bs, int64_t end, int64_t padded_end);
     int64_t (*get_allocated_file_size)(BlockDriverState *bs);
 
     /* --- images --- */

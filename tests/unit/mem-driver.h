@@ -131,6 +131,13 @@ static inline int mem_preadv(BlockDriverState *bs, BdrvRequest *req, int64_t off
     return 0;
 }
 
+static inline int mem_cut_padding(BlockDriverState *bs, int64_t end, int64_t padded_end)
+{
+    g_assert_cmpint(end, <, padded_end);
+    (void)atomic_compare_exchange_strong(&mem_state(bs)->length, &padded_end, end);
+    return 0;
+}
+
 static inline int mem_note_write(MemState *s, int64_t end, int flags)
 {
     s->last_flags = flags;
@@ -260,6 +267,7 @@ static inline void mem_drain_end(BlockDriverState *bs)
     .refresh_limits = mem_refresh_limits, .preadv = mem_preadv, .pwritev = mem_pwritev,            \
     .pwrite_zeroes = mem_pwrite_zeroes, .pdiscard = mem_pdiscard, .flush = mem_flush,              \
     .getlength = mem_getlength, .truncate = mem_truncate, .drain_begin = mem_drain_begin,          \
+    .cut_padding = mem_cut_padding,                                                                \
     .drain_end = mem_drain_end
 
 static const BlockDriver mem_driver = {

@@ -210,6 +210,19 @@ static void test_direct_tail(TestDir *t, gconstpointer root)
     node_close(bs);
 }
 
+/* What padding has added goes, what others have written behind it stays. */
+static void test_cut_padding(TestDir *t, gconstpointer root)
+{
+    make_file(t->file, 1024, 3);
+    BlockDriverState *bs = node_open(&bdrv_file, t->file, RDWR, NULL, NULL);
+    g_assert_cmpint(bs->drv->cut_padding(bs, 700, 1000), ==, 0);
+    g_assert_cmpint(bs->drv->getlength(bs), ==, 1024);
+    g_assert_cmpint(bs->drv->cut_padding(bs, 700, 1024), ==, 0);
+    g_assert_cmpint(bs->drv->getlength(bs), ==, 700);
+    g_assert_cmpint(atomic_load(&file_state(bs)->eof), ==, 700);
+    node_close(bs);
+}
+
 static void truncate_ok(BlockDriverState *bs, int64_t length, PreallocMode prealloc)
 {
     GError *err = NULL;
@@ -928,6 +941,7 @@ int main(int argc, char **argv)
     add("read-only-write", test_read_only_write);
     add("direct", test_direct);
     add("direct-tail", test_direct_tail);
+    add("cut-padding", test_cut_padding);
     add("flush-failure-sticks", test_flush_failure_sticks);
     add("flush-failure-direct", test_flush_failure_direct);
     add("flush-only-changes", test_flush_only_changes);
