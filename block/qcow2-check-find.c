@@ -72,8 +72,11 @@ static bool is_table(Qcow2Check *c, uint64_t offset, uint8_t *buf)
     const BDRVQcow2State *s = c->s;
     unsigned refs = 0;
     if (!qcow2_check_is_inside(c, offset, s->cluster_size) ||
-        !unaccounted(c, offset, s->cluster_size, 0) ||
-        qcow2_move_read(c, offset, s->cluster_size, buf) < 0) {
+        !unaccounted(c, offset, s->cluster_size, 0)) {
+        return false;
+    }
+    if (qcow2_move_read(c, offset, s->cluster_size, buf) < 0) {
+        c->incomplete = true; /* it may be the one: nothing is given up */
         return false;
     }
     for (uint32_t i = 0; i < s->l2_entries; i++) {

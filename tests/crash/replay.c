@@ -71,6 +71,7 @@ Recording *recording_new(const Operation *op, const Kind *kind, char **ret_why)
     r->world = w;
     r->before = world_copy(w);
     r->before.damaged = op->flags & OPERATION_DAMAGED;
+    r->before.lost = op->flags & OPERATION_LOST;
     disk_log_start();
     world_record(w);
     bool ok = op->run(w);

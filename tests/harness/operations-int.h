@@ -27,6 +27,8 @@ void damage_dirty(World *w);
 void damage_counts(World *w);
 void damage_copied(World *w);
 void damage_table(World *w);
+void damage_l1(World *w);
+void damage_entries(World *w);
 void damage_qed(World *w);
 bool run_repair(World *w);
 

@@ -4,9 +4,11 @@
  *      leaks     counted, and used by nobody            nothing is wrong but space
  *      dirty     counts that are not there, dirty bit   what a crash leaves: no data are at risk
  *      qed       a cluster at the end that nobody uses, and the bit that wants a check
- *      counts    of tables: too low, too high           these three are corrupt: whoever writes to
- *      copied    flags that are wrong                   the image before the repair is done may
+ *      counts    of tables: too low, too high           these are corrupt: whoever writes to the
+ *      copied    flags that are wrong                   image before the repair is done may
  *      table     an entry of the refcount table lost    overwrite what is in use
+ *      l1        a flipped bit: no table is there
+ *      entries   of data: not aligned
  *
  * In none of them does the guest's content change.
  *
@@ -124,6 +126,27 @@ void damage_table(World *w)
 {
     Bytes b = take_bytes();
     put(&b, get(&b, QCOW2_HDR_REFTABLE_OFFSET), 0);
+    put_bytes(&b);
+}
+
+void damage_l1(World *w)
+{
+    Bytes b = take_bytes();
+    uint64_t l1 = get(&b, QCOW2_HDR_L1_OFFSET);
+    put(&b, l1, get(&b, l1) ^ (UINT64_C(1) << 45));
+    put_bytes(&b);
+}
+
+void damage_entries(World *w)
+{
+    Bytes b = take_bytes();
+    uint64_t l2 = get(&b, get(&b, QCOW2_HDR_L1_OFFSET)) & QCOW2_ENTRY_OFFSET_MASK;
+    for (unsigned i = 0; i < 8; i++) {
+        uint64_t pos = l2 + i * 8, entry = get(&b, pos);
+        if ((entry & QCOW2_ENTRY_COPIED) && !(entry & (QCOW2_ENTRY_COMPRESSED | QCOW2_ENTRY_ZERO))) {
+            put(&b, pos, entry | cluster_size(&b) / 2);
+        }
+    }
     put_bytes(&b);
 }
 

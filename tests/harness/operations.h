@@ -14,6 +14,7 @@
 typedef enum OperationFlags {
     OPERATION_ONCE = 1 << 0,    /* what is done cannot be done again: then it may fail */
     OPERATION_DAMAGED = 1 << 1, /* the image is corrupt until it has succeeded */
+    OPERATION_LOST = 1 << 2,    /* and not all of it can be read */
 } OperationFlags;
 
 typedef struct Operation {

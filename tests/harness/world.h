@@ -74,6 +74,7 @@ typedef struct World {
     const char *dir;  /* images are files there (kinds without a base); NULL: disks in memory */
     bool debug;       /* blkdebug stands below the top */
     bool damaged;     /* the top is what nobody would write to: it is only read, not checked */
+    bool lost;        /* nor read */
     unsigned value;   /* the last one written */
     unsigned own_first, own_n; /* sectors that a thread has for itself: a flush settles them only;
                                   0: all */
