@@ -6,8 +6,7 @@
  *                            |                              disk as a power loss would leave it
  *                         resumed --> done
  *
- * A write against discard and reuse of its cluster, the discard of a preallocated zero cluster
- * under a writer, and a freed compressed cluster are in tests/unit/test-qcow2-requests.c.
+ * More of the kind, of single functions, are in tests/unit/test-qcow2-requests.c.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -21,8 +20,8 @@
 typedef struct Racer {
     pthread_t thread;
     World *world;
-    unsigned first, n; /* written with @value; n 0: a flush */
-    unsigned value;
+    unsigned first, n; /* written with @value, or discarded; n 0: a flush */
+    unsigned value;    /* 0: a discard */
 } Racer;
 
 static void *race(void *opaque)
@@ -33,10 +32,11 @@ static void *race(void *opaque)
         g_assert_cmpint(blk_flush(blk), ==, 0);
         return NULL;
     }
-    g_autofree uint8_t *buf = g_malloc((size_t)r->n * ORACLE_SECTOR);
+    int64_t offset = (int64_t)r->first * ORACLE_SECTOR, bytes = (int64_t)r->n * ORACLE_SECTOR;
+    g_autofree uint8_t *buf = g_malloc((size_t)bytes);
     oracle_fill(buf, r->first, r->n, r->value);
-    g_assert_cmpint(blk_pwrite(blk, (int64_t)r->first * ORACLE_SECTOR,
-                               (int64_t)r->n * ORACLE_SECTOR, buf, 0), ==, 0);
+    int ret = r->value ? blk_pwrite(blk, offset, bytes, buf, 0) : blk_pdiscard(blk, offset, bytes);
+    g_assert_cmpint(ret, ==, 0);
     return NULL;
 }
 
@@ -137,6 +137,64 @@ static void test_cow_against_cow(const void *data)
     close_world(w, NULL); /* no leak: one cluster for both */
 }
 
+/* Data are on their way into a cluster in place when it is discarded: until they are there nobody
+ * else gets it. */
+static void test_rewrite_against_discard(const void *data)
+{
+    World *w = open_world(data, NULL);
+    unsigned c = w->kind->cluster;
+    Racer writer = {.world = w, .first = 0, .n = c, .value = 50};
+    start_until(&writer, "write_aio");
+    world_discard(w, 0, c);
+    g_assert_cmpint(blk_flush(w->blk), ==, 0);
+    world_write(w, 3 * c, c);
+    world_write(w, 7 * c, c);
+    finish(&writer);
+    close_world(w, NULL);
+}
+
+/* The same with a zero cluster that has its place already: the write makes it a normal one, the
+ * discard takes it away, in one order or the other. */
+static void test_preallocated_zero_against_discard(const void *data)
+{
+    World *w = open_world(data, NULL);
+    unsigned c = w->kind->cluster;
+    world_write(w, 2 * c, c);
+    world_zero(w, 2 * c, c, 0);
+    g_assert_cmpint(world_flush(w), ==, 0);
+    Racer writer = {.world = w, .first = 2 * c, .n = c, .value = 50};
+    Racer discard = {.world = w, .first = 2 * c, .n = c};
+    start_until(&writer, "write_aio");
+    start(&discard);
+    g_usleep(20000);
+    world_write(w, 3 * c, c);
+    g_assert_cmpint(blk_flush(w->blk), ==, 0);
+    world_write(w, 7 * c, c);
+    finish(&writer);
+    pthread_join(discard.thread, NULL);
+    world_write(w, 11 * c, c);
+    close_world(w, NULL);
+}
+
+/* What is freed while a flush is under way was not unlinked in what this one has copied: it is
+ * neither punched nor used again before another one. */
+static void test_free_against_flush(const void *data)
+{
+    World *w = open_world(data, NULL);
+    unsigned c = w->kind->cluster;
+    Racer flusher = {.world = w};
+    world_write(w, 3 * c, c);
+    start_until(&flusher, "l2_update");
+    world_discard(w, 4 * c, c);
+    world_discard(w, 0, c);
+    finish(&flusher);
+    for (unsigned i = 1; i < 4; i++) {
+        world_write(w, (3 + 4 * i) * c, c);
+    }
+    Picture p = take_picture(w);
+    close_world(w, &p);
+}
+
 /* The data of a new cluster are not written yet when somebody flushes: nothing may name it. */
 static void test_flush_against_write(const void *data)
 {
@@ -212,7 +270,13 @@ int main(int argc, char **argv)
         g_autofree char *update = g_strdup_printf("/known/update-flush/%s", names[i]);
         g_test_add_data_func(flush, names[i], test_flush_against_write);
         g_test_add_data_func(update, names[i], test_update_against_flush);
+        g_autofree char *free = g_strdup_printf("/known/free-flush/%s", names[i]);
+        g_autofree char *rewrite = g_strdup_printf("/known/rewrite-discard/%s", names[i]);
+        g_test_add_data_func(free, names[i], test_free_against_flush);
+        g_test_add_data_func(rewrite, names[i], test_rewrite_against_discard);
     }
+    g_test_add_data_func("/known/zero-discard/v3", "v3", test_preallocated_zero_against_discard);
+    g_test_add_data_func("/known/zero-discard/ext", "ext", test_preallocated_zero_against_discard);
     g_test_add_data_func("/known/cow-cow/v3", "v3", test_cow_against_cow);
     g_test_add_data_func("/known/cow-cow/64k", "64k", test_cow_against_cow);
     g_test_add_data_func("/known/cow-cow/backing", "backing", test_cow_against_cow);
