@@ -17,6 +17,7 @@
  *          --long      a hundred times as many           --state NAME     this one only
  *          --shard I/N every N-th pair from I on         --list           say which pairs there are
  *          --log HASH  record until the log is this      --keep DIR       put failing files there
+ *          --every N   one pair of N, by the seed        --events         what is written, and when
  *
  * SPDX-License-Identifier: MIT
  */
@@ -36,7 +37,7 @@ typedef struct Options {
     char *group, *state, *keep;
     int states;
     gint64 log;
-    gboolean all, list;
+    gboolean all, list, events;
 } Options;
 
 static Options opts = {.states = 100};
@@ -108,6 +109,15 @@ static GArray *choose_states(const Recording *r)
     return states;
 }
 
+static void show_events(const Recording *r)
+{
+    for (guint i = 0; opts.events && i < r->log->len; i++) {
+        const DiskEvent *e = &g_array_index(r->log, DiskEvent, i);
+        printf("#   %u: %" PRIu64 "-%" PRIu64 " %s %s %#" PRIx64 "+%#" PRIx64 "\n", i, e->begin,
+               e->end, disk_name(e->disk), disk_kind_names[e->kind], e->offset, e->bytes);
+    }
+}
+
 /* Some operations use several threads, and not every recording is like the other. */
 static Recording *record(const Operation *op, const Kind *kind, char **ret_why)
 {
@@ -131,6 +141,7 @@ static void run_pair(const Operation *op, const Kind *kind)
         printf("not ok - %s/%s without a crash: %s\n", op->name, kind->name, why);
         return;
     }
+    show_events(r);
     g_autoptr(GArray) states = choose_states(r);
     for (guint i = 0; i < states->len && failures < 5; i++) {
         failures += !run_state(r, &g_array_index(states, State, i));
@@ -176,6 +187,7 @@ static void parse_options(int argc, char **argv)
         {"state", 0, 0, G_OPTION_ARG_STRING, &opts.state, "this one only", "NAME"},
         {"log", 0, 0, G_OPTION_ARG_INT64, &opts.log, "record until the log is this", "HASH"},
         {"keep", 0, 0, G_OPTION_ARG_STRING, &opts.keep, "put a failing state's files here", "DIR"},
+        {"events", 0, 0, G_OPTION_ARG_NONE, &opts.events, "show what an operation writes", NULL},
         {"list", 0, 0, G_OPTION_ARG_NONE, &opts.list, "say which pairs there are", NULL},
         {NULL},
     };

@@ -45,6 +45,19 @@ static const Case cases[] = {
     {"copied-flags-follow-counts/snapshot-delete/version-2", "snapshot-delete", "snapshot-v2"},
     {"copied-flags-follow-counts/snapshot-apply", "snapshot-apply", "snapshot"},
     {"copied-flags-follow-counts/snapshot-apply/version-2", "snapshot-apply", "snapshot-v2"},
+    {"counts-are-stable-before-they-are-needed/block", "new-refcount-block", "512"},
+    {"counts-are-stable-before-they-are-needed/table", "grow-refcount-table", "512"},
+    {"table-is-stable-before-the-header-names-it/l1", "grow-l1-table", "512"},
+    {"table-is-stable-before-the-header-names-it/empty", "make-empty", "backing"},
+    {"table-is-stable-before-the-header-names-it/width", "amend-width", "v3"},
+    {"table-is-stable-before-the-header-names-it/width-back", "amend-back", "v3"},
+    {"names-parse-at-each-step", "rename-base", "backing"},
+    {"names-parse-at-each-step/extensions-grow", "bitmap-first", "backing"},
+    {"bitmap-is-in-use-before-it-is-wrong", "bitmap-session", "bitmap"},
+    {"bitmap-is-listed-when-it-is-whole/added", "bitmap-add", "bitmap"},
+    {"bitmap-is-listed-when-it-is-whole/chunks", "bitmap-session", "bitmap-512"},
+    {"dirty-bit-covers-lazy-counts", "random-1", "lazy"},
+    {"entry-is-not-published-before-its-data/data-file", "write", "data-file"},
 };
 
 static void try_state(const Recording *r, State state)

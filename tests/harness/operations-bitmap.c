@@ -116,3 +116,23 @@ bool run_bitmap_session(World *w)
     }
     return end(w, ok);
 }
+
+/* An image that had none gets one, and loses it: the header's extensions grow to where the name of
+ * the base lies, and shrink. */
+bool run_bitmap_first(World *w)
+{
+    const char *name = bitmap_name(BITMAP_NEW);
+    GError *err = NULL;
+    bool ok = world_open(w);
+    if (ok && bitmap_is_listed(w->blk, BITMAP_NEW)) {
+        ok = world_note(w, bdrv_bitmap_remove(blk_bs(w->blk), name, &err), "remove", err);
+    }
+    if (ok) {
+        ok = world_note(w, bdrv_bitmap_add(blk_bs(w->blk), name, 0, true, false, &err), "add", err);
+    }
+    if (ok) {
+        write_some(w, 3);
+        ok = world_note(w, bdrv_bitmap_remove(blk_bs(w->blk), name, &err), "remove", err);
+    }
+    return end(w, ok);
+}

@@ -20,6 +20,7 @@ bool run_bitmap_enable(World *w);
 bool run_bitmap_disable(World *w);
 bool run_bitmap_merge(World *w);
 bool run_bitmap_session(World *w);
+bool run_bitmap_first(World *w);
 
 /* --- operations-repair.c: what is damaged, and how it is mended --- */
 void damage_leaks(World *w);

@@ -287,53 +287,74 @@ static bool run_threads(World *w)
 
 /* ---------------------------------------------------------------- growing tables */
 
-/* Until the next cluster needs another refcount block. */
+/* Every eighth sector is not there afterwards, so that tables are that want more entries. */
+static void fill_up_to(World *w, uint64_t clusters)
+{
+    const BDRVQcow2State *s = qcow2_state(blk_bs(w->blk));
+    unsigned sectors = w->view[VIEW_TOP].oracle.sectors;
+    for (unsigned at = 0; at < sectors && s->file_end >> s->cluster_bits < clusters; at++) {
+        if (at % 8 != 7) {
+            world_write(w, at, 1);
+        }
+    }
+    g_assert_cmpuint(s->file_end >> s->cluster_bits, >=, clusters);
+}
+
+/* 512-byte clusters, counts of 64 bits: soon a block of 64 counts is full. */
 static void fill_block(World *w)
 {
     g_assert_true(world_open(w));
-    const BDRVQcow2State *s = qcow2_state(blk_bs(w->blk));
-    uint64_t blocks = s->reftable.nb_blocks;
-    for (unsigned at = 0; s->reftable.nb_blocks == blocks && at < w->kind->sectors; at++) {
-        world_write(w, at, 1);
-    }
+    uint64_t clusters = qcow2_state(blk_bs(w->blk))->file_end / ORACLE_SECTOR;
+    fill_up_to(w, qb_align_up(clusters + 8, 64) - 4);
     g_assert_true(world_close(w));
 }
 
-static bool run_new_block(World *w)
+/* And here a table of 64 blocks. */
+static void fill_table(World *w)
+{
+    g_assert_true(world_open(w));
+    world_mark_resize(w, VIEW_TOP, 6144);
+    g_assert_true(blk_truncate(w->blk, 6144 * ORACLE_SECTOR, true, PREALLOC_MODE_OFF, false, NULL));
+    world_mark_done(w, VIEW_TOP, true);
+    fill_up_to(w, 64 * 64 - 4);
+    g_assert_true(world_close(w));
+}
+
+/* Into tables that are there. */
+static bool run_new_counts(World *w)
 {
     if (!world_open(w)) {
         return false;
     }
-    unsigned first = w->kind->sectors / 8 * 7;
-    for (unsigned at = first; at < first + 24; at += 8) {
-        world_write(w, at, 8);
-        world_discard(w, at - 128, 4);
-        world_flush(w);
+    for (unsigned i = 0; i < 18; i++) {
+        world_write(w, 8 * i + 7, 1);
+        if (i % 6 == 5) {
+            world_discard(w, 8 * i + 5, 1);
+            world_flush(w);
+        }
     }
     return world_close(w);
 }
 
-/* 512-byte clusters, counts of 64 bits: a table of one cluster ends at 64 * 64 clusters. */
-static bool run_grow_table(World *w)
+/* The L1 table needs another cluster, and then more. */
+static bool run_grow_l1(World *w)
 {
     if (!world_open(w)) {
         return false;
     }
-    world_mark_resize(w, VIEW_TOP, 6144);
-    GError *err = NULL;
-    bool ok = blk_truncate(w->blk, 6144 * ORACLE_SECTOR, true, PREALLOC_MODE_OFF, false, &err);
-    world_note(w, ok, "truncate", err);
-    world_mark_done(w, VIEW_TOP, ok);
-    if (!ok) {
-        world_close(w);
-        return false;
+    bool ok = true;
+    for (unsigned sectors = 4096; ok && sectors <= 12288; sectors *= 3) {
+        GError *err = NULL;
+        world_mark_resize(w, VIEW_TOP, sectors);
+        ok = blk_truncate(w->blk, sectors * ORACLE_SECTOR, true, PREALLOC_MODE_OFF, false, &err);
+        world_note(w, ok, "truncate", err);
+        world_mark_done(w, VIEW_TOP, ok);
+        if (ok) {
+            world_write(w, sectors - 3, 2);
+            world_write(w, 3, 1);
+        }
     }
-    for (unsigned at = 1024; at < 5120; at += 1024) {
-        world_write(w, at, 1024);
-    }
-    world_flush(w);
-    world_write(w, 5120, 512);
-    return world_close(w);
+    return world_close(w) && ok;
 }
 
 /* ---------------------------------------------------------------- whole images */
@@ -656,6 +677,17 @@ static bool run_amend_width(World *w)
     return world_verb(w, "amend -q --image-opts -o refcount_bits=32 %TOP");
 }
 
+/* The counts lie at the end of the file now, and go back to the front: the file can be cut. */
+static void prepare_amend_back(World *w)
+{
+    g_assert_true(run_amend_width(w));
+}
+
+static bool run_amend_back(World *w)
+{
+    return world_verb(w, "amend -q --image-opts -o refcount_bits=16 %TOP");
+}
+
 static bool run_amend_narrow(World *w)
 {
     return world_verb(w, "amend -q --image-opts -o refcount_bits=8 %TOP");
@@ -688,8 +720,9 @@ const Operation operations[] = {
     {"random-1", "guest", NULL, run_random1, 0, 0, 0, NULL},
     {"random-2", "guest", NULL, run_random2, 0, 0, 0, NULL},
     {"threads", "guest", NULL, run_threads, 0, 0, 0, NULL},
-    {"new-refcount-block", "guest", fill_block, run_new_block, 0, 0, 0, " 512 "},
-    {"grow-refcount-table", "guest", NULL, run_grow_table, 0, 0, 0, " 512 "},
+    {"new-refcount-block", "guest", fill_block, run_new_counts, 0, 0, 0, " 512 "},
+    {"grow-refcount-table", "guest", fill_table, run_new_counts, 0, 0, 0, " 512 "},
+    {"grow-l1-table", "image", NULL, run_grow_l1, 0, 0, 0, " 512 "},
     {"grow", "image", NULL, run_grow, 0, KIND_FIXED, 0, NULL},
     {"grow-metadata", "image", NULL, run_grow_metadata, 0, KIND_FIXED | KIND_QED, 0, NULL},
     {"grow-full", "image", NULL, run_grow_full, 0, KIND_FIXED | KIND_QED, 0, NULL},
@@ -715,6 +748,8 @@ const Operation operations[] = {
     {"bitmap-disable", "bitmap", NULL, run_bitmap_disable, KIND_BITMAPS, 0, 0, NULL},
     {"bitmap-merge", "bitmap", NULL, run_bitmap_merge, KIND_BITMAPS, 0, 0, NULL},
     {"bitmap-session", "bitmap", NULL, run_bitmap_session, KIND_BITMAPS, 0, 0, NULL},
+    {"bitmap-first", "bitmap", NULL, run_bitmap_first, KIND_BACKING,
+     KIND_BITMAPS | KIND_V2 | KIND_QED, 0, NULL},
     {"repair-leaks", "image", damage_leaks, run_repair, 0, KIND_QED, 0, NULL},
     {"repair-dirty", "image", damage_dirty, run_repair, 0, KIND_V2 | KIND_QED, 0, NULL},
     {"repair-at-open", "image", damage_dirty, run_write, 0, KIND_V2 | KIND_QED, 0, NULL},
@@ -728,6 +763,8 @@ const Operation operations[] = {
     {"repair-qed", "image", damage_qed, run_repair, KIND_QED, 0, 0, NULL},
     {"repair-qed-at-open", "image", damage_qed, run_write, KIND_QED, 0, 0, NULL},
     {"amend-width", "verb", NULL, run_amend_width, 0, KIND_V2 | KIND_QED, 0, NULL},
+    {"amend-back", "verb", prepare_amend_back, run_amend_back, 0, KIND_V2 | KIND_QED, 0,
+     " v3 4k ext snapshot bitmap "},
     {"amend-narrow", "verb", NULL, run_amend_narrow, 0, KIND_V2 | KIND_QED, 0, NULL},
     {"amend-upgrade", "verb", NULL, run_amend_upgrade, KIND_V2, 0, 0, NULL},
     {"amend-downgrade", "verb", NULL, run_amend_downgrade, 0, 0,
