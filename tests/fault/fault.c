@@ -175,10 +175,25 @@ static bool peer_agrees(const Recording *r, char **ret_why)
     return sound;
 }
 
+/* Is there something in the base that a flush should have made stable, but has failed to? What a
+ * format does to an image after its last flush only gives back space. */
+static bool base_was_lost(char **ret_why)
+{
+    unsigned base = disk_number("base");
+    bool lost = disk_flush_is_broken(base) && disk_is_unflushed(base);
+    if (lost) {
+        *ret_why = g_strdup("it said that it is done, but the base is not flushed");
+    }
+    return lost;
+}
+
 static bool judge_point(const Recording *r, World *w, bool ok, char **ret_why)
 {
     if (unusable) {
         *ret_why = g_strdup_printf("in the same process: %s", unusable);
+        return false;
+    }
+    if (ok && !w->failed && base_was_lost(ret_why)) {
         return false;
     }
     if (ok && !w->failed && !world_judge(r->world, false, ret_why)) {

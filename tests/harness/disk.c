@@ -43,6 +43,7 @@ typedef struct Disk {
     uint8_t *data; /* DISK_CAPACITY bytes of address space; zero beyond the length */
     uint64_t length, limit;
     bool flush_broken;
+    bool unflushed; /* written to since the last flush began */
 } Disk;
 
 static Disk disks[DISKS_MAX];
@@ -155,7 +156,7 @@ void disk_load(unsigned disk, const DiskImage *image)
     if (image->length) {
         memcpy(disks[disk].data, image->data, image->length);
     }
-    disks[disk].flush_broken = false;
+    disks[disk].flush_broken = disks[disk].unflushed = false;
 }
 
 uint64_t disk_length(unsigned disk)
@@ -272,6 +273,12 @@ bool disk_flush_is_broken(unsigned disk)
     return disks[disk].flush_broken;
 }
 
+bool disk_is_unflushed(unsigned disk)
+{
+    QB_GUARD(&control.lock);
+    return disks[disk].unflushed;
+}
+
 unsigned disk_fault_clear(void)
 {
     QB_GUARD(&control.lock);
@@ -321,6 +328,7 @@ static uint64_t end_of(const DiskEvent *e)
 static int start_flush_locked(Disk *d, int fault)
 {
     d->flush_broken |= fault < 0;
+    d->unflushed &= d->flush_broken;
     return d->flush_broken ? (fault < 0 ? fault : -EIO) : 0;
 }
 
@@ -365,6 +373,7 @@ static void finish(Started *st)
     QB_GUARD(&control.lock);
     if (st->logged) {
         disk_apply(&st->e, 0, st->e.bytes);
+        disks[st->e.disk].unflushed |= st->e.kind == DISK_WRITE || st->e.kind == DISK_ZERO;
         end_locked(st->index);
     }
 }

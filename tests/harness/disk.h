@@ -98,6 +98,8 @@ unsigned disk_fault_left(void);
 unsigned disk_fault_clear(void);
 /* Has a flush of the disk failed since it was opened? */
 bool disk_flush_is_broken(unsigned disk);
+/* Has something been written to it that no flush has made stable? */
+bool disk_is_unflushed(unsigned disk);
 
 /* --- doing one operation to the bytes, as the driver and the replayer do --- */
 /* Applies @bytes of @e, from @from on; of a truncation all. */
