@@ -256,7 +256,8 @@ static void try_fault(const Recording *r, const FaultKind *f)
         }
         return;
     }
-    for (n = 1 + (unsigned)running_options.seed % step; n <= chances + 1; n += step) {
+    unsigned shift = (unsigned)running_options.seed + 7 * (unsigned)total.pairs; /* not all alike */
+    for (n = 1 + shift % step; n <= chances + 1; n += step) {
         if (!try_point(r, f, n)) {
             break;
         }
