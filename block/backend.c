@@ -546,9 +546,9 @@ int blk_load_vmstate(BlockBackend *blk, IoVector *qiov, int64_t pos)
     return ret;
 }
 
-bool blk_make_empty(BlockBackend *blk, GError **errp)
+bool blk_make_empty(BlockBackend *blk, bool committed, GError **errp)
 {
-    return bdrv_make_empty(blk->root->bs, errp);
+    return bdrv_make_empty(blk->root->bs, committed, errp);
 }
 
 /* --- requests that run in the pool ---

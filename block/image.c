@@ -101,14 +101,14 @@ static int mark_emptied(BlockDriverState *bs)
     return ret;
 }
 
-bool bdrv_make_empty(BlockDriverState *bs, GError **errp)
+bool bdrv_make_empty(BlockDriverState *bs, bool committed, GError **errp)
 {
     if (!check_has(bs, bs->drv->make_empty, "emptying", errp) || !check_writable(bs, errp)) {
         return false;
     }
     BdrvHold h;
     bdrv_hold_begin(&h, bs);
-    int ret = mark_emptied(bs);
+    int ret = committed ? 0 : mark_emptied(bs);
     if (ret < 0) {
         qb_error_set_errno(errp, ret, "Could not mark in the bitmaps what goes away");
     }

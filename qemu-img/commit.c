@@ -81,7 +81,7 @@ static bool empty_overlay(BlockBackend *blk, const char *file)
 {
     GError *err = NULL;
 
-    if (!bdrv_can_make_empty(blk_bs(blk)) || blk_make_empty(blk, &err)) {
+    if (!bdrv_can_make_empty(blk_bs(blk)) || blk_make_empty(blk, true, &err)) {
         return true;
     }
     if (qb_error_to_errno(err) == -ENOTSUP) {

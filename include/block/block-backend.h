@@ -61,7 +61,8 @@ int blk_copy_range(BlockBackend *src, int64_t src_offset, BlockBackend *dst, int
                    int64_t bytes);
 int blk_save_vmstate(BlockBackend *blk, IoVector *qiov, int64_t pos);
 int blk_load_vmstate(BlockBackend *blk, IoVector *qiov, int64_t pos);
-bool blk_make_empty(BlockBackend *blk, GError **errp);
+/* As bdrv_make_empty(). */
+bool blk_make_empty(BlockBackend *blk, bool committed, GError **errp);
 
 /* Requests that run in the request pool.  The ticket is drawn, and the request counted, at the call;
  * @done runs in a worker thread, once, after which the request is forgotten. */

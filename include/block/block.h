@@ -105,6 +105,8 @@ bool bdrv_is_read_only(const BlockDriverState *bs);
 int64_t bdrv_getlength(BlockDriverState *bs);
 /* True when writes may make @bs longer (files, not devices). */
 bool bdrv_can_grow(const BlockDriverState *bs);
+/* Like bdrv_getlength(), but asks the system again: somebody may have made a device longer. */
+int64_t bdrv_ask_length_again(BlockDriverState *bs);
 /* Bytes the node occupies on its storage (st_blocks), children's data files included; or -errno. */
 int64_t bdrv_get_allocated_file_size(BlockDriverState *bs);
 /* The backing node below filters, or NULL. Borrowed: valid while the caller holds the graph lock, or
@@ -204,8 +206,9 @@ typedef struct BdrvFileLengths {
  * meanwhile.  Not under the graph lock.
  */
 bool bdrv_try_shrink(BlockDriverState *bs, int64_t length, BdrvFileLengths *ret, GError **errp);
-/* Drops all guest data of an overlay so that it reads as its backing file. */
-bool bdrv_make_empty(BlockDriverState *bs, GError **errp);
+/* Drops all guest data of an overlay so that it reads as its backing file. To its dirty bitmaps that is a
+ * write of what it had, unless @committed: the backing file has the same, so nothing changes. */
+bool bdrv_make_empty(BlockDriverState *bs, bool committed, GError **errp);
 /* True when compressed writes are possible. */
 bool bdrv_supports_compression(const BlockDriverState *bs);
 /* True when the driver has make_empty. */

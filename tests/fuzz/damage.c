@@ -167,7 +167,7 @@ static void change(const DamageBase *base)
     bdrv_snapshot_create(blk_bs(blk), "f", NULL);
     blk_pwrite(blk, size - MIN(size, 5000), MIN(size, 5000), buf, BDRV_REQ_FUA);
     blk_truncate(blk, size / 2 & ~INT64_C(511), true, PREALLOC_MODE_OFF, false, NULL);
-    blk_make_empty(blk, NULL);
+    blk_make_empty(blk, false, NULL);
     blk_flush(blk);
 }
 

@@ -521,7 +521,7 @@ static bool run_make_empty(World *w)
         return false;
     }
     world_mark_merge(w, VIEW_TOP, VIEW_BASE);
-    bool ok = blk_make_empty(w->blk, &err);
+    bool ok = blk_make_empty(w->blk, false, &err);
     world_note(w, ok, "make_empty", err);
     world_mark_done(w, VIEW_TOP, ok);
     return world_close(w) && ok;

@@ -320,7 +320,7 @@ static bool run_grow_mapped(BlockBackend *blk, const Shape *shape, GError **errp
 
 static bool run_empty(BlockBackend *blk, const Shape *shape, GError **errp)
 {
-    return blk_make_empty(blk, errp);
+    return blk_make_empty(blk, false, errp);
 }
 
 #define OTHER_NAME "another/and/rather/longer/name-of-the-image-below.qcow2"

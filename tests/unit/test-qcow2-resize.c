@@ -41,7 +41,7 @@ static void shrink(BlockBackend *blk, int64_t size)
 static void make_empty(BlockBackend *blk)
 {
     GError *err = NULL;
-    bool ok = blk_make_empty(blk, &err);
+    bool ok = blk_make_empty(blk, false, &err);
     g_assert_no_error(err);
     g_assert_true(ok);
 }
@@ -344,7 +344,7 @@ static void check_failed_switch(int switches)
     rec_start(f);
     f->opaque = &b;
     f->on_flush = break_after_switch;
-    (void)blk_make_empty(blk, NULL);
+    (void)blk_make_empty(blk, false, NULL);
     g_assert_cmpint(b.left, <, 0);
     g_autofree uint8_t *buf = g_malloc0(8 * MIB);
     memset(buf, 0xee, 8 * MIB);

@@ -339,7 +339,7 @@ static bool run_shrink_grow(BlockBackend *blk, GError **errp)
 }
 static bool run_empty(BlockBackend *blk, GError **errp)
 {
-    return blk_make_empty(blk, errp);
+    return blk_make_empty(blk, false, errp);
 }
 static bool run_long_name(BlockBackend *blk, GError **errp)
 {

@@ -86,7 +86,7 @@ static void write_here_and_there(void)
     (void)blk_truncate(blk, 2 << 20, true, PREALLOC_MODE_OFF, false, NULL);
     (void)blk_truncate(blk, 3 << 20, true, PREALLOC_MODE_OFF, true, NULL);
     (void)bdrv_change_backing_file(blk_bs(blk), "other", "raw", NULL);
-    (void)blk_make_empty(blk, NULL);
+    (void)blk_make_empty(blk, false, NULL);
 }
 
 /* False when the image cannot be checked at all. */
