@@ -208,6 +208,7 @@ const BlockDriver bdrv_host_device = {
     .format_name = "host_device",
     .protocol_name = "host_device",
     FILE_DRIVER_COMMON,
+    .has_fixed_length = true,
     .probe_device = device_probe,
     .parse_filename = device_parse_filename,
     .open = device_open,

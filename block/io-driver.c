@@ -227,12 +227,25 @@ int bdrv_aligned_preadv(const BdrvTransfer *t)
 
 /* --- writes --- */
 
-bool bdrv_can_grow(const BlockDriverState *bs)
+/* The node whose length this one has. */
+static BlockDriverState *length_owner(BlockDriverState *bs)
 {
     while (bs->file && (bs->drv->has_variable_length || bs->drv->is_filter)) {
         bs = bs->file->bs;
     }
-    return bs->drv->protocol_name && bs->drv->truncate;
+    return bs;
+}
+
+bool bdrv_can_grow(const BlockDriverState *bs)
+{
+    const BlockDriver *drv = length_owner((BlockDriverState *)bs)->drv;
+    return drv->protocol_name && drv->truncate && !drv->has_fixed_length;
+}
+
+int64_t bdrv_ask_length_again(BlockDriverState *bs)
+{
+    int64_t length = bdrv_refresh_length(length_owner(bs));
+    return length < 0 ? length : bdrv_getlength(bs);
 }
 
 void bdrv_raise_length(BlockDriverState *bs, int64_t end)

@@ -513,6 +513,14 @@ static int file_limit(BlockDriverState *bs, uint64_t *ret)
     return (int)MIN(length, 0);
 }
 
+/* Somebody may make a device longer when it is full, and try again. */
+static bool device_grew(BlockDriverState *bs, Request *r)
+{
+    uint64_t before = r->limit;
+    return !bdrv_can_grow(bs->file->bs) && bdrv_ask_length_again(bs->file->bs) >= 0 &&
+           file_limit(bs, &r->limit) == 0 && r->limit > before;
+}
+
 static void note_end(BDRVQcow2State *s, const Request *r)
 {
     uint64_t end = request_end(s, r), seen = atomic_load(&s->file_end);
@@ -546,6 +554,9 @@ static int allocate(BlockDriverState *bs, Request *r)
         qcow2_reclaim(bs);
         ret = attempt(s, r);
     } else if (ret == -ENOSPC && qcow2_reclaim(bs)) {
+        ret = attempt(s, r);
+    }
+    if (ret == -ENOSPC && device_grew(bs, r)) {
         ret = attempt(s, r);
     }
     if (ret == 0) {

@@ -155,6 +155,7 @@ struct BlockDriver {
     bool is_filter;            /* passes its "file" child through unchanged */
     bool supports_backing;
     bool has_variable_length;  /* others may change its length: ask again */
+    bool has_fixed_length;     /* of a protocol: writes do not make it longer (a device) */
     bool needs_filename;
     /* Options that decide what the node shows (raw's "offset"); NULL-terminated, or NULL. A node that
      * has one set is not described by a plain file name. */
