@@ -15,6 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include "block/dirty-bitmap.h"
+#include "block/locks.h"
 #include "qemu-img/convert.h"
 #include "qemu-img/create-options.h"
 #include "util/checked.h"
@@ -126,7 +127,6 @@ static bool check_combinations(const ConvertArgs *a)
         {a->target_image_opts && a->target_format,
          "--image-opts and --format are mutually exclusive"},
         {a->skip_broken_bitmaps && !a->bitmaps, "Use of --skip-broken-bitmaps requires --bitmaps"},
-        {a->no_create && a->backing, "-B cannot be used together with -n"},
         {a->no_create && a->options, "-o has no effect when skipping image creation"},
         {a->salvage && a->copy_offload, "Cannot use copy offloading in salvaging mode"},
     };
@@ -177,6 +177,10 @@ static bool open_sources(ConvertPlan *plan, const GPtrArray *operands, const Con
                   "multiple input images");
         return false;
     }
+    if (n > 1 && a->snapshot) {
+        img_error("No support for concatenating multiple snapshot");
+        return false;
+    }
     plan->sources = g_new0(ConvertSource, n);
     for (unsigned i = 0; i < n; i++) {
         if (!open_source(plan, operands->pdata[i], a)) {
@@ -217,14 +221,30 @@ static json_t *judge_target(const ConvertArgs *a, const char *name)
     return g_steal_pointer(&options);
 }
 
+/* The size that -o gives, else that of the sources. */
+static bool settle_size(ConvertPlan *plan)
+{
+    g_autoptr(json_t) copy = json_copy(plan->create_options);
+    uint64_t size = (uint64_t)plan->size;
+
+    if (!qb_opt_take_size(copy, "size", size, &size, NULL) || size < (uint64_t)plan->size) {
+        img_error("output file is smaller than input file");
+        return false;
+    }
+    if (!json_object_get(plan->create_options, "size")) {
+        json_object_set_new(plan->create_options, "size", json_integer(plan->size));
+    }
+    return true;
+}
+
 static bool create_target(ConvertPlan *plan, const char *name, const ConvertArgs *a)
 {
     const char *backing = qb_opt_peek_string(plan->create_options, "backing_file");
     const char *format = target_format(a);
     GError *err = NULL;
 
-    if (!json_object_get(plan->create_options, "size")) {
-        json_object_set_new(plan->create_options, "size", json_integer(plan->size));
+    if (!settle_size(plan)) {
+        return false;
     }
     plan->target_has_backing = backing && *backing;
     if (!bdrv_img_create(name, format, plan->create_options, &err)) {
@@ -285,6 +305,14 @@ static bool check_compression(const ConvertPlan *plan)
     return true;
 }
 
+/* With -n and -B: if the target has a backing file, what the source's top layer lacks is there. */
+static bool has_backing(BlockBackend *blk)
+{
+    BDRV_GRAPH_GUARD();
+
+    return bdrv_backing_chain_next(blk_bs(blk)) != NULL;
+}
+
 static bool prepare_target(ConvertPlan *plan, const char *name, const ConvertArgs *a)
 {
     const char *format = target_format(a);
@@ -294,6 +322,9 @@ static bool prepare_target(ConvertPlan *plan, const char *name, const ConvertArg
     }
     if (!open_target(plan, name, format, a) || !check_compression(plan)) {
         return false;
+    }
+    if (a->no_create && a->backing && *a->backing) {
+        plan->target_has_backing = has_backing(plan->target);
     }
     plan->target_is_zero = a->no_create ? a->target_is_zero
                                         : !plan->target_has_backing &&
