@@ -9,9 +9,10 @@
  *     carry out                              io-align.c, io-zero.c, io-cor.c
  *     end
  *
- * Which requests enter serialising: those that need a read-modify-write (and these wait for plain
- * ones, too), zeroes, discards, compressed writes.  All other writes enter as plain ones; a driver
- * that finds out that it has to allocate calls bdrv_request_serialise().
+ * Which requests enter serialising: those that need a read-modify-write, zeroes, discards, compressed
+ * writes.  A read-modify-write, and zeroes for parts of clusters, wait for plain ones, too.  All other
+ * writes enter as plain ones; a driver that finds out that it has to allocate calls
+ * bdrv_request_serialise().
  *
  * Invariants
  *  1. A range that reaches the code below io.c is a range of non-negative int64_t numbers, lies
@@ -103,13 +104,20 @@ static int run_write(const BdrvTransfer *t)
     return ret < 0 ? ret : bdrv_padded_pwritev(t);
 }
 
+/* Zeroes for a part of what the driver changes as one may be written out, into the place where an
+ * earlier write is still under way: they wait for it. */
+static bool in_whole_units(const BdrvTransfer *t)
+{
+    return qb_is_aligned((uint64_t)(t->offset | t->bytes), bdrv_serialising_unit(t->bs));
+}
+
 static int run_zeroes(const BdrvTransfer *t)
 {
     int ret = check_change(t);
     if (ret < 0 || t->bytes == 0) {
         return ret;
     }
-    bdrv_request_enter_serialising(t->req, !bdrv_transfer_is_aligned(t));
+    bdrv_request_enter_serialising(t->req, !in_whole_units(t));
     ret = check_end(t);
     return ret < 0 ? ret : bdrv_do_pwrite_zeroes(t);
 }
