@@ -214,7 +214,7 @@ static bool flush_is_due(const Bench *b)
 /* Sends what may go now. */
 static void send_some(Bench *b)
 {
-    while (b->ret == 0 && !b->flushing) {
+    while (b->ret == 0 && !b->flushing && !img_interrupted()) {
         if (flush_is_due(b)) {
             if (b->under_way > 0 && !b->plan->no_drain) {
                 return;
@@ -268,10 +268,20 @@ static void announce(const BenchPlan *plan)
 
 static int measure(Bench *b)
 {
+    QbProgress progress; /* nobody looks at it, but it has the signals */
+
+    qb_progress_init(&progress, b->plan->count);
+    img_progress_start(&progress, false);
     announce(b->plan);
     uint64_t start = qb_now_ns();
     run(b);
     uint64_t end = qb_now_ns();
+    img_progress_end(b->ret == 0);
+    if (b->ret == 0 && img_interrupted()) {
+        img_error("Interrupted after %u of %u requests", b->plan->count - b->to_send,
+                  b->plan->count);
+        return 1;
+    }
     if (b->ret < 0) {
         img_error("Failed request: %s", g_strerror(-b->ret));
         return 1;

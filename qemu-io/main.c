@@ -114,10 +114,13 @@ bool qio_fail(const char *fmt, ...)
     return false;
 }
 
+/* Two kinds are known without our name in front: on probing, and what a format says of itself. */
 static void print_warning(const char *text, void *opaque)
 {
+    bool bare = g_str_has_prefix(text, "WARNING: ") || g_str_has_prefix(text, "qcow2: ");
+
     fflush(stdout);
-    fprintf(stderr, "%s\n", text);
+    fprintf(stderr, "%s%s\n", bare ? "" : "qemu-io: warning: ", text);
 }
 
 /* --- the command line --- */
