@@ -81,9 +81,8 @@ static int64_t copy_mapped(BdrvMapping *src, BdrvMapping *dst)
 static int64_t copy_by_kernel(const Copy *c)
 {
     BdrvMapping src, dst;
-    src.n = src.layers = src.depth = dst.n = dst.layers = dst.depth = 0;
-    src.bytes = dst.bytes = 0;
-    src.copied = dst.copied = false;
+    bdrv_mapping_init(&src);
+    bdrv_mapping_init(&dst);
     int64_t ret = bdrv_map(c->src, NULL, BDRV_MAP_READ, c->src_offset, c->bytes, &src);
     if (ret < 0) {
         return ret;

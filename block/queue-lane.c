@@ -129,9 +129,7 @@ static int map_next(QueueSlot *slot)
     BdrvMapping *map = &slot->map;
     int64_t left = slot->req.bytes - slot->transferred;
     BdrvMapIntent intent = is_write(slot) ? BDRV_MAP_WRITE : BDRV_MAP_READ;
-    map->n = map->layers = map->depth = 0;
-    map->bytes = 0;
-    map->copied = false;
+    bdrv_mapping_init(map);
     slot->ext = 0;
     slot->ext_done = 0;
     int ret = bdrv_map(blk_root(slot->queue->blk), slot->queue, intent,

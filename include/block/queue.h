@@ -38,7 +38,14 @@
 #include "block/block-backend.h"
 #include "block/driver.h"
 
-/* Maps the start of the range. Users zero all of @mapping but its arrays; drivers pass theirs.
+/* Of users, before bdrv_map(): all but the arrays, which are large. */
+static inline void bdrv_mapping_init(BdrvMapping *mapping)
+{
+    mapping->n = mapping->layers = mapping->depth = 0;
+    mapping->bytes = 0;
+    mapping->unused = mapping->copied = false;
+}
+/* Maps the start of the range. Users pass a fresh @mapping; drivers pass theirs.
  * @queue may be NULL. 0, or -EAGAIN, or another -errno that a worker would meet as well. */
 int bdrv_map(BdrvChild *child, BlkQueue *queue, BdrvMapIntent intent, int64_t offset,
              int64_t bytes, BdrvMapping *mapping);

@@ -196,7 +196,8 @@ static const BlockDriver lane_driver = {
 static int try_map(BlockBackend *blk, BdrvMapIntent intent, int64_t offset, int64_t bytes,
                    BdrvMapping *m)
 {
-    memset(m, 0, sizeof(*m));
+    memset(m, 0xff, sizeof(*m)); /* what memory holds that nobody has initialised */
+    bdrv_mapping_init(m);
     return bdrv_map(blk_root(blk), NULL, intent, offset, bytes, m);
 }
 
