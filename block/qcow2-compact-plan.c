@@ -18,7 +18,7 @@
  *    unit.  What was not found, or only in part, stays, and the file cannot end before it.
  *    That may make moving the rest not worth it any more.
  * 4. Units behind the end get places in gaps before it, those of several clusters first, from the last
- *    one down: one that finds no room in a row stays, and moves the end.
+ *    one down: one that finds room in a row only behind the end, or none, moves the end.
  *
  * Invariants
  *  1. Places are free or spare clusters below the end, so the file never grows; each is given away once.
@@ -471,29 +471,26 @@ static void make_units(Qcow2MovePlan *p)
 
 /* ---------------------------------------------------------------- places */
 
-/* What is not in use below the end, spare clusters included, is a gap; cluster 0 never is. */
+/* What is not in use, spare clusters included, is a gap; cluster 0 never is. */
 static void collect_gaps(Qcow2MovePlan *p)
 {
     uint64_t pos = 1;
-    for (guint i = 0; i < p->uses->len && pos < p->end; i++) {
+    for (guint i = 0; i < p->uses->len; i++) {
         const Qcow2MoveUse *use = &g_array_index(p->uses, Qcow2MoveUse, i);
         if (use->first > pos) {
-            append_use(p->gaps, pos, MIN(use->first, p->end) - pos, 0);
+            append_use(p->gaps, pos, use->first - pos, 0);
         }
         pos = MAX(pos, use->first + use->n);
     }
-    if (pos < p->end) {
-        append_use(p->gaps, pos, p->end - pos, 0);
-    }
 }
 
-/* The first @n in a row; 0: there are none. *from: no gap before it is worth a look. */
-static uint64_t take_gap(Qcow2MovePlan *p, uint64_t n, guint *from)
+/* The first @n in a row before @limit; 0: there are none. *from: no gap before it is worth a look. */
+static uint64_t take_gap(Qcow2MovePlan *p, uint64_t n, uint64_t limit, guint *from)
 {
     guint end = MIN(p->gaps->len, *from + MAX_GAPS_TRIED);
     for (guint i = *from; i < end; i++) {
         Qcow2MoveUse *gap = &g_array_index(p->gaps, Qcow2MoveUse, i);
-        if (gap->n >= n) {
+        if (gap->n >= n && gap->first + n <= limit) {
             uint64_t first = gap->first;
             gap->first += n;
             gap->n -= n;
@@ -504,7 +501,8 @@ static uint64_t take_gap(Qcow2MovePlan *p, uint64_t n, guint *from)
     return 0;
 }
 
-/* From the last one down: if one stays, those before it need not move either. */
+/* From the last one down: if one stays, those before it need not move either. One that finds room only
+ * behind the end, but before itself, moves the end. */
 static void place_long_units(Qcow2MovePlan *p)
 {
     guint from = 0;
@@ -516,9 +514,9 @@ static void place_long_units(Qcow2MovePlan *p)
         }
         from = u->n < last_n ? 0 : from;
         last_n = u->n;
-        u->to = take_gap(p, u->n, &from);
+        u->to = take_gap(p, u->n, u->from, &from);
+        p->end = MAX(p->end, (u->to ? u->to : u->from) + u->n);
         if (!u->to) {
-            p->end = u->from + u->n;
             break;
         }
     }
@@ -539,7 +537,8 @@ static void fit_single_units(Qcow2MovePlan *p)
 {
     uint64_t room = 0;
     for (guint i = 0; i < p->gaps->len; i++) {
-        room += g_array_index(p->gaps, Qcow2MoveUse, i).n;
+        const Qcow2MoveUse *gap = &g_array_index(p->gaps, Qcow2MoveUse, i);
+        room += gap->first < p->end ? MIN(gap->n, p->end - gap->first) : 0;
     }
     for (guint i = p->units->len; i > 0; i--) {
         const Qcow2MoveUnit *u = unit_at(p, i - 1);
@@ -565,7 +564,7 @@ static void place_single_units(Qcow2MovePlan *p)
         Qcow2MoveUnit *u = unit_at(p, i);
         while (u->n == 1 && !u->to && from < p->gaps->len) {
             guint at = from;
-            u->to = take_gap(p, 1, &at);
+            u->to = take_gap(p, 1, p->end, &at);
             from = u->to ? at : from + MAX_GAPS_TRIED;
         }
     }
