@@ -90,8 +90,8 @@ static void sort_run(Qcow2Copier *c, Qcow2MoveCopy run)
 
 /* ---------------------------------------------------------------- lanes */
 
-/* The next pieces that fit into the buffer, as reads, the first of them is number *ret_first; false: there
- * are none. */
+/* The next pieces that fit into the buffer, as reads, the first of them is number *ret_first;
+ * false: there are none. */
 static bool take_pieces(Lane *lane, guint *ret_first)
 {
     Qcow2Copier *c = lane->copier;

@@ -6,24 +6,26 @@
  *   references           t  d  dd      cc d Xdd        d: data  t: L2 table  cc: streams in both
  *   end                                    ^           behind the last cluster that stays (X)
  *
- * 1. The counts tell what is in use.  Refcount blocks for what lies behind the floor do not count: they go
- *    with it.  If nothing else is in use behind the floor, that is all.
- * 2. Is it worth it?  Moving takes the time of what is copied, and of a seek or two for each gap in it,
- *    which counts as 256 KiB more (short gaps as less).  The file is to end at the lowest place for which
- *    that is at most 5/4 of what the file becomes shorter by; or at the floor if that takes little in
- *    any case.  Less than 1/16 of the file (1/256 if it is easy) is not worth the barriers.  So a large extent moves, and so do few clusters far out; what lies densely scattered
- *    stays, with its holes.
- * 3. All trees are walked for references to clusters behind the floor.  Those for which as many were
- *    found as their count says can move; neighbours that share a stream, or belong to one table, as one
- *    unit.  What was not found, or only in part, stays, and the file cannot end before it.
- *    That may make moving the rest not worth it any more.
- * 4. Units behind the end get places in gaps before it, those of several clusters first, from the last
- *    one down: one that finds room in a row only behind the end, or none, moves the end.
+ * 1. The counts tell what is in use.  Refcount blocks for what lies behind the floor do not count:
+ *    they go with it.  If nothing else is in use behind the floor, that is all.
+ * 2. Is it worth it?  Moving takes the time of what is copied, and of a seek or two for each gap in
+ *    it, which counts as 256 KiB more (short gaps as less).  The file is to end at the lowest place
+ *    for which that is at most 5/4 of what the file becomes shorter by; or at the floor if that
+ *    takes little in any case.  Less than 1/16 of the file (1/256 if it is easy) is not worth the
+ *    barriers.  So a large extent moves, and so do few clusters far out; what lies densely
+ *    scattered stays, with its holes.
+ * 3. All trees are walked for references to clusters behind the floor.  Those for which as many
+ *    were found as their count says can move; neighbours that share a stream, or belong to one
+ *    table, as one unit.  What was not found, or only in part, stays, and the file cannot end
+ *    before it. That may make moving the rest not worth it any more.
+ * 4. Units behind the end get places in gaps before it, those of several clusters first, from the
+ *    last one down: one that finds room in a row only behind the end, or none, moves the end.
  *
  * Invariants
- *  1. Places are free or spare clusters below the end, so the file never grows; each is given away once.
- *  2. All units that lie behind the end, and only those, have a place: nothing is copied that does not
- *     make the file shorter.
+ *  1. Places are free or spare clusters below the end, so the file never grows; each is given away
+ *     once.
+ *  2. All units that lie behind the end, and only those, have a place: nothing is copied that does
+ *     not make the file shorter.
  *
  * Memory: 24 to 48 bytes for each cluster to be moved, and for each run of clusters in use.
  *
@@ -213,7 +215,8 @@ static void drop_blocks_that_go(Qcow2MovePlan *p)
     guint kept = 0;
     for (guint i = 0; i < p->blocks->len; i++) {
         const Qcow2MoveRef *block = &g_array_index(p->blocks, Qcow2MoveRef, i);
-        Qcow2MoveCluster *c = block_goes(p, block, p->floor) ? find_cluster(p, block->cluster) : NULL;
+        bool goes = block_goes(p, block, p->floor);
+        Qcow2MoveCluster *c = goes ? find_cluster(p, block->cluster) : NULL;
         if (c) {
             c->found = UINT32_MAX;
         }
@@ -484,7 +487,8 @@ static void collect_gaps(Qcow2MovePlan *p)
     }
 }
 
-/* The first @n in a row before @limit; 0: there are none. *from: no gap before it is worth a look. */
+/* The first @n in a row before @limit; 0: there are none. *from: no gap before it is worth
+ * a look. */
 static uint64_t take_gap(Qcow2MovePlan *p, uint64_t n, uint64_t limit, guint *from)
 {
     guint end = MIN(p->gaps->len, *from + MAX_GAPS_TRIED);
@@ -501,8 +505,8 @@ static uint64_t take_gap(Qcow2MovePlan *p, uint64_t n, uint64_t limit, guint *fr
     return 0;
 }
 
-/* From the last one down: if one stays, those before it need not move either. One that finds room only
- * behind the end, but before itself, moves the end. */
+/* From the last one down: if one stays, those before it need not move either. One that finds room
+ * only behind the end, but before itself, moves the end. */
 static void place_long_units(Qcow2MovePlan *p)
 {
     guint from = 0;

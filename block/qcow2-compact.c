@@ -9,28 +9,31 @@
  *         barrier: copies, counts; entries; barrier; the old clusters are nobody's
  *     the caller cuts the file once
  *
- * The clusters a shrink has just freed are the best places: they have a count already, and need not be
- * punched before they are written to.  So a shrink that moves does not pay for both.
+ * The clusters a shrink has just freed are the best places: they have a count already, and need not
+ * be punched before they are written to.  So a shrink that moves does not pay for both.
  *
- * Who is in the way.  For a step the whole disk is in the range lock, beside what the truncation holds:
- * no request that changes data or entries is under way, and none begins.  Readers go on: they see the old
- * entry or the new one, and what they find by the old one stays until they have left (quarantine).  The
- * plan was made while others wrote, so each step looks again: a cluster whose entries or count are not as
- * planned stays.  A busy image may so end a little longer; the caller may plan again.
+ * Who is in the way.  For a step the whole disk is in the range lock, beside what the truncation
+ * holds: no request that changes data or entries is under way, and none begins.  Readers go on:
+ * they see the old entry or the new one, and what they find by the old one stays until they have
+ * left (quarantine).  The plan was made while others wrote, so each step looks again: a cluster
+ * whose entries or count are not as planned stays.  A busy image may so end a little longer; the
+ * caller may plan again.
  *
  * Invariants
- *  1. A copy is complete, and its place has its count, before an entry names it; the flush makes both
- *     stable before the entry is written (invariants 1 and 2 of the driver).
- *  2. A place is a cluster that no stable entry names: it was free, or freed by a flush that is done.
- *     The old cluster keeps its count until the new entry is stable and its readers have left (3).
- *  3. All entries that name a cluster change under one hold of the metadata lock, or none.  The count of
- *     the new cluster is that of the old one, so COPIED stays as it was (4).
- *  4. A table goes as a whole: the next flush writes it at its new place before anything names it (0).
- *  5. A step that fails gives its places back and leaves entries as they are.  A crash at any moment leaves
- *     leaks at most.
+ *  1. A copy is complete, and its place has its count, before an entry names it; the flush makes
+ *     both stable before the entry is written (invariants 1 and 2 of the driver).
+ *  2. A place is a cluster that no stable entry names: it was free, or freed by a flush that is
+ *     done. The old cluster keeps its count until the new entry is stable and its readers have left
+ *     (3).
+ *  3. All entries that name a cluster change under one hold of the metadata lock, or none.  The
+ *     count of the new cluster is that of the old one, so COPIED stays as it was (4).
+ *  4. A table goes as a whole: the next flush writes it at its new place before anything names it
+ *     (0).
+ *  5. A step that fails gives its places back and leaves entries as they are.  A crash at any
+ *     moment leaves leaks at most.
  *
- * Not done: moving without a shrink; giving space back before the end, so on a full disk moving stops
- * where holes would have to be filled.
+ * Not done: moving without a shrink; giving space back before the end, so on a full disk moving
+ * stops where holes would have to be filled.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -282,8 +285,8 @@ static bool load_entry(const BDRVQcow2State *s, const Edit *edit, Qcow2L2Entry *
            now.n == edit->ref->n;
 }
 
-/* Host offsets are the low bits of entries of all kinds, and only become smaller. A table that the active
- * L1 shares with a snapshot is met twice, and changed once. */
+/* Host offsets are the low bits of entries of all kinds, and only become smaller. A table that the
+ * active L1 shares with a snapshot is met twice, and changed once. */
 static void store_entry_locked(BDRVQcow2State *s, const Edit *edit) QB_REQUIRES(s->lock)
 {
     uint8_t raw[16];

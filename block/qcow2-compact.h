@@ -75,8 +75,9 @@ typedef struct Qcow2MovePlan {
 void qcow2_move_plan_init(Qcow2MovePlan *p, BlockDriverState *bs, const GArray *spare);
 void qcow2_move_plan_clear(Qcow2MovePlan *p);
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Qcow2MovePlan, qcow2_move_plan_clear)
-/* Fills it in. Nothing is changed, and others may change things meanwhile: what it says must be looked at
- * again when they are kept away. Reads the tables only if there is something to move. 0 or -errno. */
+/* Fills it in. Nothing is changed, and others may change things meanwhile: what it says must be
+ * looked at again when they are kept away. Reads the tables only if there is something to move. 0
+ * or -errno. */
 int qcow2_move_plan_make(Qcow2MovePlan *p);
 
 /* Pure: the host clusters that @e names, as cluster and n of @ref; false: none. */
@@ -90,7 +91,8 @@ typedef struct Qcow2Copier Qcow2Copier;
 /* NULL: no memory. */
 Qcow2Copier *qcow2_copier_new(BlockDriverState *bs);
 void qcow2_copier_free(Qcow2Copier *c); /* NULL is fine */
-/* Copies all of @list (Qcow2MoveCopy); no two ranges overlap. What are holes become holes. 0 or -errno. */
+/* Copies all of @list (Qcow2MoveCopy); no two ranges overlap. What are holes become holes. 0 or
+ * -errno. */
 int qcow2_copier_run(Qcow2Copier *c, const GArray *list);
 
 #endif

@@ -459,7 +459,8 @@ void qcow2_reftable_done(BDRVQcow2State *s, const GArray *pieces, const Qcow2Ref
 
 /* ---- moving ---- */
 
-int qcow2_refblock_move(BlockDriverState *bs, uint64_t index, uint64_t offset, Qcow2DiscardType type)
+int qcow2_refblock_move(BlockDriverState *bs, uint64_t index, uint64_t offset,
+                        Qcow2DiscardType type)
 {
     BDRVQcow2State *s = qcow2_state(bs);
     QB_GUARD(&s->alloc_lock);

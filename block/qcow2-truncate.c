@@ -6,9 +6,12 @@
  *   2 zero the rest of the last cluster             2 header: size, shorter L1,
  *   3 longer L1, longer data file                     dirty bit (v3)                  <- done
  *   4 zero entries over a longer backing file       3 full discard of what lies beyond: entries of
- *   5 preallocate                                     the boundary table, tables cut off
- *   6 flush                                         4 free L1's spare clusters; flush
- *   7 header: size, L1's length     <- done         5 free empty refcount blocks; flush
+ *   5 preallocate                                     the boundary table, tables cut off, spare
+ *   6 flush                                           clusters of L1; flush
+ *   7 header: size, L1's length     <- done         4 move what lies at the end of the file into
+ *                                                     what became free (qcow2-compact.c)
+ *                                                   5 give the rest of that back, empty refcount
+ *                                                     blocks, too; flush
  *                                                   6 cut the image file, the data file
  *                                                   7 header: dirty bit off
  *
@@ -28,8 +31,6 @@
  *     next growth makes the header name them again.
  *
  * The core holds the range from the smaller size to infinity; a write below it may go on meanwhile.
- *
- * Not done: clusters are not moved towards the front of the file (see the driver's map in qcow2.h).
  *
  * SPDX-License-Identifier: MIT
  */

@@ -1,6 +1,6 @@
 /*
- * A shrink makes the file short: what moves towards the front, and that nobody notices.  Crashes and
- * errors in between are the crash and fault suites' (operations "shrink-moves...").
+ * A shrink makes the file short: what moves towards the front, and that nobody notices.  Crashes
+ * and errors in between are the crash and fault suites' (operations "shrink-moves...").
  *
  * SPDX-License-Identifier: MIT
  */
@@ -150,8 +150,8 @@ static void fill_noise(uint8_t *buf, unsigned value)
     }
 }
 
-/* Streams that lie in two clusters each: the whole row moves. What was unpacked before from the places it
- * moves to is not taken for it. */
+/* Streams that lie in two clusters each: the whole row moves. What was unpacked before from the
+ * places it moves to is not taken for it. */
 static void test_compressed(void)
 {
     g_autofree uint8_t *buf = g_malloc(C), *found = g_malloc(C);
