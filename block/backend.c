@@ -186,8 +186,8 @@ void blk_end_request(BlockBackend *blk)
             return;
         }
     }
-    /* Who waits for the last one may free @blk once it sees none, which it looks for under the lock:
-     * unlocking is the last touch. */
+    /* Who waits for the last one may free @blk once it sees none, which it looks for under the
+     * lock: unlocking is the last touch. */
     QB_GUARD(&blk->lock);
     if (atomic_fetch_sub(&blk->in_flight, 1) == (WAITED_FOR | 1)) {
         qb_cond_broadcast(&blk->changed);

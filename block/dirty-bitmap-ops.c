@@ -10,8 +10,8 @@
  * Invariants
  *  1. No request is inside the node while a bitmap comes, goes, or changes other than by a write.
  *  2. Inconsistent, lost and busy bitmaps are left alone, but that the first two can be removed.
- *  3. The source of a merge from another node is busy meanwhile: not removed, cleared or resized.  Two
- *     merges that go both ways at once may refuse each other.
+ *  3. The source of a merge from another node is busy meanwhile: not removed, cleared or resized.
+ *     Two merges that go both ways at once may refuse each other.
  *
  * Not done: a merge that fails half-way (memory, reading) leaves bits set that it had set by then;
  * that is more than was dirty, never less.
@@ -287,8 +287,8 @@ static bool merge(BlockDriverState *bs, const char *name, BdrvDirtyBitmap *from,
     return to && ret == 0;
 }
 
-/* A bitmap of another node, left alone by others until it is given back.  Its node is not held for so
- * long: what marks the target in the image may go through it. */
+/* A bitmap of another node, left alone by others until it is given back.  Its node is not held for
+ * so long: what marks the target in the image may go through it. */
 static BdrvDirtyBitmap *borrow(BlockDriverState *bs, const char *name, GError **errp)
 {
     BdrvHold h;

@@ -15,8 +15,8 @@
  *  1. Between the reading of head and tail and the end of the write no other write changes them:
  *     the request is serialising for the whole wider range and has waited for the plain ones in it.
  *  2. The driver's request begins and ends at multiples of request_alignment.
- *  3. Padding makes no node longer: what a write adds behind its own end is cut off again, while its
- *     range is granted.  A crash in between leaves zeroes there.
+ *  3. Padding makes no node longer: what a write adds behind its own end is cut off again, while
+ *     its range is granted.  A crash in between leaves zeroes there.
  *
  * Events, for tests that stop a request there: pwritev_rmw_head and pwritev_rmw_after_head around
  * the reading of the first unit, pwritev_rmw_tail and pwritev_rmw_after_tail around that of the
@@ -157,8 +157,8 @@ static int read_head_and_tail(const BdrvTransfer *t, const Padding *p)
     return ret;
 }
 
-/* Where the node shall end at least after the padded write of @t; the end of the padding when that is
- * behind no end of the node. Or -errno. */
+/* Where the node shall end at least after the padded write of @t; the end of the padding when that
+ * is behind no end of the node. Or -errno. */
 static int64_t wanted_end(const BdrvTransfer *t, const Padding *p)
 {
     int64_t padded_end = p->offset + p->bytes;

@@ -6,12 +6,12 @@
  *      a read of it         |      backing file       |     zeroes    |
  *                                                     ^ shown end
  *
- * The questions that format drivers with a backing file ask, each of which must get the same answer in
- * all of them: how far does it reach, what is there, is it zero.
+ * The questions that format drivers with a backing file ask, each of which must get the same answer
+ * in all of them: how far does it reach, what is there, is it zero.
  *
  * Invariants
- *  1. The backing file shows up to the end of the shorter of both disks.  What lies beyond the end of the
- *     image (VM state) never shows it.
+ *  1. The backing file shows up to the end of the shorter of both disks.  What lies beyond the end
+ *     of the image (VM state) never shows it.
  *  2. A backing file that is not open, because another one is attached or none, or because it comes
  *     later, may be of any length.
  *

@@ -85,7 +85,7 @@ static void undo_layers(BlkQueue *queue, BdrvMapping *mapping, unsigned layers)
 {
     mapping->unused = true;
     while (mapping->layers > layers) {
-        (void)finish_layer(queue, mapping, -ECANCELED); /* any error: drivers give back what they took */
+        (void)finish_layer(queue, mapping, -ECANCELED); /* any error: drivers give all back */
     }
     mapping->unused = false;
 }

@@ -476,8 +476,8 @@ static int fetch(const Lookup *l, uint64_t l1_entry, size_t n, Qcow2L2Entry *ret
     return err;
 }
 
-/* The same if they are in memory, else -EAGAIN.  What the cache finds is not poisoned while it is copied,
- * so that L1 alone tells whether it still counts. */
+/* The same if they are in memory, else -EAGAIN.  What the cache finds is not poisoned while it is
+ * copied, so that L1 alone tells whether it still counts. */
 static int fetch_present(const Lookup *l, uint64_t l1_entry, size_t n, Qcow2L2Entry *ret)
 {
     uint8_t raw[CHUNK_BYTES];

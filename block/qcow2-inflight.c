@@ -11,8 +11,8 @@
  * 1. Sequence numbers rise in list order; everybody announced before qcow2_inflight_seq() returned
  *    has a smaller one than it.
  * 2. The lock is a leaf and never held while anything waits but in functions that wait here.
- * 3. Resolving takes no lock: it sets `bytes` before it looks for waiters, a waiter counts itself before it
- *    looks at `bytes`, sequentially consistent, so one of the two sees the other.
+ * 3. Resolving takes no lock: it sets `bytes` before it looks for waiters, a waiter counts itself
+ *    before it looks at `bytes`, sequentially consistent, so one of the two sees the other.
  *
  * The list is as long as there are requests in flight (tens), so it is searched linearly.
  *

@@ -170,8 +170,8 @@ int qcow2_streams_unpack(const Qcow2Io *io, Qcow2Stream *streams, size_t n);
 void qcow2_streams_clear(Qcow2Stream *streams, size_t n);
 /* Other streams are going to lie in [host, +bytes): what is known of those that lay there is dropped. */
 void qcow2_streams_forget(BDRVQcow2State *s, uint64_t host, uint64_t bytes);
-/* Moves the stream of a compressed cluster, found by a walk, to another place. Whole node in the range
- * lock, not announced. */
+/* Moves the stream of a compressed cluster, found by a walk, to another place. Whole node in the
+ * range lock, not announced. */
 int qcow2_move_stream(BlockDriverState *bs, const Qcow2Mapping *m);
 
 /* --- qcow2-map-fresh.c --- */

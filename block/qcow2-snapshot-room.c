@@ -1,29 +1,29 @@
 /*
  * Room in refcounts for one more snapshot, where packed compressed clusters have used it up.
  *
- *      host cluster   [s][s][s][s][s][s][s]...      one reference for each stream, from each snapshot
+ *      host cluster   [s][s][s][s][s][s][s]...   a reference for each stream, from each snapshot
  *
- *      77 snapshots of 829 streams are 64,662 references; the 78th would pass 65,535
+ *      829 streams, in the active tables and 77 snapshots: 64,662 of 65,535 references
  *
  *      active tables ---.                .--- the snapshots before
  *                        v              v
  *           [s][s]..  [s][s]..       [s][s][s][s][s][s][s]...
  *            moved here, count k       no more than these; nothing is added to it
  *
- * What a snapshot adds is the references of the active tables.  So their streams are moved out of full
- * clusters, byte for byte, into new ones, which the allocator fills up to half of the range at most: then
- * there is room for as many once more.  The move is the rewriting of compressed clusters as any guest
- * write would do it: new stream, link, old one to quarantine.  It is done before the snapshot begins,
- * and whatever stops it leaves a sound image with the same content.
+ * What a snapshot adds is the references of the active tables.  So their streams are moved out of
+ * full clusters, byte for byte, into new ones, which the allocator fills up to half of the range at
+ * most: then there is room for as many once more.  The move is the rewriting of compressed clusters
+ * as any guest write would do it: new stream, link, old one to quarantine.  It is done before the
+ * snapshot begins, and whatever stops it leaves a sound image with the same content.
  *
  * Invariants
- *  1. Nothing is moved unless each cluster without room is shared by streams of the active tables: other
- *     clusters have as many snapshots as they can count.
- *  2. A stream that is moved is as long as its entry says, with what follows it in its last sector; so no
- *     codec is needed, and a stream that cannot be unpacked stays what it was.
+ *  1. Nothing is moved unless each cluster without room is shared by streams of the active tables:
+ *     other clusters have as many snapshots as they can count.
+ *  2. A stream that is moved is as long as its entry says, with what follows it in its last sector;
+ *     so no codec is needed, and a stream that cannot be unpacked stays what it was.
  *
- * Not done: a cluster that one stream alone has filled up, which takes as many snapshots, is treated in
- * the same way.
+ * Not done: moved streams are not packed as densely as before, since where in its last sector a
+ * stream ends is not known.
  *
  * SPDX-License-Identifier: MIT
  */

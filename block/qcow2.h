@@ -863,9 +863,9 @@ int qcow2_change_counts(BlockDriverState *bs, const GArray *runs, int sign);
 int qcow2_counts_have_room(BlockDriverState *bs, const GArray *runs);
 /* Appends to @ret, in order, the clusters of @runs where there is none. */
 int qcow2_counts_without_room(BlockDriverState *bs, const GArray *runs, GArray *ret);
-/* qcow2-snapshot-room.c: makes room in the counts of @tree, what the active tables refer to, which is
- * another tree then.  -EINVAL, with nothing changed, where that is not possible. Whole node in the range
- * lock. */
+/* qcow2-snapshot-room.c: makes room in the counts of @tree, what the active tables refer to, which
+ * is another tree then.  -EINVAL, with nothing changed, where that is not possible. Whole node in
+ * the range lock. */
 int qcow2_make_room_in_counts(BlockDriverState *bs, const GArray *tree);
 /* Frees every run through quarantine, flushing now and then. 0 or -errno of a flush (the rest
  * leaks). */

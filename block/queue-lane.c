@@ -141,7 +141,7 @@ static int map_next(QueueSlot *slot)
     return ret;
 }
 
-/* -EAGAIN for a write: it is as if nothing had happened, and its place in the order is the task's. */
+/* -EAGAIN for a write: as if nothing had happened; its place in the order is the task's. */
 static int end_mapping(QueueSlot *slot, int ret)
 {
     return bdrv_map_done_or_redo(slot->queue, &slot->map, ret, &slot->task.req);

@@ -21,9 +21,9 @@
  *      wait for requests that only the owner can end: whoever cannot be admitted waits in the queue.
  *      Later completions admit it; when nothing is under way, a doorman, a worker that does wait,
  *      tells when to try again.
- *  Tickets: drawn on admission, which is in the order of submission, by bdrv_map() or blk_draw().  A
- *      write is mapped as a whole or goes to a worker as a whole, so it has one ticket, which it keeps
- *      when a worker must do again what could not be linked.
+ *  Tickets: drawn on admission, which is in the order of submission, by bdrv_map() or blk_draw().
+ *      A write is mapped as a whole or goes to a worker as a whole, so it has one ticket, which it
+ *      keeps when a worker must do again what could not be linked.
  *  Range lock: the lane only tries; whoever is in the way sends the request to a worker, which
  *      waits there, behind it.
  *  Announced: what a driver announced in map() leaves in map_done(), after the I/O.  The owner

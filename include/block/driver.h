@@ -226,8 +226,9 @@ struct BlockDriver {
     int64_t (*getlength)(BlockDriverState *bs);
     bool (*truncate)(BlockDriverState *bs, int64_t offset, bool exact, PreallocMode prealloc,
                      bool zero_new, GError **errp);
-    /* A write that was padded to request_alignment has made the node @padded_end long, where @end would
-     * do: cut it, unless it is longer by now. The range of the padding is granted. 0 or -errno. */
+    /* A write that was padded to request_alignment has made the node @padded_end long, where @end
+     * would do: cut it, unless it is longer by now. The range of the padding is granted. 0 or
+     * -errno. */
     int (*cut_padding)(BlockDriverState *bs, int64_t end, int64_t padded_end);
     int64_t (*get_allocated_file_size)(BlockDriverState *bs);
 
@@ -330,8 +331,8 @@ void bdrv_set_length(BlockDriverState *bs, int64_t length);
 void bdrv_set_backing_names(BlockDriverState *bs, const char *file, const char *fmt);
 
 /* --- for formats: what the backing file shows where the image has nothing --- */
-/* Bytes from @offset on, at most @bytes, that the backing file decides on, or -errno. What follows reads
- * zero: it lies beyond the end of the backing file or of the disk. */
+/* Bytes from @offset on, at most @bytes, that the backing file decides on, or -errno. What follows
+ * reads zero: it lies beyond the end of the backing file or of the disk. */
 int64_t bdrv_backing_bytes(BlockDriverState *bs, int64_t offset, int64_t bytes);
 /* Reads it, with those zeroes, to @qiov_offset of the vector. */
 int bdrv_backing_read(BlockDriverState *bs, int64_t offset, int64_t bytes, IoVector *qiov,
@@ -340,8 +341,8 @@ int bdrv_backing_read(BlockDriverState *bs, int64_t offset, int64_t bytes, IoVec
 int bdrv_backing_reads_zero(BlockDriverState *bs, int64_t offset, int64_t bytes);
 /* Does, or may, something show where nothing is allocated? Then zeroes must be said to be there. */
 bool bdrv_may_be_backed(BlockDriverState *bs);
-/* Up to here something may show, now or later, or -errno: the end of the disk does not count, since growing
- * clears what it uncovers. INT64_MAX where a backing file is meant that is not open. */
+/* Up to here something may show, now or later, or -errno: the end of the disk does not count, since
+ * growing clears what it uncovers. INT64_MAX where a backing file is meant that is not open. */
 int64_t bdrv_backing_end(BlockDriverState *bs);
 /* End of what it would show in the grown part of the disk, @old_length when nothing, or -errno. */
 int64_t bdrv_backing_end_in_growth(BlockDriverState *bs, int64_t old_length, int64_t new_length);

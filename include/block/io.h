@@ -79,8 +79,8 @@ typedef struct BdrvBatchOp {
  * Each op follows the rules of its single form and has its result in ret.
  * The order of effects is not defined; ops of one batch must not overlap unless all read. */
 int bdrv_run_batch(BdrvChild *child, BdrvBatchOp *ops, size_t n);
-/* Appends to @ops, an array of BdrvBatchOp, the transfer of [offset, +bytes) from or to @qiov_offset of
- * the vector: one operation for each piece of memory. */
+/* Appends to @ops, an array of BdrvBatchOp, the transfer of [offset, +bytes) from or to
+ * @qiov_offset of the vector: one operation for each piece of memory. */
 void bdrv_batch_add(GArray *ops, BdrvBatchKind kind, int64_t offset, int64_t bytes,
                     const IoVector *qiov, size_t qiov_offset);
 

@@ -22,8 +22,8 @@
  *     the offset of its own; it keeps what it must remember in layer[depth].token (depth read
  *     before it goes down).  Its map_done() is called exactly once for each map() that returned 0,
  *     lower nodes first, with the result so far; what it returns is the result for those above.
- *     A write's map_done() may return -EAGAIN: it is as if nothing was written, a worker must do it,
- *     in the place that the write had in the order.
+ *     A write's map_done() may return -EAGAIN: it is as if nothing was written, a worker must do
+ *     it, in the place that the write had in the order.
  *  6. Data are not stable when bdrv_map_done() returns: FUA is a flush afterwards, shared with
  *     others.
  *
@@ -51,8 +51,8 @@ int bdrv_map(BdrvChild *child, BlkQueue *queue, BdrvMapIntent intent, int64_t of
              int64_t bytes, BdrvMapping *mapping);
 /* For users: @result is 0 or -errno of the I/O. Returns what the request returns. */
 int bdrv_map_done(BlkQueue *queue, BdrvMapping *mapping, int result);
-/* The same, for users with a worker: when it returns -EAGAIN for a write, *redo is the request that the
- * worker carries on with, in its place in the order; it has begun and not entered. */
+/* The same, for users with a worker: when it returns -EAGAIN for a write, *redo is the request that
+ * the worker carries on with, in its place in the order; it has begun and not entered. */
 int bdrv_map_done_or_redo(BlkQueue *queue, BdrvMapping *mapping, int result, BdrvRequest *redo);
 /* Gives a mapping back of which nothing was used: as if it had never been. */
 void bdrv_map_undo(BlkQueue *queue, BdrvMapping *mapping);

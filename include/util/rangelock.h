@@ -79,9 +79,9 @@ void qb_range_serialise(QbRangeLock *l, QbRangeRequest *r, uint64_t offset, uint
 /* The same for [offset, offset + bytes), without waiting for plain ones that have entered; returns false
  * at once, with nothing changed, instead of waiting. */
 bool qb_range_try_serialise(QbRangeLock *l, QbRangeRequest *r, uint64_t offset, uint64_t bytes);
-/* @to, which is in no lock, takes the place of @from with its ticket and its state as if it had just been
- * submitted with [offset, offset + bytes), part of its range: nobody else passes.  @from has entered or
- * was granted and is out afterwards, all that it did undone. */
+/* @to, which is in no lock, takes the place of @from with its ticket and its state as if it had
+ * just been submitted with [offset, offset + bytes), part of its range: nobody else passes.  @from
+ * has entered or was granted and is out afterwards, all that it did undone. */
 void qb_range_hand_over(QbRangeLock *l, QbRangeRequest *from, QbRangeRequest *to, uint64_t offset,
                         uint64_t bytes);
 /* Done, or given up before it entered. */
