@@ -27,7 +27,10 @@
 
 #include <inttypes.h>
 
-enum { MAX_LOST_TABLES = 65536 };
+enum {
+    MAX_LOST_TABLES = 65536,
+    MAX_FLIPPED = 4096, /* of them: those for which bits are tried */
+};
 
 /* ---------------------------------------------------------------- is this the table? */
 
@@ -87,15 +90,15 @@ static bool is_table(Qcow2Check *c, uint64_t offset, uint8_t *buf)
     return refs > 0;
 }
 
-/* The table that @entry should name; 0: not to be found. */
-static uint64_t find_table(Qcow2Check *c, uint64_t entry, uint8_t *buf)
+/* The table that @entry should name; 0: not to be found. @flips: one bit may be wrong. */
+static uint64_t find_table(Qcow2Check *c, uint64_t entry, bool flips, uint8_t *buf)
 {
     const BDRVQcow2State *s = c->s;
     uint64_t offset = entry & QCOW2_ENTRY_OFFSET_MASK, start = qcow2_start_of_cluster(s, offset);
     if (is_table(c, start, buf)) {
         return start;
     }
-    for (unsigned bit = s->cluster_bits; bit < 56 && offset == start; bit++) {
+    for (unsigned bit = s->cluster_bits; flips && bit < 56 && offset == start; bit++) {
         uint64_t other = offset ^ (UINT64_C(1) << bit);
         if (other && is_table(c, other, buf)) {
             return other;
@@ -135,11 +138,11 @@ static void adopt(Qcow2Check *c, const Qcow2LostTable *lost, uint64_t offset)
     qcow2_check_l2_table(c, at);
 }
 
-static void handle_lost(Qcow2Check *c, const Qcow2LostTable *lost, uint8_t *buf)
+static void handle_lost(Qcow2Check *c, const Qcow2LostTable *lost, bool flips, uint8_t *buf)
 {
     uint64_t offset = lost->entry & QCOW2_ENTRY_OFFSET_MASK;
     uint64_t copied = lost->entry & QCOW2_ENTRY_COPIED;
-    uint64_t found = c->incomplete ? 0 : find_table(c, lost->entry, buf);
+    uint64_t found = c->incomplete ? 0 : find_table(c, lost->entry, flips, buf);
     bool unaligned = qcow2_offset_into_cluster(c->s, offset);
     if (!found && (unaligned || c->incomplete || !c->give_up)) {
         qcow2_check_bad_l1_entry(c, lost);
@@ -172,7 +175,7 @@ void qcow2_check_find_tables(Qcow2Check *c)
 {
     g_autofree uint8_t *buf = c->lost_tables->len ? g_malloc(c->s->cluster_size) : NULL;
     for (guint i = 0; i < c->lost_tables->len; i++) {
-        handle_lost(c, &g_array_index(c->lost_tables, Qcow2LostTable, i), buf);
+        handle_lost(c, &g_array_index(c->lost_tables, Qcow2LostTable, i), i < MAX_FLIPPED, buf);
     }
     qcow2_check_drop_blocks(c);
 }

@@ -218,7 +218,7 @@ static void check_misaligned(EntryCheck *x, uint64_t offset)
 {
     Qcow2Check *c = x->c;
     BDRVQcow2State *s = c->s;
-    bool data = s->has_subclusters ? (uint32_t)x->e.bitmap : !(x->e.entry & QCOW2_ENTRY_ZERO);
+    bool data = !qcow2_check_reads_as_zero(s, x->e);
     uint64_t was = x->e.entry, start = qcow2_start_of_cluster(s, offset);
     if (data) {
         c->lost_entries++;

@@ -21,7 +21,10 @@
 
 bool qcow2_check_reads_as_zero(const BDRVQcow2State *s, Qcow2L2Entry e)
 {
-    return s->has_subclusters ? !(uint32_t)e.bitmap : e.entry & QCOW2_ENTRY_ZERO;
+    if (s->has_subclusters) {
+        return !(uint32_t)e.bitmap;
+    }
+    return s->version >= 3 && (e.entry & QCOW2_ENTRY_ZERO);
 }
 
 bool qcow2_check_leads_nowhere(const Qcow2Check *c, Qcow2L2Entry e)

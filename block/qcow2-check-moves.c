@@ -180,6 +180,7 @@ Qcow2Moves *qcow2_check_plan_moves(Qcow2Check *c)
         return NULL;
     }
     m->buf = g_malloc(c->s->cluster_size);
+    qb_progress_grow(c->opts->progress, (uint64_t)c->tables->len * c->s->cluster_size);
     qcow2_check_for_tables(c, 0, c->tables->len, handle_table, m);
     qcow2_check_forget_owners(c, m);
     return m;
