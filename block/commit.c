@@ -285,19 +285,31 @@ static bool grow_base(Commit *c, GError **errp)
            blk_truncate(c->to, c->size, false, PREALLOC_MODE_OFF, true, errp);
 }
 
-static bool commit_opened(Commit *c, GError **errp)
+static bool copy_and_flush(Commit *c, GError **errp)
 {
     int ret;
 
-    if (!grow_base(c, errp) || !copy_all(c, errp)) {
+    if (!copy_all(c, errp)) {
         return false;
     }
     ret = blk_flush(c->to);
     if (ret < 0) {
         qb_error_set_errno(errp, -ret, "Failed to flush the base image");
+    }
+    return ret >= 0;
+}
+
+/* Users' scripts tell a job that failed from one that could not begin. */
+static bool commit_opened(Commit *c, GError **errp)
+{
+    if (!grow_base(c, errp)) {
         return false;
     }
-    return true;
+    bool ok = copy_and_flush(c, errp);
+    if (!ok) {
+        g_prefix_error(errp, "Block job failed: ");
+    }
+    return ok;
 }
 
 static bool commit_with_backends(Commit *c, GError **errp)

@@ -71,7 +71,7 @@ static bool run_commit(BlockDriverState *top, BlockDriverState *base, const Comm
     ok = commit_run(&opts, &err);
     img_progress_end(ok);
     if (!ok) {
-        img_report_prefixed(err, 1, "Block job failed: ");
+        img_report(err, 1);
     }
     return ok;
 }
