@@ -14,8 +14,8 @@
  * is many clusters long: the driver compresses them in parallel inside one write.
  *
  * Invariants
- * 1. Units partition [0, size); a DATA unit is at most CONVERT_UNIT long and begins and ends on a
- *    cluster of the target (but for the end of the image).
+ * 1. Units partition [0, size); a DATA unit is at most CONVERT_UNIT or a cluster of the target long,
+ *    and begins and ends on one (but for the end of the image).
  * 2. After the first error, or a signal, no new unit is handed out; turns are still passed on, so
  *    no worker waits for ever.
  *
@@ -440,6 +440,7 @@ bool convert_copy(const ConvertPlan *plan)
 
     e.one_writer = plain && plan->out_of_order && plan->target_cached;
     e.unit = e.one_writer ? CONVERT_SHORT_UNIT : CONVERT_UNIT;
+    e.unit = MAX(e.unit, plan->target_alignment); /* whole clusters, all of them powers of two */
     qb_mutex_init(&e.lock);
     qb_cond_init(&e.turn_passed);
     while (started + 1 < plan->workers &&
