@@ -11,7 +11,7 @@
 #include <stdint.h>
 #include "tests/harness/disk.h"
 
-#define DAMAGE_AREAS 8
+#define DAMAGE_AREAS 11
 
 /* A piece of metadata in an image: words of so many bytes. */
 typedef struct DamageArea {

@@ -4,6 +4,7 @@
  *
  * SPDX-License-Identifier: MIT
  */
+#include "block/qcow2.h"
 #include "tests/fuzz/damage.h"
 #include "tests/fuzz/fuzz.h"
 #include "tests/harness/world.h"
@@ -34,12 +35,33 @@ static void find_areas(DamageBase *base)
     }
 }
 
+/* The directory of bitmaps, which an extension names, and the table of the first one. */
+static void find_bitmaps(DamageBase *base)
+{
+    const uint8_t *data = base->image.data;
+    size_t pos = qb_ldbe32(data + QCOW2_HDR_HEADER_LENGTH);
+    uint32_t type;
+    while ((type = qb_ldbe32(data + pos)) != QCOW2_EXT_BITMAPS) {
+        if (!type) {
+            return;
+        }
+        pos += 8 + qb_align_up(qb_ldbe32(data + pos + 4), 8);
+    }
+    uint64_t directory = qb_ldbe64(data + pos + 8 + 16), table = qb_ldbe64(data + directory);
+    damage_add_area(base, pos, 8, 4);
+    damage_add_area(base, directory, 24, 4);
+    damage_add_area(base, table, 4, 8);
+}
+
 static void make_base(const Kind *kind)
 {
     World *world = world_new(kind);
     DamageBase base = {.driver = "qcow2", .image = disk_save(disk_number("top"))};
     world_free(world);
     find_areas(&base);
+    if (kind->flags & KIND_BITMAPS) {
+        find_bitmaps(&base);
+    }
     bases[nb_bases++] = base;
 }
 

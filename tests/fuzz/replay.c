@@ -7,16 +7,26 @@
  * Round k mutates by a generator that is seeded with S + k, so `--seed S+k --rounds 1` runs that round
  * alone.  With --save each input is written to FILE before it runs: after a crash it is there.
  *
+ * An input may take 10 seconds of processor time and 512 MiB of memory, as libFuzzer is told in `run`;
+ * a sanitizer's own memory is not told apart from the target's, so there only libFuzzer looks.
+ *
  * Deliberately not done: no feedback of coverage; libFuzzer has it.
  *
  * SPDX-License-Identifier: MIT
  */
 #include <glib.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <sys/time.h>
+#include <unistd.h>
 #include "tests/fuzz/fuzz.h"
+
+#define SECONDS_MAX 10
+#define MEMORY_MAX_KIB (512 << 10)
 
 static GPtrArray *seeds; /* GBytes */
 
@@ -25,12 +35,36 @@ static void add_seed(const void *data, size_t size)
     g_ptr_array_add(seeds, g_bytes_new(data, size));
 }
 
+static void on_timeout(int sig)
+{
+    static const char what[] = "an input takes more than 10 seconds\n";
+    ssize_t n = write(STDERR_FILENO, what, sizeof(what) - 1);
+    (void)n;
+    abort();
+}
+
+static void check_memory(void)
+{
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    if (usage.ru_maxrss > MEMORY_MAX_KIB) {
+        fprintf(stderr, "an input took %ld KiB of memory\n", usage.ru_maxrss);
+        abort();
+    }
+#endif
+}
+
 static void run(const void *data, size_t size, const char *save)
 {
+    const struct itimerval limit = {.it_value.tv_sec = SECONDS_MAX}, none = {0};
     if (save) {
         g_file_set_contents(save, data, (gssize)size, NULL);
     }
+    setitimer(ITIMER_PROF, &limit, NULL);
     LLVMFuzzerTestOneInput(data, size);
+    setitimer(ITIMER_PROF, &none, NULL);
+    check_memory();
 }
 
 /* One change: a bit, a byte, a few bytes inserted, removed or repeated. */
@@ -126,6 +160,7 @@ int main(int argc, char **argv)
         fprintf(stderr, "usage: %s [--rounds N] [--seed S] [--save FILE] [FILE...]\n", argv[0]);
         return 2;
     }
+    signal(SIGPROF, on_timeout);
     seeds = g_ptr_array_new_with_free_func((GDestroyNotify)g_bytes_unref);
     fuzz_seeds(add_seed);
     int status = 0;
