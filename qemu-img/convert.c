@@ -371,19 +371,6 @@ bool convert_run(ConvertPlan *plan, bool show)
     return ok;
 }
 
-/* Direct I/O writes whole sectors: behind the end of an odd raw image they are none of it. */
-static bool cut_padding(ConvertPlan *plan)
-{
-    GError *err = NULL;
-
-    if (blk_getlength(plan->target) <= plan->target_size ||
-        blk_truncate(plan->target, plan->target_size, true, PREALLOC_MODE_OFF, false, &err)) {
-        return true;
-    }
-    img_report_prefixed(err, 1, "Could not cut '%s' to its size: ", plan->target_name);
-    return false;
-}
-
 static int convert_images(ConvertPlan *plan, const GPtrArray *operands, const ConvertArgs *a)
 {
     const char *target = operands->pdata[operands->len - 1];
@@ -397,9 +384,6 @@ static int convert_images(ConvertPlan *plan, const GPtrArray *operands, const Co
         return 1;
     }
     status = convert_run(plan, a->progress && !a->quiet) ? 0 : 1;
-    if (status == 0 && !a->no_create && !cut_padding(plan)) {
-        status = 1;
-    }
     if (status == 0 && a->bitmaps && !convert_copy_bitmaps(plan)) {
         status = 1;
     }
