@@ -25,7 +25,7 @@
  */
 #include "block/qcow2-io-int.h"
 
-#define CHUNK_ENTRIES 128 /* copied out of a table at a time */
+#define CHUNK_ENTRIES 512 /* copied out of a table at a time */
 #define FIRST_CHUNK 8
 #define CHUNK_BYTES (CHUNK_ENTRIES * 16)
 #define ALLOC_BITS(bitmap) ((uint32_t)(bitmap))
@@ -421,12 +421,14 @@ static uint64_t lookup_pos(const Lookup *l)
     return l->m.guest + l->m.bytes;
 }
 
-/* Adds what @e says; 1: go on, 0: the run ends here, or -errno. */
-static int lookup_add_entry(Lookup *l, Qcow2L2Entry e, uint64_t cluster_end)
+/* Adds what @n entries say that end at @end: @e, and those that continue it. 1: go on, 0: the run ends
+ * here, or -errno. */
+static int lookup_add_entries(Lookup *l, Qcow2L2Entry e, unsigned n, uint64_t end)
 {
-    uint64_t end = MIN(l->end, cluster_end);
+    end = MIN(l->end, end);
     while (lookup_pos(l) < end) {
         Qcow2Mapping next = qcow2_entry_mapping(l->s, e, lookup_pos(l), end);
+        next.bytes = n > 1 ? end - lookup_pos(l) : next.bytes;
         if (!qcow2_mapping_extend(&l->m, &next)) {
             return 0;
         }
@@ -435,71 +437,73 @@ static int lookup_add_entry(Lookup *l, Qcow2L2Entry e, uint64_t cluster_end)
 }
 
 /* Entries to look at next, all of one table. */
-static size_t chunk_wanted(const Lookup *l)
+static unsigned chunk_wanted(const Lookup *l)
 {
     const BDRVQcow2State *s = l->s;
     uint64_t guest = lookup_pos(l);
-    size_t most = l->m.bytes ? CHUNK_ENTRIES : FIRST_CHUNK; /* runs are short, or long */
+    unsigned most = l->m.bytes ? CHUNK_ENTRIES : FIRST_CHUNK; /* runs are short, or long */
     uint64_t wanted = qcow2_size_to_clusters(s, l->end - qcow2_start_of_cluster(s, guest));
-    return (size_t)MIN(MIN(wanted, most), s->l2_entries - qcow2_l2_index(s, guest));
+    return (unsigned)MIN(MIN(wanted, most), s->l2_entries - qcow2_l2_index(s, guest));
 }
 
-/* @e are the entries from here on: 1, 0, or -errno. */
-static int lookup_in_entries(Lookup *l, uint64_t table, const Qcow2L2Entry *e, size_t n)
+/* @raw are the @n entries from here on: 1, 0, or -errno. */
+static int lookup_in_entries(Lookup *l, uint64_t table, const uint8_t *raw, unsigned n)
 {
     uint64_t guest = lookup_pos(l);
     unsigned index = qcow2_l2_index(l->s, guest);
     uint64_t cluster = qcow2_start_of_cluster(l->s, guest);
     int more = 1;
-    for (size_t i = 0; i < n && more == 1; i++) {
+    for (unsigned i = 0, run; i < n && more == 1; i += run, raw += run * l->s->l2_entry_size) {
         bool first = l->m.bytes == 0;
-        int err = qcow2_entry_judge(l->bs, e[i], cluster, table, index + (unsigned)i);
+        Qcow2L2Entry e = qcow2_entry_decode(l->s, raw);
+        int err = qcow2_entry_judge(l->bs, e, cluster, table, index + i);
         if (err < 0) {
             return first ? err : 0; /* the run in front of it is good */
         }
-        cluster += l->s->cluster_size;
-        more = lookup_add_entry(l, e[i], cluster);
+        run = n - i > 1 ? qcow2_entries_alike(l->s, raw, n - i) : 1;
+        cluster += (uint64_t)run << l->s->cluster_bits;
+        more = lookup_add_entries(l, e, run, cluster);
     }
     return more;
 }
 
 /* Copies @n entries from where the look-up is: 0, QCOW2_STALE, or -errno. */
-static int fetch(const Lookup *l, uint64_t l1_entry, size_t n, Qcow2L2Entry *ret)
+static int fetch(const Lookup *l, uint64_t l1_entry, size_t n, uint8_t *raw)
 {
+    const BDRVQcow2State *s = l->s;
     uint64_t guest = lookup_pos(l);
     g_autoptr(Qcow2Table) t = NULL;
     int err = get_entries(l->bs, l1_entry, guest, n, &t);
     if (err == 0) {
-        copy_entries(l->s, t, qcow2_l2_index(l->s, guest), n, ret);
-        err = table_is_current(l->s, t, qcow2_l1_index(l->s, guest)) ? 0 : QCOW2_STALE;
+        qcow2_table_load(t, (size_t)qcow2_l2_index(s, guest) * s->l2_entry_size,
+                         n * s->l2_entry_size, raw);
+        err = table_is_current(s, t, qcow2_l1_index(s, guest)) ? 0 : QCOW2_STALE;
     }
     return err;
 }
 
 /* The same if they are in memory, else -EAGAIN.  What the cache finds is not poisoned while it is
  * copied, so that L1 alone tells whether it still counts. */
-static int fetch_present(const Lookup *l, uint64_t l1_entry, size_t n, Qcow2L2Entry *ret)
+static int fetch_present(const Lookup *l, uint64_t l1_entry, size_t n, uint8_t *raw)
 {
-    uint8_t raw[CHUNK_BYTES];
     uint64_t guest = lookup_pos(l);
     Qcow2TableRange range = range_of_entries(l->s, l1_entry, guest, n);
     if (!qcow2_cache_copy_part(l->s->cache, &range, raw)) {
         return -EAGAIN;
     }
-    decode_entries(l->s, raw, n, ret);
     uint64_t now = qcow2_l1_get(l->s, qcow2_l1_index(l->s, guest));
     return (now & QCOW2_ENTRY_OFFSET_MASK) == range.offset ? 0 : QCOW2_STALE;
 }
 
 static int lookup_in_table(Lookup *l, uint64_t l1_entry)
 {
-    Qcow2L2Entry e[CHUNK_ENTRIES];
-    size_t n = chunk_wanted(l);
-    int ret = l->nowait ? fetch_present(l, l1_entry, n, e) : fetch(l, l1_entry, n, e);
+    uint8_t raw[CHUNK_BYTES];
+    unsigned n = chunk_wanted(l);
+    int ret = l->nowait ? fetch_present(l, l1_entry, n, raw) : fetch(l, l1_entry, n, raw);
     if (ret < 0) {
         return l->m.bytes ? 0 : ret; /* who wants more asks again from there */
     }
-    return ret ? ret : lookup_in_entries(l, l1_entry & QCOW2_ENTRY_OFFSET_MASK, e, n);
+    return ret ? ret : lookup_in_entries(l, l1_entry & QCOW2_ENTRY_OFFSET_MASK, raw, n);
 }
 
 /* No table: unallocated as far as L1 says so. */
