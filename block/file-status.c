@@ -284,6 +284,9 @@ static int zero_allocated(BDRVFileState *s, int64_t offset, int64_t bytes)
 /* The part of the request that lies inside the file, which other processes may have made longer. */
 static int64_t bytes_inside(const BDRVFileState *s, int64_t offset, int64_t bytes)
 {
+    if (offset + bytes <= atomic_load(&s->eof)) {
+        return bytes; /* many holes come one by one: no question for each */
+    }
     int64_t length = file_length(s);
     if (length < 0) {
         return length;
