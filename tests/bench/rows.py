@@ -151,8 +151,11 @@ def converted(lab, outputs):
 
 
 def printed(lab, outputs):
-    texts = {json.dumps(json.loads(text)) if text.startswith(("[", "{")) else "" for text in
-             outputs.values()}
+    """The same but for keys that a peer's version does not have yet."""
+    lists = [json.loads(text) for text in outputs.values()]
+    known = set.intersection(*(set(entry) for entries in lists for entry in entries[:1]))
+    texts = {json.dumps([{key: entry[key] for key in entry if key in known} for entry in entries])
+             for entries in lists}
     if len(texts) != 1:
         raise Wrong("what was printed differs")
 
@@ -185,7 +188,19 @@ def flushed(turns, length):
 
 SHRINK = ["{img}", "resize", "-q", "--shrink", "{dir}/a"]
 COMMIT = ["{img}", "commit", "-q", "{dir}/a"]
-READ_METADATA = ["sh", "-c", "cat {dir}/a >/dev/null"]
+# Reads what is not a hole: an image of 1 TiB has 160 MiB of that.
+READ_METADATA = ["python3", "-c", """
+import os, sys
+fd, at = os.open(sys.argv[1], os.O_RDONLY), 0
+try:
+    while True:
+        at = os.lseek(fd, at, os.SEEK_DATA)
+        end = os.lseek(fd, at, os.SEEK_HOLE)
+        while at < end:
+            at += len(os.pread(fd, min(end - at, 1 << 20), at))
+except OSError:
+    pass
+""", "{dir}/a"]
 RANDOM_64G = scattered(64 * GIB, GIB)
 
 ROWS = [
