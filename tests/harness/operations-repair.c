@@ -143,7 +143,8 @@ void damage_entries(World *w)
     uint64_t l2 = get(&b, get(&b, QCOW2_HDR_L1_OFFSET)) & QCOW2_ENTRY_OFFSET_MASK;
     for (unsigned i = 0; i < 8; i++) {
         uint64_t pos = l2 + i * 8, entry = get(&b, pos);
-        if ((entry & QCOW2_ENTRY_COPIED) && !(entry & (QCOW2_ENTRY_COMPRESSED | QCOW2_ENTRY_ZERO))) {
+        uint64_t no_data = QCOW2_ENTRY_COMPRESSED | QCOW2_ENTRY_ZERO;
+        if ((entry & QCOW2_ENTRY_COPIED) && !(entry & no_data)) {
             put(&b, pos, entry | cluster_size(&b) / 2);
         }
     }

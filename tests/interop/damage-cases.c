@@ -462,7 +462,7 @@ static void run_case(Session *s, uint64_t i)
     repair_interrupted(s, readable);
     use_image(s);
     step(s, "the whole case");
-    /* Every sector is read by itself, and a stream that does not unpack is tried for each of them. */
+    /* Every sector is read by itself, and a stream that does not unpack is tried for each one. */
     unsigned larger = s->cluster > 65536 ? 8 : 1;
     if (cpu_seconds() - begin > CPU_SECONDS * SLOWER * larger) {
         fail(s, "took %.1f s", cpu_seconds() - begin);
