@@ -9,6 +9,8 @@
  *                       only; no I/O, no waiting, no join under it
  *   3. range lock       of a node, then of the nodes below it (taken and released inside one graph
  *                       entry); holds no mutex while it is held
+ *                       A truncation that moves clusters takes the range before its own, too, by short
+ *                       pieces, with its own ticket (bdrv_truncate_pause_writes())
  *   4. qcow2: snapshot/truncate/empty/amend need the whole node in the range lock
  *   -  qcow2 bitmaps lock   Qcow2Bitmaps.lock: one change of stored bitmaps or their directory at a time.
  *                           Held across I/O, flushes and allocations; its holder is not announced

@@ -525,6 +525,30 @@ static void test_storm(void)
     qb_range_lock_destroy(&storm.lock);
 }
 
+/* A part of a granted request's work elsewhere: it waits for nobody who waits for that request. */
+static void test_submitted_for_another(void)
+{
+    QbRangeLock l;
+    QbRangeRequest owner, across, before, part;
+    qb_range_lock_init(&l);
+    qb_range_submit(&l, &owner, 100, UINT64_MAX);
+    qb_range_serialise(&l, &owner, 100, UINT64_MAX, true);
+    qb_range_submit(&l, &across, 50, 100);
+    g_assert_false(qb_range_try_enter(&l, &across)); /* it waits for the owner */
+    qb_range_submit(&l, &before, 0, 10);
+    qb_range_submit_for(&l, &part, &owner, 0, 100);
+    qb_range_serialise(&l, &part, 0, 100, true); /* does not wait for either */
+    g_assert_false(qb_range_try_enter(&l, &before));
+    g_assert_false(qb_range_contended(&l));
+    qb_range_leave(&l, &part);
+    g_assert_true(qb_range_try_enter(&l, &before));
+    qb_range_leave(&l, &before);
+    qb_range_leave(&l, &owner);
+    g_assert_true(qb_range_try_enter(&l, &across));
+    qb_range_leave(&l, &across);
+    qb_range_lock_destroy(&l);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -544,6 +568,7 @@ int main(int argc, char **argv)
     g_test_add_func("/rangelock/widening", test_widening);
     g_test_add_func("/rangelock/infinity-and-nothing", test_infinity_and_nothing);
     g_test_add_func("/rangelock/enter-waits", test_enter_waits);
+    g_test_add_func("/rangelock/submitted-for-another", test_submitted_for_another);
     g_test_add_func("/rangelock/storm", test_storm);
     return g_test_run();
 }
