@@ -26,7 +26,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     return 0;
 }
 
-static void add_header(const char *mode, uint32_t active, void (*add)(const void *data, size_t size))
+static void add_header(const char *mode, uint32_t active,
+                       void (*add)(const void *data, size_t size))
 {
     uint8_t header[LUKS_HEADER] = {'L', 'U', 'K', 'S', 0xba, 0xbe, 0, 1};
     strcpy((char *)header + 8, "aes");

@@ -2,8 +2,8 @@
  * What a stored dirty bitmap may say: the oracle of bits (invariant 7).
  *
  * A bitmap tells what has changed since a moment.  So for each sector there are values with which
- * its bit may be clear: those that it had at that moment.  A sector that shows another value must be
- * dirty in each bitmap that is listed without IN_USE.  More may be dirty.
+ * its bit may be clear: those that it had at that moment.  A sector that shows another value must
+ * be dirty in each bitmap that is listed without IN_USE.  More may be dirty.
  *
  *      begin X        the bitmap may be as before, or as X leaves it; its bits have to suit one
  *      end            it is as X leaves it

@@ -3,9 +3,9 @@
  *
  * A disk is found by its name, "test-disk:NAME" or driver=test-disk,disk=NAME, which ends at a '+':
  * what is behind it only makes the name longer.  It outlives the nodes that use it.  With align=N
- * requests are multiples of N, as those to a device are.  While a log is kept each operation has the time at which it began and the
- * time at which it was complete, on one clock for all disks, so that a flush can be told from what
- * it does not cover.
+ * requests are multiples of N, as those to a device are.  While a log is kept each operation has the
+ * time at which it began and the time at which it was complete, on one clock for all disks, so that
+ * a flush can be told from what it does not cover.
  *
  * Any thread, but for what is said to set up a run: nobody uses the disks meanwhile.
  *

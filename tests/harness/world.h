@@ -9,7 +9,8 @@
  *              oracles can be had as they were at any time
  *
  * Everything that changes an oracle goes through a mark.  Several threads may make requests, each
- * with a copy of the world that has sectors of its own (world_part()); else not for several threads.
+ * with a copy of the world that has sectors of its own (world_part()); else not for several
+ * threads.
  *
  * SPDX-License-Identifier: MIT
  */
