@@ -44,7 +44,9 @@ static bool continues(const BdrvStatus *a, const BdrvStatus *b)
            || (a->host_node == b->host_node && a->host_offset + a->bytes == b->host_offset);
 }
 
-/* Looks again and again until the answer changes or the range is answered for. */
+/* Looks again and again until the answer changes or the range is answered for.  Each time for no
+ * more than is known already: an answer that differs is thrown away, and may have cost a long
+ * walk. */
 static int merged(const Look *look, LookFn *fn, void *opaque, BdrvStatus *ret)
 {
     Look rest = *look;
@@ -52,7 +54,7 @@ static int merged(const Look *look, LookFn *fn, void *opaque, BdrvStatus *ret)
     while (err == 0 && ret->bytes < look->bytes) {
         BdrvStatus more;
         rest.offset = look->offset + ret->bytes;
-        rest.bytes = look->bytes - ret->bytes;
+        rest.bytes = MIN(look->bytes - ret->bytes, ret->bytes);
         err = fn(&rest, opaque, &more);
         if (err < 0 || !continues(ret, &more)) {
             return 0; /* what was found first is true whatever came next */
@@ -334,17 +336,26 @@ int bdrv_block_status_step(BlockDriverState *bs, int64_t offset, int64_t bytes, 
     return counted_inquiry(&q, ret);
 }
 
-int bdrv_block_status_above(BlockDriverState *bs, BlockDriverState *base, int64_t offset,
-                            int64_t bytes, BdrvStatus *ret)
+static int status_above(const Look *look, BlockDriverState *base, bool once, BdrvStatus *ret)
 {
     BDRV_GRAPH_GUARD();
     ChainEnd end = chain_end(base, false);
-    Inquiry q = {
-        .look = {.bs = bs, .offset = offset, .bytes = bytes, .precise = true},
-        .fn = look_through_chain,
-        .opaque = &end,
-    };
+    Inquiry q = {.look = *look, .once = once, .fn = look_through_chain, .opaque = &end};
     return counted_inquiry(&q, ret);
+}
+
+int bdrv_block_status_above(BlockDriverState *bs, BlockDriverState *base, int64_t offset,
+                            int64_t bytes, BdrvStatus *ret)
+{
+    Look look = {.bs = bs, .offset = offset, .bytes = bytes, .precise = true};
+    return status_above(&look, base, false, ret);
+}
+
+int bdrv_block_status_above_step(BlockDriverState *bs, BlockDriverState *base, int64_t offset,
+                                 int64_t bytes, BdrvStatus *ret)
+{
+    Look look = {.bs = bs, .offset = offset, .bytes = bytes, .precise = true};
+    return status_above(&look, base, true, ret);
 }
 
 /* Who decides does not matter here, nor what is known of ranges that nobody decides. */

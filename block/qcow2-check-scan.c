@@ -122,9 +122,13 @@ static bool add_data(TableScan *x, uint64_t entry, uint64_t clusters)
 /* How many entries from @i on are those of clusters in a row, alike in everything else. */
 static uint32_t run_length(const BDRVQcow2State *s, const uint64_t *be, uint32_t i)
 {
-    uint64_t next = be64toh(be[i]);
+    size_t words = s->l2_entry_size / sizeof(uint64_t);
+    const uint64_t *first = be + i * words, *at = first + words;
+    uint64_t next = be64toh(*first);
     uint32_t end = i + 1;
-    while (end < s->l2_entries && be64toh(be[end]) == (next += s->cluster_size)) {
+    while (end < s->l2_entries && be64toh(*at) == (next += s->cluster_size)
+           && (words == 1 || at[1] == first[1])) {
+        at += words;
         end++;
     }
     return end - i;
@@ -147,7 +151,7 @@ static bool scan_entries(TableScan *x, uint32_t i, uint32_t *ret_n)
     if (!(entry & QCOW2_ENTRY_OFFSET_MASK)) {
         return true;
     }
-    *ret_n = words > 1 ? 1 : run_length(s, x->be, i);
+    *ret_n = run_length(s, x->be, i);
     return add_data(x, entry, *ret_n);
 }
 

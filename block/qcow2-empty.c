@@ -20,9 +20,13 @@
  *     reads as before or as its backing file, with exact counts but for what step 3 had taken.
  *  2. What was dropped is punched, cut off or allocated only when the switch is stable and those
  *     who had looked it up have left.
- *  3. L1 in place: each of its sectors that becomes stable takes whole tables out of the image,
- *     which are freed later.  A torn state reads, cluster by cluster, as before or as the backing
- *     file, which after a commit is the same.
+ *  3. L1 in place is the one way that is not all or nothing: each of its sectors that becomes
+ *     stable takes whole tables out of the image, which are freed later.  So after a crash or an
+ *     error a cluster reads as before or as the backing file.  After a commit that is the same: the
+ *     base was flushed, is at least as long, and nobody else may write to either.  Tables, counts
+ *     and data of what L1 still names are untouched until L1 is stable, and snapshots have tables
+ *     of their own.  Whoever empties an image that its backing file does not equal must expect the
+ *     mixture.
  *  4. Clusters of snapshots, bitmaps and the LUKS area are neither moved nor written.
  *  5. Once the switch is stable the image is empty: what fails later costs space only.
  *  6. The clusters of a structure that could not be switched to are not used for anything else before
@@ -391,7 +395,7 @@ static void punch_gaps(const Blob *b)
     }
 }
 
-/* What a device, which cannot be cut, had in use behind the end. */
+/* What a device or a window of fixed size, which cannot be cut, had in use behind the end. */
 static void discard_behind(BlockDriverState *bs, uint64_t end, uint64_t used_end)
 {
     int64_t length = bdrv_getlength(bs->file->bs);
@@ -405,7 +409,7 @@ static void give_space_back(const Blob *b, uint64_t used_end)
 {
     uint64_t end = qcow2_refmap_end(b->map) << b->s->cluster_bits;
     int ret = qcow2_cut_file(b->bs);
-    if (ret < 0) {
+    if (ret < 0 && ret != -ENOTSUP) {
         bdrv_warn("Failed to truncate the tail of the image: %s", g_strerror(-ret));
     }
     discard_behind(b->bs, end, used_end);

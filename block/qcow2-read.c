@@ -271,7 +271,9 @@ int qcow2_block_status(BlockDriverState *bs, int64_t offset, int64_t bytes, Bdrv
     status_of_run(bs, &m, &st);
     while (st.bytes < bytes) {
         uint64_t from = (uint64_t)(offset + st.bytes);
-        if (lookup_announced(bs, from, (uint64_t)(bytes - st.bytes), &m) < 0) {
+        /* no further than it reaches already: what differs is thrown away */
+        uint64_t most = (uint64_t)MIN(bytes - st.bytes, st.bytes);
+        if (lookup_announced(bs, from, most, &m) < 0) {
             break; /* whoever asks from there gets the error */
         }
         status_of_run(bs, &m, &next);

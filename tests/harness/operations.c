@@ -527,6 +527,22 @@ static bool run_make_empty(World *w)
     return world_close(w) && ok;
 }
 
+/* Clusters that are not there yet get data until no free one is left in the file, which cannot grow
+ * any more then. */
+static void fill_disk(World *w)
+{
+    unsigned top = disk_number("top");
+    g_assert_true(world_open(w));
+    uint64_t length = disk_length(top);
+    unsigned step = w->kind->cluster;
+    for (unsigned at = 0; disk_length(top) == length && at < w->kind->sectors; at += step) {
+        world_write(w, at, 1);
+    }
+    g_assert_true(world_close(w));
+    g_assert_cmpuint(disk_length(top), >, length);
+    disk_set_limit(top, disk_length(top));
+}
+
 /* ---------------------------------------------------------------- verbs */
 
 static bool run_commit(World *w)
@@ -740,6 +756,8 @@ const Operation operations[] = {
     {"snapshot-delete", "image", NULL, run_snapshot_delete, KIND_SNAPSHOT, 0, OPERATION_ONCE, NULL},
     {"snapshot-apply", "image", NULL, run_snapshot_apply, KIND_SNAPSHOT, KIND_BITMAPS, 0, NULL},
     {"make-empty", "image", NULL, run_make_empty, OVER, 0, 0, NULL},
+    {"make-empty-full", "image", fill_disk, run_make_empty, OVER, 0, 0,
+     " backing backing-v2 backing-ext backing-snapshot "},
     {"bitmap-add", "bitmap", NULL, run_bitmap_add, KIND_BITMAPS, 0, 0, NULL},
     {"bitmap-remove", "bitmap", NULL, run_bitmap_remove, KIND_BITMAPS, 0, 0, NULL},
     {"bitmap-remove-broken", "bitmap", NULL, run_bitmap_remove_broken, KIND_BITMAPS, 0, 0, NULL},

@@ -588,6 +588,7 @@ World *world_new(const Kind *kind)
 {
     World *w = g_new0(World, 1);
     w->kind = kind;
+    disk_set_limit(disk_number("top"), 0);
     init_views(w);
     if (kind->flags & KIND_BACKING) {
         create_base(w);
