@@ -492,28 +492,41 @@ static void begin_both(BlockBackend *a, BlockBackend *b)
     }
 }
 
-static int copy_begun(BlockBackend *src, int64_t src_offset, BlockBackend *dst, int64_t dst_offset,
-                      int64_t bytes)
+static int check_copy(BlockBackend *src, BlockBackend *dst, const BdrvCopyExtent *ext)
+{
+    int ret = check_range(src, ext->src_offset, ext->bytes, INT64_MAX);
+    return ret < 0 ? ret : check_change(dst, ext->dst_offset, ext->bytes, INT64_MAX);
+}
+
+static int copy_begun(BlockBackend *src, BlockBackend *dst, const BdrvCopyExtent *ext, size_t n,
+                      int flags)
 {
     BDRV_GRAPH_GUARD();
-    int ret = check_range(src, src_offset, bytes, INT64_MAX);
-    if (ret == 0) {
-        ret = check_change(dst, dst_offset, bytes, INT64_MAX);
+    int ret = 0;
+    for (size_t i = 0; ret == 0 && i < n; i++) {
+        ret = check_copy(src, dst, &ext[i]);
     }
     if (ret == 0) {
-        ret = bdrv_copy_range(src->root, src_offset, dst->root, dst_offset, bytes);
+        ret = bdrv_copy_extents(src->root, dst->root, ext, n, flags);
     }
     return ret == 0 && !blk_write_cache(dst) ? bdrv_flush(dst->root->bs) : ret;
+}
+
+int blk_copy_extents(BlockBackend *src, BlockBackend *dst, const BdrvCopyExtent *ext, size_t n,
+                     int flags)
+{
+    begin_both(src, dst);
+    int ret = copy_begun(src, dst, ext, n, flags);
+    blk_end_request(src);
+    blk_end_request(dst);
+    return ret;
 }
 
 int blk_copy_range(BlockBackend *src, int64_t src_offset, BlockBackend *dst, int64_t dst_offset,
                    int64_t bytes)
 {
-    begin_both(src, dst);
-    int ret = copy_begun(src, src_offset, dst, dst_offset, bytes);
-    blk_end_request(src);
-    blk_end_request(dst);
-    return ret;
+    BdrvCopyExtent ext = {.src_offset = src_offset, .dst_offset = dst_offset, .bytes = bytes};
+    return blk_copy_extents(src, dst, &ext, 1, 0);
 }
 
 int blk_save_vmstate(BlockBackend *blk, IoVector *qiov, int64_t pos)

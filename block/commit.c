@@ -8,8 +8,13 @@
  *
  * Only what is allocated above the base is visited; ranges that read as zeroes become zeroes in the
  * base without being read, and nothing at all where the base reads as zeroes already.  Workers take
- * batches in guest order and copy them at the same time: one reads while another writes.  The kernel
- * copies where both files and formats let it (bdrv_copy_range), else data go through memory.
+ * batches in guest order and copy them at the same time: one reads while another writes.  Batches
+ * go from file to file where both formats know the place (bdrv_copy_extents), shared by the kernel
+ * if it can.
+ *
+ * What cannot be saved: file systems without shared blocks let one thread at a time write to a
+ * file, so that of two cores one is busy with the base's pages all the time; giving the overlay's
+ * pages back comes after it.  Both together are about as long as cp of the data.
  *
  * Invariants
  * 1. The base's content never becomes something that neither base nor top showed: a range is
@@ -28,11 +33,13 @@
 #include <time.h>
 #include "block/driver.h"
 #include "block/job.h"
+#include "util/checked.h"
 #include "util/error.h"
 #include "util/thread.h"
 
 #define BATCH_EXTENTS 64
 #define BATCH_BYTES (4 * 1024 * 1024)
+#define SLOW_BATCH_BYTES (64 * 1024) /* at least, with a limited rate */
 #define PIECE_BYTES (1024 * 1024)
 #define WORKERS 4 /* transfers under way; more of them wait for each other at the base's file */
 #define LOOK_BYTES (INT64_C(1) << 30) /* an answer is asked for again where a batch ended in it */
@@ -42,7 +49,8 @@
 typedef struct Commit {
     const CommitOptions *opts;
     BlockBackend *from, *to;
-    int64_t size; /* of top */
+    int64_t size;        /* of top */
+    int64_t batch_bytes; /* at most, of data */
     QbMutex lock;
     int64_t next;  /* where the next batch begins; guarded by lock, as are all below */
     GError *error; /* the first */
@@ -84,11 +92,23 @@ void block_rate_limit_wait(BlockRateLimit *limit, uint64_t bytes, QbProgress *p)
 
 /* ---- collecting a batch ---- */
 
-/* As much of the extent as fits; returns how much that was. */
-static int64_t add_data(CommitBatch *b, int64_t offset, int64_t bytes)
+/* Joins what follows the last extent and is of its kind. */
+static void add_extent(CommitBatch *b, Extent e)
 {
-    bytes = MIN(bytes, BATCH_BYTES - b->data);
-    b->ext[b->n++] = (Extent){.offset = offset, .bytes = bytes};
+    Extent *last = b->n ? &b->ext[b->n - 1] : NULL;
+
+    if (last && last->zero == e.zero && last->offset + last->bytes == e.offset) {
+        last->bytes += e.bytes;
+    } else {
+        b->ext[b->n++] = e;
+    }
+}
+
+/* As much of the extent as fits; returns how much that was. */
+static int64_t add_data(const Commit *c, CommitBatch *b, int64_t offset, int64_t bytes)
+{
+    bytes = MIN(bytes, c->batch_bytes - b->data);
+    add_extent(b, (Extent){.offset = offset, .bytes = bytes});
     b->data += bytes;
     return bytes;
 }
@@ -105,7 +125,7 @@ static int64_t add_zero_extent(Commit *c, CommitBatch *b, int64_t offset, int64_
     }
     bytes = MIN(bytes, st.bytes);
     if (!(st.flags & BDRV_BLOCK_ZERO)) {
-        b->ext[b->n++] = (Extent){.offset = offset, .bytes = bytes, .zero = true};
+        add_extent(b, (Extent){.offset = offset, .bytes = bytes, .zero = true});
     }
     return bytes;
 }
@@ -115,8 +135,8 @@ static int64_t add_zero_extent(Commit *c, CommitBatch *b, int64_t offset, int64_
 static int64_t add_next(Commit *c, CommitBatch *b)
 {
     BdrvStatus st = {0};
-    int ret = bdrv_block_status_above(c->opts->top, c->opts->base, b->next,
-                                      MIN(c->size - b->next, LOOK_BYTES), &st);
+    int ret = bdrv_block_status_above_step(c->opts->top, c->opts->base, b->next,
+                                           MIN(c->size - b->next, LOOK_BYTES), &st);
 
     if (ret < 0) {
         return ret;
@@ -125,7 +145,7 @@ static int64_t add_next(Commit *c, CommitBatch *b)
         return st.bytes;
     }
     return st.flags & BDRV_BLOCK_ZERO ? add_zero_extent(c, b, b->next, st.bytes)
-                                      : add_data(b, b->next, st.bytes);
+                                      : add_data(c, b, b->next, st.bytes);
 }
 
 /* Fills @b from c->next on. One entry of the graph. */
@@ -134,7 +154,7 @@ static int collect_locked(Commit *c, CommitBatch *b)
     BDRV_GRAPH_GUARD();
     int64_t end = MIN(c->size, c->next + BATCH_SPAN);
     *b = (CommitBatch){.from = c->next, .next = c->next};
-    while (b->next < end && b->n < BATCH_EXTENTS && b->data < BATCH_BYTES) {
+    while (b->next < end && b->n < BATCH_EXTENTS && b->data < c->batch_bytes) {
         int64_t step = add_next(c, b);
         if (step < 0) {
             return (int)step;
@@ -204,23 +224,38 @@ static GError *copy_by_hand(Commit *c, const Extent *e)
     return NULL;
 }
 
-/* An error of a copy does not say whose it is: what fails is done once more by hand. */
-static GError *copy_extent(Commit *c, const Extent *e)
+/* All data of the batch; false: some of it, or nobody knows how much, is not there. */
+static bool copy_data(Commit *c, const CommitBatch *b)
 {
-    if (e->zero) {
-        int ret = blk_pwrite_zeroes(c->to, e->offset, e->bytes, BDRV_REQ_MAY_UNMAP);
-        return ret < 0 ? copy_error(ret, "Writing", c->opts->base, e->offset) : NULL;
+    BdrvCopyExtent ext[BATCH_EXTENTS];
+    size_t n = 0;
+
+    for (unsigned i = 0; i < b->n; i++) {
+        if (!b->ext[i].zero) {
+            ext[n++] = (BdrvCopyExtent){b->ext[i].offset, b->ext[i].offset, b->ext[i].bytes};
+        }
     }
-    bool ok = blk_copy_range(c->from, e->offset, c->to, e->offset, e->bytes) >= 0;
-    return ok ? NULL : copy_by_hand(c, e);
+    return blk_copy_extents(c->from, c->to, ext, n, BDRV_COPY_SHARING) >= 0;
 }
 
+static GError *write_zeroes(Commit *c, const Extent *e)
+{
+    int ret = blk_pwrite_zeroes(c->to, e->offset, e->bytes, BDRV_REQ_MAY_UNMAP);
+    return ret < 0 ? copy_error(ret, "Writing", c->opts->base, e->offset) : NULL;
+}
+
+/* An error of a copy does not say whose it is: what fails is done once more by hand. */
 static GError *copy_batch(Commit *c, const CommitBatch *b)
 {
+    bool copied = copy_data(c, b);
     GError *err = NULL;
 
     for (unsigned i = 0; i < b->n && !err; i++) {
-        err = copy_extent(c, &b->ext[i]);
+        if (b->ext[i].zero) {
+            err = write_zeroes(c, &b->ext[i]);
+        } else if (!copied) {
+            err = copy_by_hand(c, &b->ext[i]);
+        }
     }
     return err;
 }
@@ -330,9 +365,17 @@ static bool commit_with_backends(Commit *c, GError **errp)
     return commit_opened(c, errp);
 }
 
+/* A limited rate is kept from one tenth of a second to the next. */
+static int64_t batch_bytes(uint64_t speed)
+{
+    uint64_t tenth = qb_align_down(speed / 10, SLOW_BATCH_BYTES);
+    return speed ? (int64_t)CLAMP(tenth, SLOW_BATCH_BYTES, BATCH_BYTES) : BATCH_BYTES;
+}
+
 bool commit_run(const CommitOptions *opts, GError **errp)
 {
-    Commit c = {.opts = opts, .limit = {.speed = opts->speed}};
+    Commit c = {.opts = opts, .limit = {.speed = opts->speed},
+                .batch_bytes = batch_bytes(opts->speed)};
     bool was_read_only = bdrv_is_read_only(opts->base), ok;
 
     c.size = bdrv_getlength(opts->top);

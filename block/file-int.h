@@ -53,6 +53,7 @@ typedef struct FileDataCache {
     /* guarded by lock */
     FileDataExtent list[FILE_DATA_EXTENTS]; /* sorted, none touches the next */
     unsigned n, victim;
+    bool asked;       /* somebody has asked since the file was opened */
     int64_t begins;   /* data begins here, behind the hole found last; -1: not known */
     uint64_t changes; /* holes made so far */
 } FileDataCache;
@@ -68,6 +69,7 @@ typedef struct BDRVFileState {
     char *path;
     bool is_device;       /* driver host_device */
     bool is_block_device; /* and not a character device */
+    bool copies_pages;    /* qb_io_copies_pages() */
     int locking;          /* FILE_LOCKING_*, as the option said */
 
     /* changed by reopen, with the node drained */

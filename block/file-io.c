@@ -445,7 +445,7 @@ int file_map(BlockDriverState *bs, BlkQueue *queue, BdrvMapIntent intent, int64_
         .fd = s->fd, .host_offset = offset, .bytes = bytes,
         .direct = s->direct, .kernel_aio = s->aio != QB_AIO_THREADS,
         .lacks_nowait = intent == BDRV_MAP_READ ? &s->lacks.nowait_read : &s->lacks.nowait_write,
-        .lacks_copy = &s->lacks.copy_range,
+        .lacks_copy = &s->lacks.copy_range, .copies_pages = s->copies_pages,
     };
     mapping->bytes += bytes;
     return 0;

@@ -281,6 +281,7 @@ static bool examine(BDRVFileState *s, GError **errp)
         return false;
     }
     s->is_block_device = S_ISBLK(st.st_mode);
+    s->copies_pages = qb_io_copies_pages(s->fd);
     int64_t length = file_length(s);
     atomic_store(&s->eof, length > 0 ? length : 0);
     return true;

@@ -12,8 +12,9 @@
  * Of a hole only its end is remembered, where data begins: so a walk over a sparse file asks twice for
  * each hole and the data behind it.
  *
- * Where nothing is known the search begins up to LOOK_BACK before the place: who asks in random
- * order would find a longer part of the same extent each time, at the cost of all of it.
+ * Who asks in random order would find a longer part of the same extent each time, at the cost of
+ * all of it.  So the first question reads the first extents of the file from the start on, and
+ * where nothing is known later the search begins up to LOOK_BACK before the place.
  *
  * Only data is remembered, never holes.  "Data" that another process has punched meanwhile is still
  * a true answer, if not the best one; a "hole" that another process has filled would lose its data.
@@ -41,6 +42,7 @@
 
 #define LOOK_BACK (16 * 1024 * 1024)
 #define LOOK_BACK_EXTENTS 16
+#define FIRST_LOOKS 256 /* holes and data */
 
 /* --- the cache --- */
 
@@ -83,6 +85,7 @@ typedef struct Known {
     int64_t end;      /* data up to there; 0: not known */
     bool begins;      /* data begins there */
     int64_t before;   /* where the last known data before it ends */
+    bool first;       /* nobody has asked before */
     uint64_t changes; /* for cache_store() */
 } Known;
 
@@ -90,7 +93,10 @@ static Known cache_find(FileDataCache *c, int64_t offset)
 {
     QB_GUARD(&c->lock);
     unsigned i = begun_before(c, offset);
+    bool first = !c->asked;
+    c->asked = true;
     return (Known){
+        .first = first,
         .end = i > 0 && offset < c->list[i - 1].end ? c->list[i - 1].end : 0,
         .begins = offset == c->begins,
         .before = i > 0 ? c->list[i - 1].end : 0,
@@ -172,6 +178,19 @@ static void remember(FileDataCache *c, int64_t start, FileExtent e, uint64_t cha
     }
 }
 
+/* Remembers what lies at the start of the file. */
+static void learn_start(BDRVFileState *s, uint64_t changes)
+{
+    bool is_data = false;
+    int64_t pos = 0;
+    for (int i = 0; i < FIRST_LOOKS && pos != INT64_MAX; i++) {
+        FileExtent e = find_extent(s->fd, pos, is_data);
+        remember(&s->data, pos, e, changes);
+        is_data = !e.data; /* behind a hole */
+        pos = e.end;
+    }
+}
+
 /* The extent with @offset, of which nothing is known, found from somewhat before it. */
 static FileExtent find_from_before(BDRVFileState *s, int64_t offset, const Known *known)
 {
@@ -192,6 +211,10 @@ static FileExtent find_from_before(BDRVFileState *s, int64_t offset, const Known
 static FileExtent look_up(BDRVFileState *s, int64_t offset)
 {
     Known known = cache_find(&s->data, offset);
+    if (known.first && offset > 0) {
+        learn_start(s, known.changes);
+        known = cache_find(&s->data, offset);
+    }
     return known.end ? (FileExtent){.end = known.end, .data = true}
                      : find_from_before(s, offset, &known);
 }

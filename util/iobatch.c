@@ -284,6 +284,21 @@ int qb_io_copy(int src, int64_t src_offset, int dst, int64_t dst_offset, int64_t
     return 0;
 }
 
+bool qb_io_copies_pages(int fd)
+{
+    static const __fsword_t plain[] = {EXT4_SUPER_MAGIC, TMPFS_MAGIC, RAMFS_MAGIC};
+    struct statfs fs;
+    if (fstatfs(fd, &fs) < 0) {
+        return false;
+    }
+    for (size_t i = 0; i < sizeof(plain) / sizeof(plain[0]); i++) {
+        if (fs.f_type == plain[i]) {
+            return true;
+        }
+    }
+    return false;
+}
+
 /* ---- threads ---- */
 
 /* On the stack of the caller, who waits for the group. */

@@ -59,6 +59,9 @@ int blk_run_batch(BlockBackend *blk, BdrvBatchOp *ops, size_t n);
 /* As bdrv_copy_range(). */
 int blk_copy_range(BlockBackend *src, int64_t src_offset, BlockBackend *dst, int64_t dst_offset,
                    int64_t bytes);
+/* As bdrv_copy_extents(). */
+int blk_copy_extents(BlockBackend *src, BlockBackend *dst, const BdrvCopyExtent *ext, size_t n,
+                     int flags);
 int blk_save_vmstate(BlockBackend *blk, IoVector *qiov, int64_t pos);
 int blk_load_vmstate(BlockBackend *blk, IoVector *qiov, int64_t pos);
 /* As bdrv_make_empty(). */

@@ -116,6 +116,7 @@ typedef struct BdrvMapExtent {
     bool kernel_aio;     /* the kernel's asynchronous I/O may be used, not threads only */
     _Atomic(bool) *lacks_nowait; /* for qb_io_nowait(); lives as long as the mapping */
     _Atomic(bool) *lacks_copy;   /* the kernel cannot copy into this file; lives as long, too */
+    bool copies_pages;   /* when it does, it moves page after page */
     int64_t host_offset; /* in fd */
     int64_t bytes;
 } BdrvMapExtent;

@@ -29,6 +29,16 @@ typedef enum BdrvRequestFlags {
     BDRV_REQ_UNCHANGED = 1 << 6,   /* write that leaves what the guest reads (COR, commit) */
 } BdrvRequestFlags;
 
+typedef enum BdrvCopyFlags {
+    /* The kernel only where it shares blocks or hands the copy on, not where it would move page
+     * after page: for those who copy in several threads. */
+    BDRV_COPY_SHARING = 1 << 0,
+} BdrvCopyFlags;
+
+typedef struct BdrvCopyExtent {
+    int64_t src_offset, dst_offset, bytes;
+} BdrvCopyExtent;
+
 int bdrv_pread(BdrvChild *child, int64_t offset, int64_t bytes, void *buf, int flags);
 int bdrv_pwrite(BdrvChild *child, int64_t offset, int64_t bytes, const void *buf, int flags);
 int bdrv_preadv(BdrvChild *child, int64_t offset, int64_t bytes, IoVector *qiov, int flags);
@@ -47,6 +57,9 @@ int bdrv_pdiscard(BdrvChild *child, int64_t offset, int64_t bytes);
  * The ranges must not overlap in one node. */
 int bdrv_copy_range(BdrvChild *src, int64_t src_offset, BdrvChild *dst, int64_t dst_offset,
                     int64_t bytes);
+/* The same for many extents, one after the other; with BdrvCopyFlags. Ends at the first error. */
+int bdrv_copy_extents(BdrvChild *src, BdrvChild *dst, const BdrvCopyExtent *ext, size_t n,
+                      int flags);
 /* Makes all writes that have returned stable, down to the last protocol node. */
 int bdrv_flush(BlockDriverState *bs);
 typedef struct BdrvResize {
@@ -114,6 +127,9 @@ int bdrv_block_status_step(BlockDriverState *bs, int64_t offset, int64_t bytes, 
  * zeroes beyond their end, decided (ALLOCATED) by the layer above. */
 int bdrv_block_status_above(BlockDriverState *bs, BlockDriverState *base, int64_t offset,
                             int64_t bytes, BdrvStatus *ret);
+/* One step of it, as above. */
+int bdrv_block_status_above_step(BlockDriverState *bs, BlockDriverState *base, int64_t offset,
+                                 int64_t bytes, BdrvStatus *ret);
 /* As above without look-ups in files below.  Returns BDRV_BLOCK_ALLOCATED, with BDRV_BLOCK_ZERO
  * where the layer that decides knows it; 0: no layer decides; or -errno.  *ret_bytes as in
  * BdrvStatus. */

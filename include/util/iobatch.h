@@ -50,6 +50,10 @@ int qb_io_one(QbIoKind kind, int fd, uint64_t offset, const struct iovec *iov, i
  * be copied by then), or another -errno. A source that ends early is -ENOTSUP as well. */
 int qb_io_copy(int src, int64_t src_offset, int dst, int64_t dst_offset, int64_t bytes);
 
+/* True where it is known that qb_io_copy() into @fd moves page after page, as reading and writing
+ * do, instead of sharing blocks or letting a server copy. */
+bool qb_io_copies_pages(int fd);
+
 /*
  * The part of a transfer that needs no waiting for the device: the bytes done, 0 at the end of a file,
  * -EAGAIN for none, or another -errno.  *@lacks is set when the file system does not take the question
