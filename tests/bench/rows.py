@@ -212,12 +212,12 @@ ROWS = [
 
     Row("commit/1T-metadata-64M", 0.5, ["a", "base"],
         scattered(TIB, 64 * MIB, before=overlay(TIB, "-o", "preallocation=metadata,extended_l2=on")),
-        COMMIT, same=bases, gates={"barriers": 8}, slow=True, limit=READ_METADATA),
+        COMMIT, same=bases, gates={"barriers": 8}, slow=True),
     # The snapshot keeps all the clusters: the limit is to count what stays, 256 MiB of tables.
     Row("commit/1T-metadata-64M-snapshot-bitmap", 0.01, ["a", "base"],
         then(scattered(TIB, 64 * MIB, before=overlay(TIB, "-o", "preallocation=metadata,extended_l2=on")),
              img("snapshot", "-c", "s", "{dir}/a"), img("bitmap", "--add", "{dir}/a", "b")),
-        COMMIT, same=bases, gates={"barriers": 8}, slow=True, limit=READ_METADATA),
+        COMMIT, same=bases, gates={"barriers": 8}, slow=True),
     # One thread at a time may write to a file; then the overlay's pages are freed: the limit.
     Row("commit/512M-random", 0.55, ["a", "base"], scattered(64 * GIB, 512 * MIB, before=overlay(64 * GIB)),
         COMMIT, same=bases, gates={"barriers": 8}, limit=["cp", "{dir}/a", "{dir}/b"]),
