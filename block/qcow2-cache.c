@@ -432,26 +432,32 @@ bool qcow2_cache_half_dirty(Qcow2Cache *c)
 
 /* ---- finding and loading ---- */
 
-/* A table must be aligned and begin inside the file; its last bytes may lie beyond the end. */
+static const char *kind_name(Qcow2TableKind kind)
+{
+    return kind == QCOW2_TABLE_L2 ? "L2 table" : "refcount block";
+}
+
+/* A table must be aligned and begin inside the file (else -ENXIO, which is not reported here); its last
+ * bytes may lie beyond the end. */
 static int judge_offset(const Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset)
 {
-    const char *name = kind == QCOW2_TABLE_L2 ? "L2 table" : "refcount block";
     int64_t length = bdrv_getlength(c->bs->file->bs);
 
     if (!qb_is_aligned(offset, c->table_bytes)) {
         return qcow2_signal_corruption(c->bs, true, (int64_t)offset,
                                        "Cannot get entry from %s cache: Offset %#" G_GINT64_MODIFIER
-                                       "x is unaligned", name, offset);
+                                       "x is unaligned", kind_name(kind), offset);
     }
     if (length < 0) {
         return (int)length;
     }
-    if (offset == 0 || offset >= (uint64_t)length) {
-        return qcow2_signal_corruption(c->bs, true, (int64_t)offset, "%s at offset %#"
-                                       G_GINT64_MODIFIER "x lies outside the image file", name,
-                                       offset);
-    }
-    return 0;
+    return offset == 0 || offset >= (uint64_t)length ? -ENXIO : 0;
+}
+
+int qcow2_table_outside_file(BlockDriverState *bs, Qcow2TableKind kind, uint64_t offset)
+{
+    return qcow2_signal_corruption(bs, true, (int64_t)offset, "%s at offset %#" G_GINT64_MODIFIER
+                                   "x lies outside the image file", kind_name(kind), offset);
 }
 
 /* Into the memory of @n parts from @first on, which this thread is loading. */
@@ -467,7 +473,8 @@ static int read_run(Qcow2Table *t, unsigned first, unsigned n)
     }
     bdrv_debug_event(file, t->kind == QCOW2_TABLE_L2 ? "l2_load" : "refblock_load");
     if (n == 1) {
-        return bdrv_pread(file, offset, (int64_t)bytes, t->parts[first]->data, 0);
+        ret = bdrv_pread(file, offset, (int64_t)bytes, t->parts[first]->data, 0);
+        return ret == -ENXIO ? -EIO : ret;
     }
     uint8_t *buf = qb_try_memalign(4096, MAX(bytes, 4096));
     ret = buf ? bdrv_pread(file, offset, (int64_t)bytes, buf, 0) : -ENOMEM;
@@ -475,7 +482,7 @@ static int read_run(Qcow2Table *t, unsigned first, unsigned n)
         memcpy(t->parts[first + i]->data, buf + i * t->part_bytes, t->part_bytes);
     }
     free(buf);
-    return ret;
+    return ret == -ENXIO ? -EIO : ret;
 }
 
 static void finish_run(Qcow2Table *t, unsigned first, unsigned n, int ret)
@@ -609,7 +616,8 @@ int qcow2_cache_get(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset, Qcow2Ta
 {
     const Qcow2TableRange whole = {kind, offset, 0, c->table_bytes};
 
-    return qcow2_cache_get_part(c, &whole, ret);
+    int err = qcow2_cache_get_part(c, &whole, ret);
+    return err == -ENXIO ? qcow2_table_outside_file(c->bs, kind, offset) : err;
 }
 
 Qcow2Table *qcow2_cache_peek_part(Qcow2Cache *c, const Qcow2TableRange *r)

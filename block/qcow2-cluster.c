@@ -15,7 +15,8 @@
  *  2. entries are copied out of a table under the cache's lock, both words of an entry at once;
  *  3. after copying it looks whether the table was poisoned or L1 names another one; if so, it
  *     starts again from L1.  A table that was taken out of L1 after that was right when it was
- *     read.
+ *     read.  One that cannot be read, since it was taken out before it was ever written, is no
+ *     corruption.
  * So every entry returned stood in the map at some moment after the caller announced itself.  Two
  * entries of one run may stem from two moments; requests that care have their range serialised.
  *
@@ -313,14 +314,28 @@ static Qcow2TableRange range_of_entries(const BDRVQcow2State *s, uint64_t l1_ent
     return qcow2_l2_range(s, l1_entry & QCOW2_ENTRY_OFFSET_MASK, qcow2_l2_index(s, guest), n);
 }
 
-/* Pins @n entries from @guest on of the table that @l1_entry names. */
+int qcow2_pin_entries(BlockDriverState *bs, uint64_t l1_index, uint64_t l1_entry, Qcow2EntryRange r,
+                      Qcow2Table **ret)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    uint64_t offset = l1_entry & QCOW2_ENTRY_OFFSET_MASK;
+    Qcow2TableRange range = qcow2_l2_range(s, offset, r.index, r.n);
+    int err = qcow2_l1_entry_judge(bs, l1_entry, l1_index);
+    err = err < 0 ? err : qcow2_cache_get_part(s->cache, &range, ret);
+    if (err != -ENXIO) {
+        return err;
+    }
+    return (qcow2_l1_get(s, l1_index) & QCOW2_ENTRY_OFFSET_MASK) == offset
+               ? qcow2_table_outside_file(bs, QCOW2_TABLE_L2, offset)
+               : QCOW2_STALE;
+}
+
 static int get_entries(BlockDriverState *bs, uint64_t l1_entry, uint64_t guest, size_t n,
                        Qcow2Table **ret)
 {
-    BDRVQcow2State *s = qcow2_state(bs);
-    Qcow2TableRange range = range_of_entries(s, l1_entry, guest, n);
-    int err = qcow2_l1_entry_judge(bs, l1_entry, qcow2_l1_index(s, guest));
-    return err < 0 ? err : qcow2_cache_get_part(s->cache, &range, ret);
+    const BDRVQcow2State *s = qcow2_state(bs);
+    Qcow2EntryRange r = {qcow2_l2_index(s, guest), n};
+    return qcow2_pin_entries(bs, qcow2_l1_index(s, guest), l1_entry, r, ret);
 }
 
 /* Essay, point 3. */

@@ -127,6 +127,10 @@ typedef struct Qcow2EntryRange {
     unsigned index;
     size_t n;
 } Qcow2EntryRange;
+/* Pins entries of the table that @l1_entry, read from @l1_index while announced, names. QCOW2_STALE: L1
+ * names another one by now. -EIO: the entry is impossible, and the image marked. */
+int qcow2_pin_entries(BlockDriverState *bs, uint64_t l1_index, uint64_t l1_entry, Qcow2EntryRange r,
+                      Qcow2Table **ret);
 int qcow2_get_active_entries(BlockDriverState *bs, uint64_t l1_index, Qcow2EntryRange r,
                              uint64_t *ret_entry, Qcow2Table **ret);
 /* Takes the whole table @l1_index out of the active L1 and frees it with all that it refers to. Its

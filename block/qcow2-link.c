@@ -113,17 +113,16 @@ int qcow2_get_active_entries(BlockDriverState *bs, uint64_t l1_index, Qcow2Entry
 {
     BDRVQcow2State *s = qcow2_state(bs);
     Qcow2User user;
+    int err;
     *ret = NULL;
     qcow2_user_announce(s, &user);
-    uint64_t l1_entry = qcow2_l1_get(s, l1_index);
-    uint64_t offset = l1_entry & QCOW2_ENTRY_OFFSET_MASK;
-    int err = qcow2_l1_entry_judge(bs, l1_entry, l1_index);
-    if (err == 0 && offset) {
-        Qcow2TableRange range = qcow2_l2_range(s, offset, r.index, r.n);
-        err = qcow2_cache_get_part(s->cache, &range, ret);
-    }
+    do {
+        *ret_entry = qcow2_l1_get(s, l1_index);
+        err = *ret_entry & QCOW2_ENTRY_OFFSET_MASK
+                  ? qcow2_pin_entries(bs, l1_index, *ret_entry, r, ret)
+                  : qcow2_l1_entry_judge(bs, *ret_entry, l1_index);
+    } while (err == QCOW2_STALE);
     qcow2_user_leave(s, &user);
-    *ret_entry = l1_entry;
     return err;
 }
 

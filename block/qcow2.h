@@ -380,11 +380,15 @@ typedef struct Qcow2TableRange {
     uint64_t offset;
     size_t pos, len;
 } Qcow2TableRange;
-/* Pins the table at @offset, loading it whole, or what is missing of a range. Blocks: not under lock or
- * alloc_lock. -EIO with the image marked corrupt when @offset is unaligned, begins beyond the end of
- * the file, or is known as a table of the other kind. */
+/* Pins the table at @offset, loading it whole. Blocks: not under lock or alloc_lock. -EIO with the image
+ * marked corrupt when @offset is unaligned, begins beyond the end of the file, or is known as a table
+ * of the other kind. */
 int qcow2_cache_get(Qcow2Cache *cache, Qcow2TableKind kind, uint64_t offset, Qcow2Table **ret);
+/* The same for what is missing of a range, but -ENXIO when it begins beyond the end of the file, and
+ * nothing marked: it may be a table that was dropped before it was ever written. Who still finds its
+ * pointer in place says so by qcow2_table_outside_file(), which returns -EIO. */
 int qcow2_cache_get_part(Qcow2Cache *cache, const Qcow2TableRange *range, Qcow2Table **ret);
+int qcow2_table_outside_file(BlockDriverState *bs, Qcow2TableKind kind, uint64_t offset);
 /* Pins it only if all of it, or of the range, is in memory; NULL otherwise. Never blocks. With a
  * length of 0 anything of it will do; what is dirty or becomes so then stays until put(). */
 Qcow2Table *qcow2_cache_peek(Qcow2Cache *cache, Qcow2TableKind kind, uint64_t offset);

@@ -7,6 +7,7 @@
  * SPDX-License-Identifier: MIT
  */
 #include "qcow2-rec.h"
+#include "block/qcow2-io-int.h"
 
 #define THREADS 4
 #define ROUNDS 300
@@ -159,6 +160,31 @@ static void test_no_store_is_lost(void)
     rec_file_free(f);
 }
 
+/* Who has seen L1 name a table that went before it was ever written finds no corruption; where L1
+ * still names what lies outside the file, it does. */
+static void test_unwritten_table_is_gone(void)
+{
+    RecFile *f;
+    BlockBackend *blk = open_v2(&f, "size=1M,cluster_size=512,compat=0.10");
+    BDRVQcow2State *s = image_state(blk);
+    uint64_t beyond = 64 * MIB | QCOW2_ENTRY_COPIED;
+    Qcow2Table *t = NULL;
+
+    bdrv_graph_rdlock();
+    g_assert_cmpint(qcow2_pin_entries(blk_bs(blk), 0, beyond, (Qcow2EntryRange){0, 1}, &t), ==,
+                    QCOW2_STALE);
+    g_assert_null(t);
+    g_assert_false(atomic_load(&s->corrupt));
+    qb_mutex_lock(&s->lock);
+    qcow2_l1_set_locked(s, 0, beyond);
+    qb_mutex_unlock(&s->lock);
+    g_assert_cmpint(qcow2_pin_entries(blk_bs(blk), 0, beyond, (Qcow2EntryRange){0, 1}, &t), ==, -EIO);
+    g_assert_true(atomic_load(&s->corrupt));
+    bdrv_graph_rdunlock();
+    blk_unref(blk);
+    rec_file_free(f);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -167,6 +193,7 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-prune/goes-from-parts", test_goes_from_parts);
     g_test_add_func("/qcow2-prune/stays-in-snapshot", test_stays_in_snapshot);
     g_test_add_func("/qcow2-prune/no-store-is-lost", test_no_store_is_lost);
+    g_test_add_func("/qcow2-prune/unwritten-table-is-gone", test_unwritten_table_is_gone);
     int ret = g_test_run();
     image_teardown();
     return ret;
