@@ -112,27 +112,38 @@ bool run_bitmap_session(World *w)
         GError *err = NULL;
         write_some(w, 2 * i);
         world_write(w, w->kind->sectors - 1 - i, 1);
-        ok = world_note(w, bdrv_store_bitmaps(blk_bs(w->blk), &err), "store", err);
+        ok = bdrv_store_bitmaps(blk_bs(w->blk), &err);
+        world_note(w, ok, "store", err);
     }
     return end(w, ok);
+}
+
+static bool add_new(World *w)
+{
+    GError *err = NULL;
+    bool ok = bdrv_bitmap_add(blk_bs(w->blk), bitmap_name(BITMAP_NEW), 0, true, false, &err);
+    return world_note(w, ok, "add", err);
+}
+
+static bool remove_new(World *w)
+{
+    GError *err = NULL;
+    bool ok = bdrv_bitmap_remove(blk_bs(w->blk), bitmap_name(BITMAP_NEW), &err);
+    return world_note(w, ok, "remove", err);
 }
 
 /* An image that had none gets one, and loses it: the header's extensions grow to where the name of
  * the base lies, and shrink. */
 bool run_bitmap_first(World *w)
 {
-    const char *name = bitmap_name(BITMAP_NEW);
-    GError *err = NULL;
     bool ok = world_open(w);
     if (ok && bitmap_is_listed(w->blk, BITMAP_NEW)) {
-        ok = world_note(w, bdrv_bitmap_remove(blk_bs(w->blk), name, &err), "remove", err);
+        ok = remove_new(w);
     }
-    if (ok) {
-        ok = world_note(w, bdrv_bitmap_add(blk_bs(w->blk), name, 0, true, false, &err), "add", err);
-    }
+    ok = ok && add_new(w);
     if (ok) {
         write_some(w, 3);
-        ok = world_note(w, bdrv_bitmap_remove(blk_bs(w->blk), name, &err), "remove", err);
+        ok = remove_new(w);
     }
     return end(w, ok);
 }
