@@ -365,7 +365,7 @@ static BlockDriverState *open_overlay(const char *path, int64_t size, const json
                                       GError **errp)
 {
     g_autoptr(json_t) create = json_pack("{sI}", "size", (json_int_t)size);
-    if (!bdrv_img_create(path, "qcow2", create, errp)) {
+    if (!bdrv_img_create(path, "qcow2", create, NULL, errp)) {
         return NULL;
     }
     BdrvOpenArgs args = {

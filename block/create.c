@@ -132,16 +132,16 @@ bool bdrv_create_file(const char *filename, json_t *options, GError **errp)
         }
     }
     json_object_set_new(own, "size", json_integer(0));
-    return proto->create(filename, own, errp);
+    return proto->create(filename, own, NULL, errp);
 }
 
 static bool create_checked(const BlockDriver *drv, const BlockDriver *proto, const char *filename,
-                           json_t *options, GError **errp)
+                           json_t *options, QbProgress *progress, GError **errp)
 {
     struct stat st;
     const char *path = plain_path(filename, proto);
     bool ours = path && lstat(path, &st) < 0 && errno == ENOENT;
-    if (drv->create(filename, options, errp)) {
+    if (drv->create(filename, options, progress, errp)) {
         return true;
     }
     if (ours) {
@@ -150,7 +150,8 @@ static bool create_checked(const BlockDriver *drv, const BlockDriver *proto, con
     return false;
 }
 
-bool bdrv_img_create(const char *filename, const char *format, json_t *options, GError **errp)
+bool bdrv_img_create(const char *filename, const char *format, json_t *options,
+                     QbProgress *progress, GError **errp)
 {
     const BlockDriver *drv = creating_format(format, errp);
     const BlockDriver *proto = drv ? creating_protocol(filename, errp) : NULL;
@@ -164,7 +165,7 @@ bool bdrv_img_create(const char *filename, const char *format, json_t *options, 
     if (!json_object_get(own, "size") && !take_size_from_backing(filename, own, errp)) {
         return false;
     }
-    return create_checked(drv, proto, filename, own, errp);
+    return create_checked(drv, proto, filename, own, progress, errp);
 }
 
 /* --- measuring --- */

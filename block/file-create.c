@@ -38,40 +38,6 @@ enum { FILL_BYTES = 1 << 20, FILL_ALIGNMENT = 4096 };
 
 /* --- preallocation --- */
 
-/* Writes zeroes over [@offset, @end), in pieces that also suit direct I/O when both are aligned. */
-static int write_zeroes(int fd, int64_t offset, int64_t end)
-{
-    QB_AUTO_FREE void *buf = qb_try_memalign(FILL_ALIGNMENT, FILL_BYTES);
-    if (!buf) {
-        return -ENOMEM;
-    }
-    memset(buf, 0, FILL_BYTES);
-    while (offset < end) {
-        struct iovec iov = {.iov_base = buf, .iov_len = (size_t)MIN(end - offset, FILL_BYTES)};
-        int ret = qb_io_one(QB_IO_WRITE, fd, (uint64_t)offset, &iov, 1);
-        if (ret < 0) {
-            return ret;
-        }
-        offset += (int64_t)iov.iov_len;
-    }
-    return 0;
-}
-
-/*
- * Fills the grown part [@from, @to) with zeroes that are really stored.  @unit: what writes must be
- * aligned to.  The head up to the first unit lies in the last block of the old file.
- */
-static int fill(int fd, int64_t from, int64_t to, uint32_t unit)
-{
-    int64_t start, end;
-    if (qb_align_up_overflow((uint64_t)from, unit, &start) ||
-        qb_align_up_overflow((uint64_t)to, unit, &end)) {
-        return -EFBIG;
-    }
-    int ret = write_zeroes(fd, start, end);
-    return ret == 0 && end != to && ftruncate(fd, to) < 0 ? -errno : ret;
-}
-
 /* A change of length: what to do and where. */
 typedef struct Resize {
     BDRVFileState *node; /* NULL: a file in the making */
@@ -79,12 +45,52 @@ typedef struct Resize {
     int64_t from, to;
     uint32_t unit; /* of writes */
     PreallocMode prealloc;
+    QbProgress *progress; /* NULL: nobody looks */
 } Resize;
+
+/* Writes zeroes over [@offset, @end), in pieces that also suit direct I/O when both are aligned. */
+static int write_zeroes(int fd, int64_t offset, int64_t end, QbProgress *progress)
+{
+    QB_AUTO_FREE void *buf = qb_try_memalign(FILL_ALIGNMENT, FILL_BYTES);
+    if (!buf) {
+        return -ENOMEM;
+    }
+    memset(buf, 0, FILL_BYTES);
+    while (offset < end) {
+        if (qb_progress_cancelled(progress)) {
+            return -ECANCELED;
+        }
+        struct iovec iov = {.iov_base = buf, .iov_len = (size_t)MIN(end - offset, FILL_BYTES)};
+        int ret = qb_io_one(QB_IO_WRITE, fd, (uint64_t)offset, &iov, 1);
+        if (ret < 0) {
+            return ret;
+        }
+        offset += (int64_t)iov.iov_len;
+        qb_progress_add(progress, iov.iov_len);
+    }
+    return 0;
+}
+
+/*
+ * Fills the grown part with zeroes that are really stored.  The head up to the first unit lies in
+ * the last block of the old file.
+ */
+static int fill(const Resize *r)
+{
+    int64_t start, end;
+    if (qb_align_up_overflow((uint64_t)r->from, r->unit, &start) ||
+        qb_align_up_overflow((uint64_t)r->to, r->unit, &end)) {
+        return -EFBIG;
+    }
+    qb_progress_grow(r->progress, (uint64_t)(end - start));
+    int ret = write_zeroes(r->fd, start, end, r->progress);
+    return ret == 0 && end != r->to && ftruncate(r->fd, r->to) < 0 ? -errno : ret;
+}
 
 /* A node's barriers all go one way, so that none of them hides the failure of another. */
 static int fill_stable(const Resize *r)
 {
-    int ret = fill(r->fd, r->from, r->to, r->unit);
+    int ret = fill(r);
     if (ret < 0) {
         return ret;
     }
@@ -162,7 +168,8 @@ bool file_truncate(BlockDriverState *bs, int64_t offset, bool exact, PreallocMod
         return false;
     }
     Resize r = {.node = s, .fd = s->fd, .from = length, .to = offset,
-                .unit = s->request_alignment, .prealloc = prealloc};
+                .unit = s->request_alignment, .prealloc = prealloc,
+                .progress = bs->resize_progress};
     bool ok = resize(&r, errp);
     length = file_length(s);
     atomic_store(&s->eof, length > 0 ? length : 0);
@@ -189,6 +196,7 @@ typedef struct CreateOptions {
     bool has_extent_size_hint; /* the user said so: must work */
     bool nocow;
     int prealloc;
+    QbProgress *progress;
 } CreateOptions;
 
 /* Extents of this size keep sparse images on XFS from falling into pieces. */
@@ -269,7 +277,8 @@ static bool set_extent_size(int fd, const CreateOptions *o, GError **errp)
 /* Nobody else is in the way: new length tried, old content dropped, attributes, new content. */
 static bool fill_new_file(int fd, const CreateOptions *o, GError **errp)
 {
-    Resize r = {.fd = fd, .to = (int64_t)o->size, .unit = 1, .prealloc = (PreallocMode)o->prealloc};
+    Resize r = {.fd = fd, .to = (int64_t)o->size, .unit = 1, .prealloc = (PreallocMode)o->prealloc,
+                .progress = o->progress};
     struct stat st;
     if (fstat(fd, &st) < 0 || (st.st_size < r.to && ftruncate(fd, r.to) < 0)) {
         qb_error_set_errno(errp, errno, "Could not resize file");
@@ -295,10 +304,11 @@ static bool fill_locked(int fd, const CreateOptions *o, GError **errp)
            fill_new_file(fd, o, errp);
 }
 
-bool file_create(const char *filename, json_t *options, GError **errp)
+bool file_create(const char *filename, json_t *options, QbProgress *progress, GError **errp)
 {
     CreateOptions o = {
         .path = g_str_has_prefix(filename, "file:") ? filename + strlen("file:") : filename,
+        .progress = progress,
     };
     bool made;
     if (!take_create_options(options, &o, errp)) {

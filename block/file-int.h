@@ -163,7 +163,7 @@ int file_fallocate(int fd, int mode, int64_t offset, int64_t bytes, _Atomic(bool
 /* --- file-create.c --- */
 
 extern const QbOptDesc file_create_opts[];
-bool file_create(const char *filename, json_t *options, GError **errp);
+bool file_create(const char *filename, json_t *options, QbProgress *progress, GError **errp);
 bool file_truncate(BlockDriverState *bs, int64_t offset, bool exact, PreallocMode prealloc,
                    bool zero_new, GError **errp);
 

@@ -181,7 +181,8 @@ static bool create_on_device(int fd, const char *path, int64_t size, GError **er
 }
 
 /* A device is there already: creating means to see that it is large enough. */
-static bool device_create(const char *filename, json_t *options, GError **errp)
+static bool device_create(const char *filename, json_t *options, QbProgress *progress,
+                          GError **errp)
 {
     const char *path = g_str_has_prefix(filename, "host_device:")
                            ? filename + strlen("host_device:") : filename;

@@ -400,7 +400,8 @@ static bool write_file(const char *filename, const Qcow2CreateArgs *a, const Lay
 /* ---------------------------------------------------------------- filling */
 
 /* What needs the image open: the length of the data file and preallocation. */
-static bool fill(const char *filename, const Qcow2CreateArgs *a, GError **errp)
+static bool fill(const char *filename, const Qcow2CreateArgs *a, QbProgress *progress,
+                 GError **errp)
 {
     if (!a->data_file && a->prealloc == PREALLOC_MODE_OFF) {
         return true;
@@ -408,7 +409,7 @@ static bool fill(const char *filename, const Qcow2CreateArgs *a, GError **errp)
     json_t *options = json_pack("{s:s}", "driver", "qcow2");
     g_autoptr(BlockBackend) blk = blk_new_open(
         filename, options, BDRV_O_RDWR | BDRV_O_RESIZE | BDRV_O_NO_BACKING, errp);
-    if (!blk || !qcow2_fill_new(blk_bs(blk), a->prealloc, errp)) {
+    if (!blk || !qcow2_fill_new(blk_bs(blk), a->prealloc, progress, errp)) {
         return false;
     }
     int ret = blk_flush(blk);
@@ -423,7 +424,7 @@ static bool create_data_file(const char *name, GError **errp)
 {
     const BlockDriver *proto = bdrv_find_protocol(name, false, errp);
     g_autoptr(json_t) options = json_pack("{s:i}", "size", 0);
-    return proto && proto->create(name, options, errp);
+    return proto && proto->create(name, options, NULL, errp);
 }
 
 static bool create_files(const char *filename, const Qcow2CreateArgs *a, json_t *rest,
@@ -434,7 +435,7 @@ static bool create_files(const char *filename, const Qcow2CreateArgs *a, json_t 
 }
 
 static bool build(const char *filename, const Qcow2CreateArgs *a, Layout *l, json_t *rest,
-                  GError **errp)
+                  QbProgress *progress, GError **errp)
 {
     g_autofree uint8_t *cluster0 = make_cluster0(a, l, errp);
     if (!cluster0) {
@@ -442,7 +443,7 @@ static bool build(const char *filename, const Qcow2CreateArgs *a, Layout *l, jso
     }
     bool new_data_file = a->data_file && access(a->data_file, F_OK) < 0 && errno == ENOENT;
     if (create_files(filename, a, rest, errp) && write_file(filename, a, l, cluster0, errp) &&
-        fill(filename, a, errp)) {
+        fill(filename, a, progress, errp)) {
         return true;
     }
     if (new_data_file) {
@@ -451,7 +452,7 @@ static bool build(const char *filename, const Qcow2CreateArgs *a, Layout *l, jso
     return false;
 }
 
-bool qcow2_create(const char *filename, json_t *options, GError **errp)
+bool qcow2_create(const char *filename, json_t *options, QbProgress *progress, GError **errp)
 {
     g_auto(Qcow2CreateArgs) args = {0};
     g_autoptr(json_t) rest = json_deep_copy(options);
@@ -459,5 +460,5 @@ bool qcow2_create(const char *filename, json_t *options, GError **errp)
     if (!qcow2_create_args_take(rest, &args, errp) || !lay_out(&args, &layout, errp)) {
         return false;
     }
-    return build(filename, &args, &layout, rest, errp);
+    return build(filename, &args, &layout, rest, progress, errp);
 }

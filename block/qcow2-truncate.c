@@ -259,6 +259,9 @@ static int fill_host(BlockDriverState *bs, uint64_t host, uint64_t bytes)
 static int fill_old_hole(const Qcow2Mapping *run, void *opaque)
 {
     const OldHoles *h = opaque;
+    if (qb_progress_cancelled(h->bs->resize_progress)) {
+        return -ECANCELED;
+    }
     if ((run->type != QCOW2_NORMAL && run->type != QCOW2_ZERO_ALLOC) || run->host >= h->end) {
         return 0;
     }
@@ -279,8 +282,10 @@ static bool extend_file(const Resize *r, uint64_t from, GError **errp)
     if (length >= 0 && (uint64_t)length >= to) {
         return true;
     }
-    bool ok = bdrv_truncate(r->bs->file, (int64_t)to, false, mode, false,
-                            mode == PREALLOC_MODE_OFF ? NULL : errp);
+    const BdrvResize how = {
+        .length = (int64_t)to, .prealloc = mode, .progress = r->bs->resize_progress,
+    };
+    bool ok = bdrv_resize(r->bs->file, &how, mode == PREALLOC_MODE_OFF ? NULL : errp);
     if (!ok && mode != PREALLOC_MODE_OFF) {
         g_prefix_error(errp, "Could not resize underlying file: ");
     }
@@ -331,7 +336,6 @@ static bool preallocate_inside(const Resize *r, GError **errp)
 }
 
 /* What is beyond the end of the data file's old part may hold something: a raw one must
-
  * read zero. */
 static bool clean_data_file(const Resize *r, GError **errp)
 {
@@ -359,7 +363,10 @@ static bool grow_data_file(const Resize *r, GError **errp)
     if (mode == PREALLOC_MODE_OFF && length >= (int64_t)r->new_size) {
         return true;
     }
-    if (!bdrv_truncate(r->s->data_file, (int64_t)r->new_size, false, mode, false, errp)) {
+    const BdrvResize how = {
+        .length = (int64_t)r->new_size, .prealloc = mode, .progress = r->bs->resize_progress,
+    };
+    if (!bdrv_resize(r->s->data_file, &how, errp)) {
         g_prefix_error(errp, "Could not resize the data file: ");
         return false;
     }
@@ -381,12 +388,16 @@ static bool preallocate(const Resize *r, GError **errp)
     return map_growth(r, errp);
 }
 
-bool qcow2_fill_new(BlockDriverState *bs, PreallocMode prealloc, GError **errp)
+bool qcow2_fill_new(BlockDriverState *bs, PreallocMode prealloc, QbProgress *progress,
+                    GError **errp)
 {
     BDRVQcow2State *s = qcow2_state(bs);
     BDRV_GRAPH_GUARD();
     Resize r = {.bs = bs, .s = s, .new_size = s->header.size, .prealloc = prealloc};
-    return preallocate(&r, errp) && check(qcow2_flush(bs), "Could not write the new image", errp);
+    bs->resize_progress = progress;
+    bool ok = preallocate(&r, errp);
+    bs->resize_progress = NULL;
+    return ok && check(qcow2_flush(bs), "Could not write the new image", errp);
 }
 
 /* ---------------------------------------------------------------- grow */

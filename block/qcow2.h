@@ -890,7 +890,7 @@ int qcow2_flush_all(BlockDriverState *bs);
 
 /* qcow2-create.c */
 extern const QbOptDesc qcow2_create_opts[];
-bool qcow2_create(const char *filename, json_t *options, GError **errp);
+bool qcow2_create(const char *filename, json_t *options, QbProgress *progress, GError **errp);
 /* qcow2-measure.c: bdrv_measure() of block.h */
 bool qcow2_measure(json_t *options, BlockDriverState *source, BlockMeasureInfo *ret,
                    GError **errp);
@@ -905,7 +905,8 @@ bool qcow2_change_backing_file(BlockDriverState *bs, const char *file, const cha
 bool qcow2_truncate(BlockDriverState *bs, int64_t offset, bool exact, PreallocMode prealloc,
                     bool zero_new, GError **errp);
 /* A new image: gives its external data file the right length and preallocates. Node not in use. */
-bool qcow2_fill_new(BlockDriverState *bs, PreallocMode prealloc, GError **errp);
+bool qcow2_fill_new(BlockDriverState *bs, PreallocMode prealloc, QbProgress *progress,
+                    GError **errp);
 /* After the repair of a dirty image: ends a shrink that a crash interrupted. 0 or -errno. */
 int qcow2_finish_shrink(BlockDriverState *bs);
 /* Cuts the image file behind the last host cluster in use; devices stay as long as they are. */

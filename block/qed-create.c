@@ -143,7 +143,7 @@ static bool write_file(const char *filename, const CreateArgs *a, GError **errp)
     return ret == 0;
 }
 
-bool qed_create(const char *filename, json_t *options, GError **errp)
+bool qed_create(const char *filename, json_t *options, QbProgress *progress, GError **errp)
 {
     g_auto(CreateArgs) args = {0};
     g_autoptr(json_t) rest = json_deep_copy(options);

@@ -370,7 +370,7 @@ int qed_hide_range(BlockDriverState *bs, uint64_t guest, uint64_t bytes);
 /* ======================= whole images ======================= */
 
 extern const QbOptDesc qed_create_opts[];
-bool qed_create(const char *filename, json_t *options, GError **errp);
+bool qed_create(const char *filename, json_t *options, QbProgress *progress, GError **errp);
 /* qed-truncate.c */
 bool qed_truncate(BlockDriverState *bs, int64_t offset, bool exact, PreallocMode prealloc,
                   bool zero_new, GError **errp);

@@ -178,7 +178,11 @@ static bool raw_truncate(BlockDriverState *bs, int64_t offset, bool exact, Preal
         qb_error_set(errp, EINVAL, "Disk size too large for the chosen offset");
         return false;
     }
-    return bdrv_truncate(bs->file, file_length, exact, prealloc, zero_new, errp);
+    const BdrvResize how = {
+        .length = file_length, .exact = exact, .prealloc = prealloc, .zero_new = zero_new,
+        .progress = bs->resize_progress,
+    };
+    return bdrv_resize(bs->file, &how, errp);
 }
 
 /* --- requests --- */
@@ -324,7 +328,8 @@ static json_t *raw_get_specific_info(BlockDriverState *bs, GError **errp)
     return bdrv_get_specific_info(bs->file->bs, errp);
 }
 
-static bool raw_create(const char *filename, json_t *options, GError **errp)
+static bool raw_create(const char *filename, json_t *options, QbProgress *progress,
+                       GError **errp)
 {
     const BlockDriver *protocol = bdrv_find_protocol(filename, true, errp);
     if (!protocol) {
@@ -335,7 +340,7 @@ static bool raw_create(const char *filename, json_t *options, GError **errp)
                      protocol->format_name);
         return false;
     }
-    return protocol->create(filename, options, errp);
+    return protocol->create(filename, options, progress, errp);
 }
 
 /* Raw files grow to their length at once; as create, which rounds lengths up. */

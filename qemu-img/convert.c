@@ -247,7 +247,7 @@ static bool create_target(ConvertPlan *plan, const char *name, const ConvertArgs
         return false;
     }
     plan->target_has_backing = backing && *backing;
-    if (!bdrv_img_create(name, format, plan->create_options, &err)) {
+    if (!img_create_stoppable(name, format, plan->create_options, &err)) {
         img_report_prefixed(err, 1, "%s: error while converting %s: ", name, format);
         return false;
     }

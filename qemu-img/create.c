@@ -250,7 +250,7 @@ static int create_image(const CreateArgs *args, const char *file, const char *si
     if (!round_size(file, options)) {
         return 1;
     }
-    if (!bdrv_img_create(file, format, options, &err)) {
+    if (!img_create_stoppable(file, format, options, &err)) {
         return img_report_prefixed(err, 1, "%s: ", file);
     }
     return 0;

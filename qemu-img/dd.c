@@ -186,7 +186,7 @@ static bool create_output(const DdOperands *ops, const char *format, int64_t siz
     g_autoptr(json_t) options = json_pack("{s:I}", "size", (json_int_t)size);
     GError *err = NULL;
 
-    if (!bdrv_img_create(ops->output, format, options, &err)) {
+    if (!img_create_stoppable(ops->output, format, options, &err)) {
         img_report_prefixed(err, 1, "%s: error while creating output image: ", ops->output);
         return false;
     }

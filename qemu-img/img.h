@@ -172,5 +172,7 @@ void img_progress_start(QbProgress *p, bool show);
 void img_progress_end(bool success);
 /* True when a signal asked to stop. */
 bool img_interrupted(void);
+/* bdrv_img_create() that signals stop: what it made is removed then, as after any failure. */
+bool img_create_stoppable(const char *name, const char *format, json_t *options, GError **errp);
 
 #endif

@@ -129,6 +129,17 @@ void img_progress_end(bool success)
     reporter.current = NULL;
 }
 
+bool img_create_stoppable(const char *name, const char *format, json_t *options, GError **errp)
+{
+    QbProgress progress;
+
+    qb_progress_init(&progress, 0);
+    img_progress_start(&progress, false);
+    bool ok = bdrv_img_create(name, format, options, &progress, errp);
+    img_progress_end(ok);
+    return ok;
+}
+
 bool img_interrupted(void)
 {
     return atomic_load(&reporter.interrupted);

@@ -107,12 +107,16 @@ static int open_and_run(const char *file, const SnapshotArgs *args)
                    .force_share = args->force_share,
                    .flags = BDRV_O_NO_BACKING | BDRV_O_NO_IO | (writable ? BDRV_O_RDWR | BDRV_O_RESIZE : 0)};
     BlockBackend *blk = img_open(file, &how);
+    QbProgress progress; /* nobody looks at it, but it keeps the first signal until all is done */
     int status;
 
     if (!blk) {
         return 1;
     }
+    qb_progress_init(&progress, 0);
+    img_progress_start(&progress, false);
     status = run_action(blk_bs(blk), args);
+    img_progress_end(status == 0);
     return img_close(blk, status);
 }
 

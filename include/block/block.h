@@ -155,9 +155,11 @@ const QbOptDesc *bdrv_amend_options(const BlockDriver *drv);
 /*
  * Creates an image. @options (flat, borrowed) hold "size", "backing_file", ... by their
  * `qemu-img create -o` names.  Never removes a file that was there before; what a failed create
- * added it removes.
+ * added it removes. @progress grows by what preallocation writes and may cancel it (ECANCELED);
+ * NULL: nobody looks.
  */
-bool bdrv_img_create(const char *filename, const char *format, json_t *options, GError **errp);
+bool bdrv_img_create(const char *filename, const char *format, json_t *options,
+                     QbProgress *progress, GError **errp);
 /* What a new image would take, in bytes of its file (with an external data file: of both). */
 typedef struct BlockMeasureInfo {
     uint64_t required;        /* holding what the source holds; without a source, no guest data */

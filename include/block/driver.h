@@ -190,7 +190,8 @@ struct BlockDriver {
     /* --- creating --- */
     const QbOptDesc *create_opts;
     const QbOptDesc *amend_opts;
-    bool (*create)(const char *filename, json_t *options, GError **errp);
+    /* See bdrv_img_create(). */
+    bool (*create)(const char *filename, json_t *options, QbProgress *progress, GError **errp);
     /* See bdrv_measure(). @options ("size" is there) may be taken from; @source may be NULL. */
     bool (*measure)(json_t *options, BlockDriverState *source, BlockMeasureInfo *ret,
                     GError **errp);

@@ -34,7 +34,7 @@ static void make_base(void)
                                           "size", "1M");
     disk_init();
     disk_number("top");
-    if (!bdrv_img_create("test-disk:top", "qed", options, NULL)) {
+    if (!bdrv_img_create("test-disk:top", "qed", options, NULL, NULL)) {
         abort();
     }
     fill_image();

@@ -459,7 +459,8 @@ static char *drv_gather_filename(BlockDriverState *bs)
 }
 
 /* As a file that exists it is emptied. */
-static bool drv_create(const char *filename, json_t *options, GError **errp)
+static bool drv_create(const char *filename, json_t *options, QbProgress *progress,
+                       GError **errp)
 {
     unsigned disk = disk_number(strchr(filename, ':') + 1);
     uint64_t size;

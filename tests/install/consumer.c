@@ -19,7 +19,7 @@ int main(int argc, char **argv)
     int ret;
 
     bdrv_init();
-    if (!bdrv_img_create(file, "qcow2", options, &err)) {
+    if (!bdrv_img_create(file, "qcow2", options, NULL, &err)) {
         fprintf(stderr, "create: %s\n", err->message);
         return 1;
     }

@@ -189,7 +189,8 @@ static inline void log_close(BlockDriverState *bs)
 {
 }
 
-static inline bool log_create(const char *filename, json_t *options, GError **errp)
+static inline bool log_create(const char *filename, json_t *options, QbProgress *progress,
+                              GError **errp)
 {
     log_reset(&log_disks[strchr(filename, ':')[1] - '0']);
     return true;

@@ -58,7 +58,7 @@ static inline void image_create(const char *name, const char *opts)
     g_autofree char *path = image_path(name);
     g_autoptr(json_t) options = qb_opts_parse(opts, NULL, &err);
     g_assert_no_error(err);
-    bool ok = bdrv_img_create(path, "qcow2", options, &err);
+    bool ok = bdrv_img_create(path, "qcow2", options, NULL, &err);
     g_assert_no_error(err);
     g_assert_true(ok);
 }

@@ -168,7 +168,7 @@ static void test_create_locked(TestDir *t, gconstpointer root)
         "Failed to get \"write\" lock\nIs another process using the image [%s]?", t->file);
     BlockDriverState *bs = node_open_ok(t->file, RDWR);
     take_ok(bs, BLK_PERM_CONSISTENT_READ, BLK_PERM_WRITE);
-    g_assert_false(bdrv_file.create(t->file, options, &err));
+    g_assert_false(bdrv_file.create(t->file, options, NULL, &err));
     expect_error(&err, EAGAIN, text);
     g_assert_cmpint(node_read_byte(bs, 0, 4096), ==, 9);
     g_assert_cmpint(bs->drv->getlength(bs), ==, 4096);

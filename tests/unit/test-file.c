@@ -822,7 +822,7 @@ static void test_map(TestDir *t, gconstpointer root)
 static bool create(const char *path, const char *opts, GError **errp)
 {
     g_autoptr(json_t) options = qb_opts_parse(opts, NULL, NULL);
-    bool ok = bdrv_file.create(path, options, errp);
+    bool ok = bdrv_file.create(path, options, NULL, errp);
     g_assert_true(!ok || json_object_size(options) == 0);
     return ok;
 }

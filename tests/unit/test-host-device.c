@@ -178,7 +178,7 @@ static void test_length(Device *d, gconstpointer sector)
 static bool create(const char *path, const char *opts, GError **errp)
 {
     g_autoptr(json_t) options = qb_opts_parse(opts, NULL, NULL);
-    return bdrv_host_device.create(path, options, errp);
+    return bdrv_host_device.create(path, options, NULL, errp);
 }
 
 static void test_create(Device *d, gconstpointer sector)

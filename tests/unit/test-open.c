@@ -94,7 +94,8 @@ static int64_t cow_getlength(BlockDriverState *bs)
     return COW_SIZE;
 }
 
-static bool cow_create(const char *filename, json_t *options, GError **errp)
+static bool cow_create(const char *filename, json_t *options, QbProgress *progress,
+                       GError **errp)
 {
     g_autofree char *backing = qb_opt_take_string(options, "backing_file");
     g_autofree char *mode = qb_opt_take_string(options, "mode");
@@ -581,7 +582,7 @@ static void create_fails(const char *name, const char *format, const char *optio
     GError *err = NULL;
     g_autofree char *path = spell(name);
     g_autoptr(json_t) o = options ? opts(options) : json_object();
-    g_assert_false(bdrv_img_create(path, format, o, &err));
+    g_assert_false(bdrv_img_create(path, format, o, NULL, &err));
     g_assert_cmpstr(err->message, ==, expected);
     g_error_free(err);
 }
@@ -597,7 +598,7 @@ static void test_create(void)
     GError *err = NULL;
     g_autofree char *path = path_of("new.cow"), *text = NULL;
     g_autoptr(json_t) o = opts("backing_file=mid.cow,backing_fmt=cow");
-    g_assert_true(bdrv_img_create(path, "cow", o, &err));
+    g_assert_true(bdrv_img_create(path, "cow", o, NULL, &err));
     g_assert_cmpuint(json_object_size(o), ==, 2); /* borrowed */
     g_assert_true(g_file_get_contents(path, &text, NULL, NULL));
     g_assert_cmpstr(text, ==, "COW\nmid.cow\n\n65536\n");

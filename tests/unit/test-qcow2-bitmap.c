@@ -66,7 +66,7 @@ static void make_before(const Shape *shape)
     g_autoptr(GError) err = NULL;
     g_autoptr(json_t) options = qb_opts_parse(shape->options, NULL, NULL);
     json_object_set_new(options, "size", json_integer((json_int_t)shape->size));
-    bdrv_img_create("test-log:0", "qcow2", options, &err);
+    bdrv_img_create("test-log:0", "qcow2", options, NULL, &err);
     g_assert_no_error(err);
     BlockBackend *blk = open_disk(0, BDRV_O_RDWR | BDRV_O_RESIZE);
     add(blk, "off", false);

@@ -67,7 +67,7 @@ static BlockBackend *make_image(const char *options)
     g_autoptr(GError) err = NULL;
     g_autoptr(json_t) opts = qb_opts_parse(options, NULL, NULL);
     json_object_set_new(opts, "size", json_integer(BASE));
-    g_assert_true(bdrv_img_create("test-log:0", "qcow2", opts, NULL));
+    g_assert_true(bdrv_img_create("test-log:0", "qcow2", opts, NULL, NULL));
     BlockBackend *blk =
         blk_new_open("test-log:0", json_pack("{s:s, s:s}", "driver", "qcow2", "discard", "unmap"),
                      BDRV_O_RDWR | BDRV_O_RESIZE, &err);

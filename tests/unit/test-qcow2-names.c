@@ -76,7 +76,7 @@ static void make_image(const Kind *kind)
 {
     g_autoptr(json_t) options = qb_opts_parse(kind->options, NULL, NULL);
     json_object_set_new(options, "size", json_integer(1 << 20));
-    g_assert_true(bdrv_img_create("test-log:0", "qcow2", options, NULL));
+    g_assert_true(bdrv_img_create("test-log:0", "qcow2", options, NULL, NULL));
     LogDisk *d = &log_disks[0];
     Qcow2Header h;
     g_assert_true(qcow2_header_decode(d->data, d->length, &h, NULL));

@@ -24,7 +24,7 @@ static void make_image(const char *options)
 {
     g_autoptr(json_t) opts = qb_opts_parse(options, NULL, NULL);
     json_object_set_new(opts, "size", json_integer(8 << 20));
-    g_assert_true(bdrv_img_create("test-log:0", "qcow2", opts, NULL));
+    g_assert_true(bdrv_img_create("test-log:0", "qcow2", opts, NULL, NULL));
     g_autoptr(BlockBackend) blk =
         blk_new_open("test-log:0", json_pack("{s:s}", "driver", "qcow2"), BDRV_O_RDWR, NULL);
     g_autofree uint8_t *buf = g_malloc(CLUSTER);

@@ -99,7 +99,7 @@ static void create_image(const Shape *shape)
         log_resize(&log_disks[BACKING], shape->size * 2);
         fill_below(log_disks[BACKING].data, shape->size * 2);
     }
-    bdrv_img_create("test-log:0", "qcow2", options, &err);
+    bdrv_img_create("test-log:0", "qcow2", options, NULL, &err);
     g_assert_no_error(err);
 }
 

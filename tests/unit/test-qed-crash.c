@@ -74,7 +74,7 @@ static void create_image(const Shape *shape)
         log_resize(&log_disks[BACKING], SIZE);
         fill_below(log_disks[BACKING].data, SIZE);
     }
-    bdrv_img_create("test-log:0", "qed", options, &err);
+    bdrv_img_create("test-log:0", "qed", options, NULL, &err);
     g_assert_no_error(err);
 }
 

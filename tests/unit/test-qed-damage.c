@@ -30,7 +30,7 @@ static void make_sound_image(void)
     g_autoptr(json_t) options =
         qb_opts_parse("cluster_size=4k,table_size=2,size=5M,backing_file=b,backing_fmt=raw", NULL,
                       NULL);
-    bdrv_img_create("test-log:0", "qed", options, &err);
+    bdrv_img_create("test-log:0", "qed", options, NULL, &err);
     g_assert_no_error(err);
     BlockBackend *blk = try_open(BDRV_O_RDWR, &err);
     g_assert_no_error(err);

@@ -88,7 +88,7 @@ static void open_new_image(void)
 {
     g_autoptr(GError) err = NULL;
     g_autoptr(json_t) create = qb_opts_parse("cluster_size=4k,table_size=1,size=4M", NULL, NULL);
-    bdrv_img_create("test-log:0", "qed", create, &err);
+    bdrv_img_create("test-log:0", "qed", create, NULL, &err);
     g_assert_no_error(err);
     json_t *options = json_pack("{s:s, s:s, s:s, s:i}", "driver", "qed", "discard", "unmap",
                                 "file.driver", "test-log", "file.disk", 0);

@@ -173,7 +173,7 @@ static void test_create(void)
     close(mkstemp(name));
     g_autoptr(json_t) options = json_object();
     json_object_set_new(options, "size", json_string("1M"));
-    g_assert_true(bdrv_img_create(name, "raw", options, &err));
+    g_assert_true(bdrv_img_create(name, "raw", options, NULL, &err));
     g_assert_no_error(err);
     struct stat st;
     g_assert_cmpint(stat(name, &st), ==, 0);
