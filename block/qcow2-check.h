@@ -50,7 +50,8 @@ void qcow2_refmap_add(Qcow2RefMap *map, uint64_t first, uint64_t n, uint64_t tim
                       void (*overflow)(uint64_t cluster, void *opaque), void *opaque);
 /* Takes @times references back from each cluster; what has none left loses its flags. */
 void qcow2_refmap_sub(Qcow2RefMap *map, uint64_t first, uint64_t n, uint64_t times);
-/* There is no owner of @kind any more; ALIAS goes if one kind is left. */
+/* There is no owner of @kind any more (0: of every kind there still is one); ALIAS goes if one kind is
+ * left. */
 void qcow2_refmap_clear_kind(Qcow2RefMap *map, uint64_t first, uint64_t n, unsigned kind);
 uint32_t qcow2_refmap_count(const Qcow2RefMap *map, uint64_t cluster);
 unsigned qcow2_refmap_flags(const Qcow2RefMap *map, uint64_t cluster);

@@ -111,11 +111,25 @@ int64_t qcow2_check_take_clusters(Qcow2Check *c, uint64_t n, unsigned flags)
     return (int64_t)(first << c->s->cluster_bits);
 }
 
+/* An owner of @kind is gone; is it known that there is no other one? Where several owners of several
+ * kinds are left, there may be: the cluster stays in conflict. */
+static void forget_owner(Qcow2Check *c, uint64_t cluster, unsigned kind)
+{
+    uint32_t count = qcow2_refmap_count(c->map, cluster);
+    unsigned others = qcow2_refmap_flags(c->map, cluster) & QCOW2_REF_KINDS & ~kind;
+    if (kind && others && count > 1) {
+        return;
+    }
+    qcow2_refmap_clear_kind(c->map, cluster, 1, others ? kind : 0);
+}
+
 void qcow2_check_give_clusters(Qcow2Check *c, uint64_t offset, uint64_t n, unsigned kind)
 {
     uint64_t first = offset >> c->s->cluster_bits;
     qcow2_refmap_sub(c->map, first, n, 1);
-    qcow2_refmap_clear_kind(c->map, first, n, kind);
+    for (uint64_t i = first; i < first + n; i++) {
+        forget_owner(c, i, kind);
+    }
     note_change(c, first, n, QCOW2_BLOCK_LOWER);
 }
 

@@ -127,11 +127,16 @@ static void look(const DamageBase *base)
     g_clear_pointer(&list, g_array_unref);
 }
 
-static bool check(const DamageBase *base, unsigned fix, BdrvCheckResult *ret)
+static void say_finding(const BdrvCheckFinding *finding, void *opaque)
+{
+    fprintf(stderr, "  %s: %s%s\n", finding->code, finding->fixed ? "(repaired) " : "", finding->text);
+}
+
+static bool check(const DamageBase *base, unsigned fix, bool say, BdrvCheckResult *ret)
 {
     int flags = BDRV_O_CHECK | (fix ? BDRV_O_RDWR | BDRV_O_RESIZE : BDRV_O_NO_IO);
     g_autoptr(BlockBackend) blk = open_top(base, flags);
-    const BdrvCheckOptions options = {.fix = fix};
+    const BdrvCheckOptions options = {.fix = fix, .finding = say ? say_finding : NULL};
     *ret = (BdrvCheckResult){0};
     return blk && bdrv_check(blk_bs(blk), &options, ret, NULL);
 }
@@ -139,14 +144,15 @@ static bool check(const DamageBase *base, unsigned fix, BdrvCheckResult *ret)
 static void check_and_repair(const DamageBase *base)
 {
     BdrvCheckResult before, repair, after;
-    check(base, 0, &before);
-    if (!check(base, BDRV_FIX_LEAKS | BDRV_FIX_ERRORS, &repair) || repair.check_errors ||
+    check(base, 0, false, &before);
+    if (!check(base, BDRV_FIX_LEAKS | BDRV_FIX_ERRORS, getenv("SAY"), &repair) || repair.check_errors ||
         repair.corruptions) {
         return;
     }
-    if (!check(base, 0, &after) || after.corruptions || after.check_errors) {
+    if (!check(base, 0, false, &after) || after.corruptions || after.check_errors) {
         fprintf(stderr, "repaired, but still %" G_GUINT64_FORMAT " corruptions\n",
                 (guint64)after.corruptions);
+        check(base, 0, true, &after);
         abort();
     }
 }
