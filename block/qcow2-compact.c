@@ -76,22 +76,6 @@ static uint32_t planned_count(const Compaction *c, const Qcow2MoveUnit *u, uint6
 
 /* ---------------------------------------------------------------- places */
 
-/* The first spare run that ends behind @offset; spare->len: none. */
-static guint find_spare(const GArray *spare, uint64_t offset)
-{
-    guint low = 0, high = spare->len;
-    while (low < high) {
-        guint mid = low + (high - low) / 2;
-        const Qcow2HostRun *run = &g_array_index(spare, Qcow2HostRun, mid);
-        if (run->offset + run->bytes <= offset) {
-            low = mid + 1;
-        } else {
-            high = mid;
-        }
-    }
-    return low;
-}
-
 /* Takes [offset, +bytes) out of the run, in which it lies. */
 static void cut_spare(GArray *spare, guint i, uint64_t offset, uint64_t bytes)
 {
@@ -110,7 +94,7 @@ static void cut_spare(GArray *spare, guint i, uint64_t offset, uint64_t bytes)
 /* Some bytes from @offset on, at most @bytes, with count 1; 0: they are no longer free. */
 static uint64_t take_some(Compaction *c, uint64_t offset, uint64_t bytes)
 {
-    guint i = find_spare(c->spare, offset);
+    guint i = qcow2_runs_find(c->spare, offset);
     if (i < c->spare->len) {
         Qcow2HostRun run = g_array_index(c->spare, Qcow2HostRun, i);
         if (run.offset <= offset) {

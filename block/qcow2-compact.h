@@ -95,4 +95,14 @@ void qcow2_copier_free(Qcow2Copier *c); /* NULL is fine */
  * -errno. */
 int qcow2_copier_run(Qcow2Copier *c, const GArray *list);
 
+/*
+ * Moves what lies at the end of the image file into free clusters before it, and into those of @spare (see
+ * qcow2_quarantine_take(); it takes out what it uses).  *ret_end: where what is in use ends when empty
+ * refcount blocks have been dropped, too; UINT64_MAX: not known.  Guest requests go on.  0 or -errno:
+ * then some of it may have been moved, and the image is as good as before.
+ */
+int qcow2_compact(BlockDriverState *bs, GArray *spare, uint64_t *ret_end);
+/* Gives back the space of free clusters from @start to @end. */
+void qcow2_punch_free(BlockDriverState *bs, uint64_t start, uint64_t end);
+
 #endif

@@ -35,22 +35,6 @@ typedef struct Search {
     GArray *streams;     /* Qcow2Mapping */
 } Search;
 
-/* The first full run that ends behind @host. */
-static guint first_behind(const GArray *full, uint64_t host)
-{
-    guint low = 0, high = full->len;
-    while (low < high) {
-        guint mid = low + (high - low) / 2;
-        const Qcow2HostRun *run = &g_array_index(full, Qcow2HostRun, mid);
-        if (run->offset + run->bytes <= host) {
-            low = mid + 1;
-        } else {
-            high = mid;
-        }
-    }
-    return low;
-}
-
 static int note_stream(const Qcow2Mapping *m, void *opaque)
 {
     Search *s = opaque;
@@ -58,7 +42,7 @@ static int note_stream(const Qcow2Mapping *m, void *opaque)
     if (m->type != QCOW2_COMPRESSED) {
         return 0;
     }
-    for (guint i = first_behind(s->full, m->host); i < s->full->len; i++) {
+    for (guint i = qcow2_runs_find(s->full, m->host); i < s->full->len; i++) {
         if (g_array_index(s->full, Qcow2HostRun, i).offset >= m->host + m->comp_bytes) {
             break;
         }

@@ -335,20 +335,19 @@ static GArray *union_of(const GArray *runs)
     return sorted;
 }
 
-/* The first run of @runs, which are sorted and do not overlap, that ends behind @offset; NULL: none. */
-static const Qcow2HostRun *run_from(const GArray *runs, uint64_t offset)
+guint qcow2_runs_find(const GArray *runs, uint64_t offset)
 {
     guint low = 0, high = runs->len;
     while (low < high) {
         guint mid = low + (high - low) / 2;
         const Qcow2HostRun *run = &g_array_index(runs, Qcow2HostRun, mid);
-        if (offset >= run->offset + run->bytes) {
+        if (run->offset + run->bytes <= offset) {
             low = mid + 1;
         } else {
             high = mid;
         }
     }
-    return low < runs->len ? &g_array_index(runs, Qcow2HostRun, low) : NULL;
+    return low;
 }
 
 int qcow2_runs_with_count_one(BlockDriverState *bs, const GArray *runs, GArray *ret)
@@ -404,7 +403,8 @@ typedef struct CopiedEdit {
 /* Is the cluster at @offset in @ones? Up to *n clusters from there on: lowered to those like it. */
 static bool are_ones(const CopiedEdit *ed, uint64_t offset, unsigned *n)
 {
-    const Qcow2HostRun *run = run_from(ed->ones, offset);
+    guint i = qcow2_runs_find(ed->ones, offset);
+    const Qcow2HostRun *run = i < ed->ones->len ? &g_array_index(ed->ones, Qcow2HostRun, i) : NULL;
     bool is_one = run && run->offset <= offset;
     if (run) {
         uint64_t end = is_one ? run->offset + run->bytes : run->offset;

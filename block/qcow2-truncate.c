@@ -34,7 +34,7 @@
  *
  * SPDX-License-Identifier: MIT
  */
-#include "block/qcow2.h"
+#include "block/qcow2-compact.h"
 
 #include <inttypes.h>
 #include <string.h>

@@ -849,6 +849,9 @@ int qcow2_walk_in_parts(uint64_t l1_size, Qcow2PartFn fn, void *opaque);
 
 /* ======================= qcow2-tree.c: all that an L1 refers to ======================= */
 
+/* Pure: index of the first of @runs (Qcow2HostRun, sorted, not overlapping) that ends behind @offset;
+ * runs->len: none. */
+guint qcow2_runs_find(const GArray *runs, uint64_t offset);
 /* Host clusters as runs (Qcow2HostRun), one for each reference: those that several compressed
  * clusters share come several times. */
 /* Appends the L2 tables and data that @src refers to, not the L1 itself; nothing that lies in an
@@ -911,16 +914,6 @@ bool qcow2_fill_new(BlockDriverState *bs, PreallocMode prealloc, QbProgress *pro
 int qcow2_finish_shrink(BlockDriverState *bs);
 /* Cuts the image file behind the last host cluster in use; devices stay as long as they are. */
 int qcow2_cut_file(BlockDriverState *bs);
-/* qcow2-compact.c; for truncate */
-/*
- * Moves what lies at the end of the image file into free clusters before it, and into those of @spare (see
- * qcow2_quarantine_take(); it takes out what it uses).  *ret_end: where what is in use ends when empty
- * refcount blocks have been dropped, too; UINT64_MAX: not known.  Guest requests go on.  0 or -errno:
- * then some of it may have been moved, and the image is as good as before.
- */
-int qcow2_compact(BlockDriverState *bs, GArray *spare, uint64_t *ret_end);
-/* Gives back the space of free clusters from @start to @end. */
-void qcow2_punch_free(BlockDriverState *bs, uint64_t start, uint64_t end);
 /* qcow2-empty.c */
 bool qcow2_make_empty(BlockDriverState *bs, GError **errp);
 /* qcow2-snapshot.c */

@@ -166,6 +166,10 @@ static int map_range(BlockDriverState *bs, int64_t start, int64_t end, MapOutput
 
     while (start < end) {
         MapRow next;
+        if (img_interrupted()) {
+            img_error("Interrupted at offset %" PRId64, start);
+            return 1;
+        }
         int ret = query_row(bs, start, end - start, &next);
         if (ret < 0) {
             img_error("Failed to read image metadata: %s", g_strerror(-ret));
@@ -191,6 +195,7 @@ static int map_blk(BlockBackend *blk, const MapArgs *args, bool json)
 {
     MapOutput out = {.json = json, .first = true};
     int64_t size = blk_getlength(blk), start, end;
+    QbProgress progress; /* nobody looks at it, but it has the signals */
     int status;
 
     if (size < 0) {
@@ -202,7 +207,10 @@ static int map_blk(BlockBackend *blk, const MapArgs *args, bool json)
     if (!json) {
         printf("%-16s%-16s%-16s%s\n", "Offset", "Length", "Mapped to", "File");
     }
+    qb_progress_init(&progress, 0);
+    img_progress_start(&progress, false);
     status = map_range(blk_bs(blk), start, end, &out);
+    img_progress_end(status == 0);
     if (json && status == 0) {
         printf("%s]\n", out.first ? "[" : "");
     }
