@@ -38,9 +38,9 @@ static bool is_unmapped(const BDRVQcow2State *s, Qcow2L2Entry e)
 static Qcow2L2Entry mapped_entry(const BDRVQcow2State *s, Qcow2L2Entry old, uint64_t host)
 {
     Qcow2L2Entry e = {.entry = host | QCOW2_ENTRY_COPIED, .bitmap = old.bitmap};
-    if (s->has_data_file) {
-        e.bitmap = s->has_subclusters ? UINT64_C(0xffffffff) : 0;
-    } else if (!s->has_subclusters && s->version >= 3) {
+    if (s->has_subclusters) {
+        e.bitmap = s->data_file_raw ? UINT64_C(0xffffffff) : old.bitmap;
+    } else if (!s->has_data_file && s->version >= 3) {
         e.entry |= QCOW2_ENTRY_ZERO;
     }
     return e;
