@@ -8,8 +8,13 @@
  *
  * Each lane takes the next pieces from a cursor until there are none.
  *
+ * Where a file that keeps its pages in memory has to say where data ends, it looks at every page up to
+ * there, which is long for a few clusters out of a large file.  So when little is to be copied, it is
+ * read to begin with, and what has no block of zeroes cannot have a hole.
+ *
  * Invariants
- *  1. What is a hole of the file becomes one, and is not read: an image that was sparse stays so.
+ *  1. What is a hole of the file becomes one, and is not read but where there is little: an image
+ *     that was sparse stays so.
  *  2. Memory: a buffer for each lane, made once.
  *
  * Barriers are the caller's, who also keeps others from writing to either place.
@@ -18,9 +23,14 @@
  */
 #include "block/qcow2-compact.h"
 
+#include "util/iov.h"
 #include "util/pool.h"
 
-enum { LANES = 4, LANE_BYTES = 1 << 20 };
+enum {
+    LANES = 4,
+    LANE_BYTES = 1 << 20,
+    HOLE_BYTES = 4096, /* file systems have no shorter ones */
+};
 
 typedef struct Lane {
     Qcow2Copier *copier;
@@ -65,6 +75,22 @@ static void add_zeroes(Qcow2Copier *c, const Qcow2MoveCopy *piece)
     BdrvBatchOp op = {.kind = BDRV_BATCH_ZERO, .offset = (int64_t)piece->to,
                       .bytes = (int64_t)piece->bytes, .flags = BDRV_REQ_MAY_UNMAP};
     g_array_append_val(c->zeroes, op);
+}
+
+/* Read to be looked at: no part of it, as long as a hole may be, is all zero. */
+static bool has_no_zeroes(Qcow2Copier *c, const Qcow2MoveCopy *run)
+{
+    uint64_t step = MIN(HOLE_BYTES, run->bytes);
+    uint8_t *buf = c->lane[0].buf;
+    if (bdrv_pread(c->bs->file, (int64_t)run->from, (int64_t)run->bytes, buf, 0) < 0) {
+        return false; /* who copies it fails, too */
+    }
+    for (uint64_t pos = 0; pos < run->bytes; pos += step) {
+        if (qb_buffer_is_zero(buf + pos, MIN(step, run->bytes - pos))) {
+            return false;
+        }
+    }
+    return true;
 }
 
 /* Where the file does not tell, there are data. */
@@ -198,12 +224,27 @@ void qcow2_copier_free(Qcow2Copier *c)
     g_free(c);
 }
 
+static uint64_t total_bytes(const GArray *list)
+{
+    uint64_t bytes = 0;
+    for (guint i = 0; i < list->len; i++) {
+        bytes += g_array_index(list, Qcow2MoveCopy, i).bytes;
+    }
+    return bytes;
+}
+
 int qcow2_copier_run(Qcow2Copier *c, const GArray *list)
 {
     g_array_set_size(c->data, 0);
     g_array_set_size(c->zeroes, 0);
+    bool little = total_bytes(list) <= LANE_BYTES;
     for (guint i = 0; i < list->len; i++) {
-        sort_run(c, g_array_index(list, Qcow2MoveCopy, i));
+        const Qcow2MoveCopy *run = &g_array_index(list, Qcow2MoveCopy, i);
+        if (little && has_no_zeroes(c, run)) {
+            add_data(c, *run);
+        } else {
+            sort_run(c, *run);
+        }
     }
     int ret = c->data->len ? copy_data(c) : 0;
     if (ret == 0) {

@@ -399,24 +399,27 @@ static int unhook_table(BDRVQcow2State *s, uint64_t l1_index, uint64_t l1_entry,
 }
 
 /* Entries that are impossible keep what they may refer to: a leak, where freeing could take away
- * somebody else's cluster. The image is marked corrupt. */
+ * somebody else's cluster. The image is marked corrupt.  Most of a table may be empty: those entries
+ * are not looked at any closer. */
 static int free_table_content(BlockDriverState *bs, uint64_t l1_index, uint64_t l2_offset,
                               const uint8_t *raw, Qcow2DiscardType type)
 {
     BDRVQcow2State *s = qcow2_state(bs);
     uint64_t guest = l1_index << (s->cluster_bits + s->l2_bits);
     g_autofree Qcow2L2Entry *e = g_new(Qcow2L2Entry, s->l2_entries);
+    size_t n = 0;
     int ret = 0;
     for (unsigned i = 0; i < s->l2_entries; i++) {
-        e[i] = qcow2_entry_decode(s, raw + (size_t)i * s->l2_entry_size);
-        int err = qcow2_entry_judge(bs, e[i], guest + ((uint64_t)i << s->cluster_bits), l2_offset,
-                                    i);
-        if (err < 0) {
-            e[i] = (Qcow2L2Entry){0};
-            ret = err;
+        e[n] = qcow2_entry_decode(s, raw + (size_t)i * s->l2_entry_size);
+        if (qcow2_entry_equal(e[n], (Qcow2L2Entry){0})) {
+            continue;
         }
+        int err = qcow2_entry_judge(bs, e[n], guest + ((uint64_t)i << s->cluster_bits), l2_offset,
+                                    i);
+        n += err == 0;
+        ret = err < 0 ? err : ret;
     }
-    qcow2_free_entries(bs, e, s->l2_entries, type);
+    qcow2_free_entries(bs, e, n, type);
     return ret;
 }
 

@@ -264,6 +264,26 @@ static gint compare_edges(gconstpointer a, gconstpointer b)
     return ea->offset < eb->offset ? -1 : ea->offset > eb->offset;
 }
 
+static gint compare_freed_runs(gconstpointer a, gconstpointer b)
+{
+    const FreedRun *ra = a, *rb = b;
+
+    return ra->offset < rb->offset ? -1 : ra->offset > rb->offset;
+}
+
+/* Much of what is sorted here is in order already. */
+static void sort_array(GArray *array, GCompareFunc compare)
+{
+    guint size = g_array_get_element_size(array);
+
+    for (guint i = 1; i < array->len; i++) {
+        if (compare(array->data + (gsize)(i - 1) * size, array->data + (gsize)i * size) > 0) {
+            g_array_sort(array, compare);
+            return;
+        }
+    }
+}
+
 static gint compare_losses(gconstpointer a, gconstpointer b)
 {
     const Loss *la = a, *lb = b;
@@ -274,11 +294,13 @@ static gint compare_losses(gconstpointer a, gconstpointer b)
     return la->offset < lb->offset ? -1 : la->offset > lb->offset;
 }
 
-/* Every run covers the clusters that it touches. */
-static GArray *edges_of(const BDRVQcow2State *s, const GArray *ready)
+/* Every run covers the clusters that it touches.  When the runs are in order, and none of them
+ * overlap, so are their edges. */
+static GArray *edges_of(const BDRVQcow2State *s, GArray *ready)
 {
     GArray *edges = g_array_sized_new(FALSE, FALSE, sizeof(Edge), 2 * ready->len);
 
+    sort_array(ready, compare_freed_runs);
     for (guint i = 0; i < ready->len; i++) {
         const FreedRun *run = &g_array_index(ready, FreedRun, i);
         int punch = may_punch(s, run->type);
@@ -288,12 +310,12 @@ static GArray *edges_of(const BDRVQcow2State *s, const GArray *ready)
         };
         g_array_append_vals(edges, pair, 2);
     }
-    g_array_sort(edges, compare_edges);
+    sort_array(edges, compare_edges);
     return edges;
 }
 
 /* What goes from one edge to the next, in the order of the times. */
-static GArray *cluster_losses(const BDRVQcow2State *s, const GArray *ready)
+static GArray *cluster_losses(const BDRVQcow2State *s, GArray *ready)
 {
     g_autoptr(GArray) edges = edges_of(s, ready);
     GArray *losses = g_array_new(FALSE, FALSE, sizeof(Loss));
@@ -308,7 +330,7 @@ static GArray *cluster_losses(const BDRVQcow2State *s, const GArray *ready)
             g_array_append_val(losses, loss);
         }
     }
-    g_array_sort(losses, compare_losses);
+    sort_array(losses, compare_losses);
     return losses;
 }
 
@@ -403,8 +425,8 @@ static int release_to(BlockDriverState *bs, const Loss *losses, guint n, GArray 
     return spare ? lower_to_spare(bs, losses, n, spare) : release_losses(bs, losses, n);
 }
 
-/* Releases @runs, or, where @spare is not NULL, keeps what it can there. */
-static int release_runs(BlockDriverState *bs, const GArray *runs, GArray *spare)
+/* Releases @runs, which it sorts, or, where @spare is not NULL, keeps what it can there. */
+static int release_runs(BlockDriverState *bs, GArray *runs, GArray *spare)
 {
     g_autoptr(GArray) losses = cluster_losses(qcow2_state(bs), runs);
     int result = 0;
@@ -465,7 +487,7 @@ int qcow2_quarantine_take(BlockDriverState *bs, GArray *ret)
 
     poison_ready(qcow2_state(bs), spare);
     int err = release_runs(bs, spare, ret);
-    g_array_sort(ret, compare_host_runs);
+    sort_array(ret, compare_host_runs);
     return err;
 }
 
