@@ -12,6 +12,8 @@
  *   1. Each repair changes one entry in one write, and leaves at most leaks behind.
  *   2. The list is bounded; what does not fit stays an error until the next repair.
  *   3. c->be_l1 follows what was written to the active L1.
+ *   4. What waited for its second try meets the entry it was made for, or nothing at all: another
+ *      repair may have replaced the entry meanwhile, and with it what was wrong.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -79,12 +81,20 @@ void qcow2_check_apply_fixes(Qcow2Check *c)
     }
 }
 
+/* Is the entry still what it was?  False also when nobody can tell. */
+static bool is_unchanged(Qcow2Check *c, const Qcow2EntryFix *fix)
+{
+    uint8_t buf[16] = {0};
+    int ret = bdrv_pread(c->bs->file, (int64_t)fix->pos, fix->bytes, buf, 0);
+    return ret >= 0 && qb_ldbe64(buf) == fix->was.entry && qb_ldbe64(buf + 8) == fix->was.bitmap;
+}
+
 void qcow2_check_retry_fixes(Qcow2Check *c)
 {
     for (guint i = 0; i < c->entry_fixes->len && !c->write_failed; i++) {
         Qcow2EntryFix *fix = &g_array_index(c->entry_fixes, Qcow2EntryFix, i);
         /* One that takes references away has been counted as it is by now. */
-        if (fix->done || fix->times || !write_entry(c, fix)) {
+        if (fix->done || fix->times || !is_unchanged(c, fix) || !write_entry(c, fix)) {
             continue;
         }
         fix->done = true;

@@ -34,13 +34,13 @@ bool qcow2_check_leads_nowhere(const Qcow2Check *c, Qcow2L2Entry e)
     if (e.entry & QCOW2_ENTRY_COMPRESSED) {
         uint32_t bytes;
         qcow2_parse_compressed(s, e.entry & ~QCOW2_ENTRY_COPIED, &host, &bytes);
-        return !qcow2_check_is_inside(c, host, bytes);
+        return !qcow2_check_was_inside(c, host, bytes);
     }
     if (!host) {
         return (uint32_t)e.bitmap;
     }
     return (qcow2_offset_into_cluster(s, host) && !qcow2_check_reads_as_zero(s, e)) ||
-           !qcow2_check_is_inside(c, qcow2_start_of_cluster(s, host), s->cluster_size);
+           !qcow2_check_was_inside(c, qcow2_start_of_cluster(s, host), s->cluster_size);
 }
 
 /* ---------------------------------------------------------------- dead ends */
@@ -147,7 +147,7 @@ void qcow2_check_replace_lost(const Qcow2EntryMove *x)
     Qcow2L2Entry becomes;
     if (!qcow2_move_possible(x)) {
         qcow2_check_alias_stays(x);
-    } else if (unaligned && qcow2_check_is_inside(x->c, start, s->cluster_size)) {
+    } else if (unaligned && qcow2_check_was_inside(x->c, start, s->cluster_size)) {
         replace_unaligned(x);
     } else if (stream || unaligned || !x->host ||
                (encrypted && !qcow2_check_reads_as_zero(s, x->e))) {

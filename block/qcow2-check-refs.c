@@ -32,11 +32,21 @@
 
 /* ---------------------------------------------------------------- counting */
 
-bool qcow2_check_is_inside(const Qcow2Check *c, uint64_t offset, uint64_t bytes)
+static bool ends_within(const Qcow2Check *c, uint64_t length, uint64_t offset, uint64_t bytes)
 {
     uint64_t end;
-    return !qb_add_overflow(offset, bytes, &end) && offset <= c->file_bytes &&
-           (end <= c->file_bytes || end - c->file_bytes < c->s->cluster_size);
+    return !qb_add_overflow(offset, bytes, &end) && offset <= length &&
+           (end <= length || end - length < c->s->cluster_size);
+}
+
+bool qcow2_check_is_inside(const Qcow2Check *c, uint64_t offset, uint64_t bytes)
+{
+    return ends_within(c, c->file_bytes, offset, bytes);
+}
+
+bool qcow2_check_was_inside(const Qcow2Check *c, uint64_t offset, uint64_t bytes)
+{
+    return ends_within(c, c->counted_bytes, offset, bytes);
 }
 
 bool qcow2_check_inside(Qcow2Check *c, uint64_t offset, uint64_t bytes)

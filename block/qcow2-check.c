@@ -192,7 +192,7 @@ static bool begin(Qcow2Check *c, GError **errp)
     if (c->fix) {
         qcow2_cache_reset(s->cache); /* the repair writes behind it */
     }
-    c->file_bytes = (uint64_t)file_bytes;
+    c->file_bytes = c->counted_bytes = (uint64_t)file_bytes;
     c->nb_clusters = qcow2_size_to_clusters(s, c->file_bytes);
     c->map = qcow2_refmap_new(s->refcount_max);
     c->be_l1 = qcow2_l1_dup_be(s, &c->l1_size);

@@ -136,6 +136,7 @@ typedef struct Qcow2Check {
     unsigned fix;            /* BdrvCheckFix */
     bool give_up;            /* what is lost may be told to be */
     uint64_t file_bytes, nb_clusters;
+    uint64_t counted_bytes;  /* the first of them before a repair made the file longer */
     bool incomplete;         /* something was not read: there may be more references */
     bool lost;               /* an L1 entry, a snapshot or a bitmap leads nowhere */
     uint64_t lost_entries;   /* findings of L2 entries that do */
@@ -213,7 +214,9 @@ void qcow2_check_write_snapshot_table(Qcow2Check *c);
 void qcow2_check_count_all(Qcow2Check *c);
 /* Does [offset, +bytes) end less than a cluster beyond the end of the file? */
 bool qcow2_check_is_inside(const Qcow2Check *c, uint64_t offset, uint64_t bytes);
-/* The same, and says so when it does not. */
+/* Did it when references were counted?  What did not leads nowhere, whatever a repair puts there. */
+bool qcow2_check_was_inside(const Qcow2Check *c, uint64_t offset, uint64_t bytes);
+/* Is it inside?  Says so when it is not. */
 bool qcow2_check_inside(Qcow2Check *c, uint64_t offset, uint64_t bytes);
 /* Says that the count of a cluster is too high for the image; @opaque: the Qcow2Check. */
 void qcow2_check_overflow(uint64_t cluster, void *opaque);
