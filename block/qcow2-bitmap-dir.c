@@ -409,9 +409,11 @@ int qcow2_bitmap_dir_write(BlockDriverState *bs, const GPtrArray *bitmaps)
 
 /* ---------------------------------------------------------------- switch */
 
-static int write_new(BlockDriverState *bs, const uint8_t *dir, uint64_t bytes, uint64_t *ret_offset)
+/* To clusters at @place; 0: anywhere. */
+static int write_new(BlockDriverState *bs, const uint8_t *dir, uint64_t bytes, uint64_t place,
+                     uint64_t *ret_offset)
 {
-    int64_t offset = qcow2_alloc_clusters(bs, bytes);
+    int64_t offset = place ? (int64_t)place : qcow2_alloc_clusters(bs, bytes);
     if (offset < 0) {
         return (int)offset;
     }
@@ -460,12 +462,18 @@ static bool name_directory(BlockDriverState *bs, NewDirectory *d, GError **errp)
 bool qcow2_bitmap_dir_switch(BlockDriverState *bs, uint8_t *dir, uint64_t bytes, uint32_t nb,
                              GError **errp)
 {
+    return qcow2_bitmap_dir_switch_at(bs, dir, bytes, nb, 0, errp);
+}
+
+bool qcow2_bitmap_dir_switch_at(BlockDriverState *bs, uint8_t *dir, uint64_t bytes, uint32_t nb,
+                                uint64_t place, GError **errp)
+{
     g_autofree uint8_t *owned = dir;
     Qcow2Bitmaps *b = qcow2_state(bs)->bitmaps;
     uint64_t old = atomic_load(&b->dir_offset), old_bytes = atomic_load(&b->dir_bytes);
     NewDirectory d = {.nb = nb, .bytes = nb ? bytes : 0};
     bool sane = b->loaded; /* one that is not may lie anywhere */
-    int ret = nb ? write_new(bs, dir, bytes, &d.offset) : 0;
+    int ret = nb ? write_new(bs, dir, bytes, place, &d.offset) : 0;
     if (ret < 0) {
         qb_error_set_errno(errp, ret, "Could not write the bitmap directory");
         return false;

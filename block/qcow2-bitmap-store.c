@@ -91,19 +91,30 @@ static int begin_bits(BdrvDirtyBits *bits, void *opaque)
     return ret;
 }
 
-/* Part of one chunk. */
+static uint64_t chunk_entry(const Qcow2Bitmap *q, uint64_t i)
+{
+    QB_GUARD(&qcow2_state(q->bs)->bitmaps->tables_lock);
+    return i < q->table_entries ? q->table[i] : 0;
+}
+
+/* Part of one chunk. The cluster may be moved or freed meanwhile: it stays until we have left. */
 static int read_chunk(Qcow2Bitmap *q, uint64_t pos, size_t bytes, uint8_t *buf)
 {
-    const BDRVQcow2State *s = qcow2_state(q->bs);
-    uint64_t i = pos >> s->cluster_bits;
-    uint64_t entry = i < q->table_entries ? q->table[i] : 0;
+    BDRVQcow2State *s = qcow2_state(q->bs);
+    Qcow2User user;
+    int ret = 0;
+    qcow2_user_announce(s, &user);
+    uint64_t entry = chunk_entry(q, pos >> s->cluster_bits);
     uint64_t offset = entry & QCOW2_BITMAP_ENTRY_OFFSET_MASK;
-    if (!offset) {
+    if (offset) {
+        offset += qcow2_offset_into_cluster(s, pos);
+        qcow2_user_resolve(s, &user, offset, bytes);
+        ret = bdrv_pread(q->bs->file, (int64_t)offset, (int64_t)bytes, buf, 0);
+    } else {
         memset(buf, entry & QCOW2_BITMAP_ENTRY_ALL_ONES ? 0xff : 0, bytes);
-        return 0;
     }
-    return bdrv_pread(q->bs->file, (int64_t)(offset + qcow2_offset_into_cluster(s, pos)),
-                      (int64_t)bytes, buf, 0);
+    qcow2_user_leave(s, &user);
+    return ret;
 }
 
 static int read_bits(void *opaque, uint64_t pos, size_t bytes, uint8_t *buf)
@@ -597,9 +608,11 @@ static void free_spare(const Storing *st, uint64_t old_offset)
 static void adopt(Storing *st)
 {
     Qcow2Bitmap *q = st->q;
+    qb_mutex_lock(&st->s->bitmaps->tables_lock);
     g_free(q->table);
     q->table = g_steal_pointer(&st->table);
     q->table_entries = st->entries;
+    qb_mutex_unlock(&st->s->bitmaps->tables_lock);
     q->table_unsettled = false;
     bdrv_dirty_bits_mark_stored(q->bm->bits);
 }

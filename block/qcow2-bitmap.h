@@ -3,6 +3,7 @@
  *
  *   qcow2-bitmap-dir.c    directory: bytes <-> entries, loading, IN_USE in place, a new directory
  *   qcow2-bitmap-store.c  tables and data: reading, storing
+ *   qcow2-bitmap-move.c   all of them to other places, for compaction (qcow2-compact.h)
  *   qcow2-bitmap.c        the operations
  *
  * SPDX-License-Identifier: MIT
@@ -30,7 +31,7 @@ struct Qcow2Bitmaps {
     bool loaded;     /* the directory is known, or there is none */
     uint8_t *dir;    /* as in the image, whole sectors */
     _Atomic(uint64_t) dir_offset, dir_bytes; /* as the header has them, 0: none */
-    QbMutex tables_lock; /* leaf */
+    QbMutex tables_lock; /* leaf; also for what table[] of a bitmap says, against who reads its bits */
     GArray *tables; /* see qcow2_bitmaps_take_tables(); NULL: none */
 };
 
@@ -59,6 +60,9 @@ int qcow2_bitmap_dir_write(BlockDriverState *bs, const GPtrArray *bitmaps);
  */
 bool qcow2_bitmap_dir_switch(BlockDriverState *bs, uint8_t *dir, uint64_t bytes, uint32_t nb,
                              GError **errp);
+/* The same, to clusters of the caller's at @place, which have count 1; freed on failure. */
+bool qcow2_bitmap_dir_switch_at(BlockDriverState *bs, uint8_t *dir, uint64_t bytes, uint32_t nb,
+                                uint64_t place, GError **errp);
 
 /* --- qcow2-bitmap-store.c --- */
 /* Where the bits of @q come from. */

@@ -14,7 +14,8 @@
  *
  * Invariants
  *  1. What is a hole of the file becomes one, and is not read but where there is little: an image
- *     that was sparse stays so.
+ *     that was sparse stays so.  What needs its storage later, without asking for more (bitmaps),
+ *     gets it.
  *  2. Memory: a buffer for each lane, made once.
  *
  * Barriers are the caller's, who also keeps others from writing to either place.
@@ -42,6 +43,7 @@ struct Qcow2Copier {
     BlockDriverState *bs;
     GArray *data;   /* Qcow2MoveCopy, none longer than LANE_BYTES */
     GArray *zeroes; /* BdrvBatchOp */
+    int zero_flags;
     Lane lane[LANES];
     QbMutex lock;
     guint next; /* of data; guarded by lock */
@@ -73,7 +75,7 @@ static void add_data(Qcow2Copier *c, Qcow2MoveCopy rest)
 static void add_zeroes(Qcow2Copier *c, const Qcow2MoveCopy *piece)
 {
     BdrvBatchOp op = {.kind = BDRV_BATCH_ZERO, .offset = (int64_t)piece->to,
-                      .bytes = (int64_t)piece->bytes, .flags = BDRV_REQ_MAY_UNMAP};
+                      .bytes = (int64_t)piece->bytes, .flags = c->zero_flags};
     g_array_append_val(c->zeroes, op);
 }
 
@@ -233,8 +235,9 @@ static uint64_t total_bytes(const GArray *list)
     return bytes;
 }
 
-int qcow2_copier_run(Qcow2Copier *c, const GArray *list)
+int qcow2_copier_run(Qcow2Copier *c, const GArray *list, bool storage)
 {
+    c->zero_flags = storage ? 0 : BDRV_REQ_MAY_UNMAP;
     g_array_set_size(c->data, 0);
     g_array_set_size(c->zeroes, 0);
     bool little = total_bytes(list) <= LANE_BYTES;

@@ -18,6 +18,8 @@
  *    were found as their count says can move; neighbours that share a stream, or belong to one
  *    table, as one unit.  What was not found, or only in part, stays, and the file cannot end
  *    before it. That may make moving the rest not worth it any more.
+ *    What names parts of snapshots and bitmaps (qcow2-compact-parts.c) is written anew when they
+ *    move: the end leaves room for it.
  * 4. Units behind the end get places in gaps before it, those of several clusters first, from the
  *    last one down: one that finds room in a row only behind the end, or none, moves the end.
  *
@@ -31,8 +33,8 @@
  *
  * Not moved, on purpose:
  *   data in an image with LUKS        its cipher's text depends on the place in the file
- *   L1s and L2 tables of snapshots    snapshots' L1s cannot be changed together with anything else
- *   the table of snapshots, bitmaps, the LUKS area, what is not known    they lie in front, mostly
+ *   L2 tables that only snapshots have    they are older than what was written since
+ *   the LUKS area, what is not known      they lie in front, mostly
  *   what has more counts than references, or others than its count
  *
  * SPDX-License-Identifier: MIT
@@ -55,6 +57,7 @@ void qcow2_move_plan_init(Qcow2MovePlan *p, BlockDriverState *bs, const GArray *
         .blocks = g_array_new(false, false, sizeof(Qcow2MoveRef)),
         .clusters = g_array_new(false, false, sizeof(Qcow2MoveCluster)),
         .refs = g_array_new(false, false, sizeof(Qcow2MoveRef)),
+        .parts = g_array_new(false, false, sizeof(Qcow2Part)),
         .units = g_array_new(false, false, sizeof(Qcow2MoveUnit)),
         .gaps = g_array_new(false, false, sizeof(Qcow2MoveUse)),
     };
@@ -62,7 +65,8 @@ void qcow2_move_plan_init(Qcow2MovePlan *p, BlockDriverState *bs, const GArray *
 
 void qcow2_move_plan_clear(Qcow2MovePlan *p)
 {
-    GArray **arrays[] = {&p->uses, &p->blocks, &p->clusters, &p->refs, &p->units, &p->gaps};
+    GArray **arrays[] = {&p->uses, &p->blocks, &p->clusters, &p->refs, &p->parts, &p->units,
+                         &p->gaps};
     for (size_t i = 0; i < G_N_ELEMENTS(arrays); i++) {
         g_clear_pointer(arrays[i], g_array_unref);
     }
@@ -375,6 +379,19 @@ static void add_tables(Qcow2MovePlan *p)
                               .n = s->reftable.clusters, .kind = QCOW2_MOVE_REFTABLE});
 }
 
+static void add_parts(Qcow2MovePlan *p, Qcow2MoveKind kind,
+                      void (*list)(BlockDriverState *bs, GArray *parts))
+{
+    guint first = p->parts->len;
+    list(p->bs, p->parts);
+    for (guint i = first; i < p->parts->len; i++) {
+        const Qcow2Part *part = &g_array_index(p->parts, Qcow2Part, i);
+        add_ref(p, (Qcow2MoveRef){.cluster = part->offset >> p->s->cluster_bits,
+                                  .n = (uint32_t)(part->bytes >> p->s->cluster_bits),
+                                  .kind = kind});
+    }
+}
+
 static gint by_cluster(gconstpointer a, gconstpointer b)
 {
     const Qcow2MoveRef *ra = a, *rb = b;
@@ -385,6 +402,8 @@ static int collect_refs(Qcow2MovePlan *p)
 {
     Visit active = {p, false};
     add_tables(p);
+    add_parts(p, QCOW2_MOVE_SNAPSHOTS, qcow2_snapshots_parts);
+    add_parts(p, QCOW2_MOVE_BITMAPS, qcow2_bitmaps_parts);
     int ret = qcow2_walk_tables(p->bs, NULL, 0, INT64_MAX, visit_table, &active);
     ret = ret < 0 ? ret : visit_snapshots(p);
     g_array_sort(p->refs, by_cluster);
@@ -413,7 +432,8 @@ static void count_ref(const Qcow2MovePlan *p, const Qcow2MoveRef *ref)
 
 static bool can_move(const Qcow2MoveCluster *c)
 {
-    return !c->stuck && c->found == c->count;
+    bool is_part = c->kind == QCOW2_MOVE_SNAPSHOTS || c->kind == QCOW2_MOVE_BITMAPS;
+    return !c->stuck && c->found == c->count && (!is_part || c->count == 1);
 }
 
 /* The first of the references, from number @pos on, that begins at or behind @cluster. */
@@ -460,6 +480,14 @@ static void drop_units_before_end(Qcow2MovePlan *p)
     g_array_set_size(p->units, kept);
 }
 
+/* What names moving parts is written anew, also where it lies before the end. */
+static void leave_room_for_parts(Qcow2MovePlan *p)
+{
+    uint64_t bytes = qcow2_parts_taken_along(p->parts, p->end << p->s->cluster_bits);
+    p->end += bytes >> p->s->cluster_bits;
+    drop_units_before_end(p);
+}
+
 static void make_units(Qcow2MovePlan *p)
 {
     guint ref_pos = 0;
@@ -470,6 +498,7 @@ static void make_units(Qcow2MovePlan *p)
     }
     raise_end_to_worth(p);
     drop_units_before_end(p);
+    leave_room_for_parts(p);
 }
 
 /* ---------------------------------------------------------------- places */

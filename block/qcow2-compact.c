@@ -7,6 +7,8 @@
  *         take the places, copy (qcow2-compact-copy.c), change the entries in memory, free the old
  *     flush after 1 GiB, and at the end
  *         barrier: copies, counts; entries; barrier; the old clusters are nobody's
+ *     snapshots' table with L1s, bitmaps' directory with tables and bits (qcow2-compact-parts.c):
+ *         take the places, copy, flush, one write of the header, free the old, flush
  *     the caller cuts the file once
  *
  * The clusters a shrink has just freed are the best places: they have a count already, and need not
@@ -28,7 +30,8 @@
  *  3. All entries that name a cluster change under one hold of the metadata lock, or none.  The
  *     count of the new cluster is that of the old one, so COPIED stays as it was (4).
  *  4. A table goes as a whole: the next flush writes it at its new place before anything names it
- *     (0).
+ *     (0).  So do snapshots' table and bitmaps' directory, each with all that moves of what it
+ *     names.
  *  5. A step that fails gives its places back and leaves entries as they are.  A crash at any
  *     moment leaves leaks at most.
  *
@@ -152,11 +155,11 @@ static bool counts_as_planned(Compaction *c, const Qcow2MoveUnit *u)
     return true;
 }
 
-/* 1: the place is ours, 0: the unit stays, or -errno. */
-static int prepare(Compaction *c, const Qcow2MoveUnit *u)
+/* 1: the place is ours, 0: it is no longer free, or -errno. */
+static int claim_place(Compaction *c, const Qcow2MoveUnit *u)
 {
     uint64_t to = bytes_of(c, u->to), bytes = bytes_of(c, u->n);
-    if (!u->to || !counts_as_planned(c, u) || !take_place(c, u)) {
+    if (!take_place(c, u)) {
         return 0;
     }
     int ret = qcow2_check_overlap(c->bs, QCOW2_OL_NONE, to, bytes);
@@ -166,6 +169,12 @@ static int prepare(Compaction *c, const Qcow2MoveUnit *u)
     }
     qcow2_streams_forget(c->s, to, bytes);
     return 1;
+}
+
+/* 1: the place is ours, 0: the unit stays, or -errno. */
+static int prepare(Compaction *c, const Qcow2MoveUnit *u)
+{
+    return u->to && counts_as_planned(c, u) ? claim_place(c, u) : 0;
 }
 
 /* ---------------------------------------------------------------- units with entries: a step */
@@ -208,14 +217,11 @@ static int prepare_all(Step *st)
     return MIN(ret, 0);
 }
 
-/* Where nothing is to last, nobody will read it either. */
-static int copy_all(const Step *st)
+/* Qcow2MoveCopy of all that was prepared. */
+static GArray *copies_of(const Step *st)
 {
-    Compaction *c = st->c;
-    g_autoptr(GArray) list = g_array_new(false, false, sizeof(Qcow2MoveCopy));
-    if (c->bs->open_flags & BDRV_O_TRIAL) {
-        return 0;
-    }
+    const Compaction *c = st->c;
+    GArray *list = g_array_new(false, false, sizeof(Qcow2MoveCopy));
     for (guint i = st->first; i < st->end; i++) {
         const Qcow2MoveUnit *u = unit_at(c, i);
         Qcow2MoveCopy copy = {bytes_of(c, u->from), bytes_of(c, u->to), bytes_of(c, u->n)};
@@ -223,10 +229,22 @@ static int copy_all(const Step *st)
             g_array_append_val(list, copy);
         }
     }
+    return list;
+}
+
+/* Where nothing is to last, nobody will read it either. */
+static int copy_all(const Step *st)
+{
+    Compaction *c = st->c;
+    g_autoptr(GArray) list = copies_of(st);
+    bool storage = unit_at(c, st->first)->kind == QCOW2_MOVE_BITMAPS;
+    if (c->bs->open_flags & BDRV_O_TRIAL) {
+        return 0;
+    }
     if (!c->copier) {
         c->copier = qcow2_copier_new(c->bs);
     }
-    return c->copier ? qcow2_copier_run(c->copier, list) : -ENOMEM;
+    return c->copier ? qcow2_copier_run(c->copier, list, storage) : -ENOMEM;
 }
 
 static int pin_table(const Compaction *c, const Qcow2MoveRef *ref, Qcow2Table **ret)
@@ -352,6 +370,15 @@ static int run_entries_prepared(Step *st)
     return 0;
 }
 
+static void abandon_all(const Step *st)
+{
+    for (guint i = st->first; i < st->end; i++) {
+        if (unit_at(st->c, i)->to) {
+            abandon(st->c, unit_at(st->c, i));
+        }
+    }
+}
+
 static int run_entries(Compaction *c, guint first, guint end)
 {
     Step st = {.c = c, .first = first, .end = end};
@@ -360,10 +387,8 @@ static int run_entries(Compaction *c, guint first, guint end)
     st.edits = edits;
     int ret = prepare_all(&st);
     ret = ret < 0 ? ret : run_entries_prepared(&st);
-    for (guint i = first; i < end && ret < 0; i++) {
-        if (unit_at(c, i)->to) {
-            abandon(c, unit_at(c, i));
-        }
+    if (ret < 0) {
+        abandon_all(&st);
     }
     return ret;
 }
@@ -426,27 +451,92 @@ static int run_table(Compaction *c, guint i)
     return MIN(ret, 0);
 }
 
+/* ---------------------------------------------------------------- snapshots, bitmaps */
+
+/* Takes @n clusters from the beginning of @gap; their offset, or 0: some are no longer free. */
+static uint64_t take_from_gap(Compaction *c, Qcow2MoveUse *gap, uint64_t n)
+{
+    Qcow2MoveUnit u = {.to = gap->first, .n = n};
+    gap->first += n;
+    gap->n -= n;
+    return claim_place(c, &u) > 0 ? bytes_of(c, u.to) : 0;
+}
+
+/* Clusters before the end that no unit goes to. */
+static uint64_t more_room(void *opaque, uint64_t bytes)
+{
+    Compaction *c = opaque;
+    uint64_t n = qcow2_size_to_clusters(c->s, bytes), offset = 0;
+    for (guint i = 0; i < c->p->gaps->len && !offset; i++) {
+        Qcow2MoveUse *gap = &g_array_index(c->p->gaps, Qcow2MoveUse, i);
+        if (gap->n >= n && gap->first + n <= c->p->end) {
+            offset = take_from_gap(c, gap, n);
+        }
+    }
+    return offset;
+}
+
+/* All of a kind at once: one write of the header switches to them. */
+static int run_parts(Compaction *c, guint first, guint end)
+{
+    Step st = {.c = c, .first = first, .end = end};
+    int ret = prepare_all(&st);
+    ret = ret < 0 ? ret : copy_all(&st);
+    if (ret < 0) {
+        abandon_all(&st);
+        return ret;
+    }
+    g_autoptr(GArray) places = copies_of(&st);
+    Qcow2PartsMove move = {.places = places, .more = more_room, .opaque = c, .type = c->type};
+    if (places->len) {
+        ret = unit_at(c, first)->kind == QCOW2_MOVE_BITMAPS ? qcow2_bitmaps_move(c->bs, &move)
+                                                            : qcow2_snapshots_move(c->bs, &move);
+    }
+    return MIN(ret, 0);
+}
+
 /* ---------------------------------------------------------------- all */
 
-/* Entries by steps, tables one by one. */
+static bool is_part(const Qcow2MoveUnit *u)
+{
+    return u->kind == QCOW2_MOVE_SNAPSHOTS || u->kind == QCOW2_MOVE_BITMAPS;
+}
+
+/* Entries by steps, tables one by one, parts all at once. */
 static guint step_end(const Compaction *c, guint first)
 {
+    const Qcow2MoveUnit *u = unit_at(c, first);
+    uint64_t limit = is_part(u) ? UINT64_MAX : u->kind == QCOW2_MOVE_ENTRIES ? STEP_BYTES : 0;
     uint64_t clusters = 0;
     guint i = first;
     do {
         clusters += unit_at(c, i++)->n;
-    } while (i < c->p->units->len && unit_at(c, i)->kind == QCOW2_MOVE_ENTRIES &&
-             unit_at(c, first)->kind == QCOW2_MOVE_ENTRIES && bytes_of(c, clusters) < STEP_BYTES);
+    } while (i < c->p->units->len && unit_at(c, i)->kind == u->kind &&
+             bytes_of(c, clusters) < limit);
     return i;
 }
 
+static int run_units(Compaction *c, guint first, guint end)
+{
+    const Qcow2MoveUnit *u = unit_at(c, first);
+    if (is_part(u)) {
+        return run_parts(c, first, end);
+    }
+    return u->kind == QCOW2_MOVE_ENTRIES ? run_entries(c, first, end) : run_table(c, first);
+}
+
+/* Guests do not write to bitmaps in the image: these need no pause, however many they are. */
 static int run_step(Compaction *c, guint first, guint end)
 {
+    bool pauses = unit_at(c, first)->kind != QCOW2_MOVE_BITMAPS;
     BdrvWritePause pause;
-    bdrv_truncate_pause_writes(c->bs, &pause);
-    int ret = unit_at(c, first)->kind == QCOW2_MOVE_ENTRIES ? run_entries(c, first, end)
-                                                            : run_table(c, first);
-    bdrv_truncate_resume_writes(&pause);
+    if (pauses) {
+        bdrv_truncate_pause_writes(c->bs, &pause);
+    }
+    int ret = run_units(c, first, end);
+    if (pauses) {
+        bdrv_truncate_resume_writes(&pause);
+    }
     for (guint i = first; i < end; i++) {
         c->unflushed += unit_at(c, i)->to ? bytes_of(c, unit_at(c, i)->n) : 0;
     }

@@ -3,6 +3,7 @@
  *
  *   qcow2-compact-plan.c   what is to move, and where to: counts, references, places
  *   qcow2-compact-copy.c   content: from here to there, holes stay holes
+ *   qcow2-compact-parts.c  snapshots' table and bitmaps' directory, with what they name
  *   qcow2-compact.c        moves it, step by step
  *
  * SPDX-License-Identifier: MIT
@@ -19,6 +20,8 @@ typedef enum Qcow2MoveKind {
     QCOW2_MOVE_BLOCK,    /* a refcount block */
     QCOW2_MOVE_L1,       /* the active L1 */
     QCOW2_MOVE_REFTABLE,
+    QCOW2_MOVE_SNAPSHOTS, /* parts: the table of snapshots, their L1s */
+    QCOW2_MOVE_BITMAPS,   /* parts: the directory of bitmaps, their tables and data */
 } Qcow2MoveKind;
 
 /* A reference to host clusters [cluster, +n). */
@@ -64,6 +67,7 @@ typedef struct Qcow2MovePlan {
     GArray *blocks;      /* Qcow2MoveRef: the refcount blocks there are */
     GArray *clusters;    /* Qcow2MoveCluster, sorted */
     GArray *refs;        /* Qcow2MoveRef, sorted by cluster */
+    GArray *parts;       /* Qcow2Part, of snapshots and bitmaps */
     GArray *units;       /* Qcow2MoveUnit, by kind, then by place */
     GArray *gaps;        /* Qcow2MoveUse: places to move to, sorted */
     uint64_t used;       /* clusters, without those of spare */
@@ -91,9 +95,50 @@ typedef struct Qcow2Copier Qcow2Copier;
 /* NULL: no memory. */
 Qcow2Copier *qcow2_copier_new(BlockDriverState *bs);
 void qcow2_copier_free(Qcow2Copier *c); /* NULL is fine */
-/* Copies all of @list (Qcow2MoveCopy); no two ranges overlap. What are holes become holes. 0 or
- * -errno. */
-int qcow2_copier_run(Qcow2Copier *c, const GArray *list);
+/* Copies all of @list (Qcow2MoveCopy); no two ranges overlap. What are holes become holes, unless
+ * @storage: then they become zeroes that have their storage. 0 or -errno. */
+int qcow2_copier_run(Qcow2Copier *c, const GArray *list, bool storage);
+
+/* --- qcow2-compact-parts.c --- */
+
+/* A part of what one header field names: snapshots, or bitmaps. A whole number of clusters. */
+typedef struct Qcow2Part {
+    uint64_t offset, bytes;
+    guint parent; /* index of the part that names it, which is smaller; of the first: itself */
+} Qcow2Part;
+
+/* Pure: bytes of the parts before @end that move because a part that they name lies behind it. */
+uint64_t qcow2_parts_taken_along(const GArray *parts, uint64_t end);
+
+/* An order to move parts. */
+typedef struct Qcow2PartsMove {
+    const GArray *places; /* Qcow2MoveCopy, sorted by from: parts, with their content copied; the
+                           * new places have count 1 and are the mover's, also on failure */
+    uint64_t (*more)(void *opaque, uint64_t bytes); /* another place, likewise; 0: there is none */
+    void *opaque;
+    Qcow2DiscardType type; /* of the old places */
+} Qcow2PartsMove;
+
+/* Where the part goes; 0: it stays. */
+uint64_t qcow2_parts_place(const Qcow2PartsMove *m, uint64_t offset, uint64_t bytes);
+/* Frees all old places, or all new ones, but that at @except (0: none), with the next flush. */
+void qcow2_parts_free_old(BlockDriverState *bs, const Qcow2PartsMove *m, uint64_t except);
+void qcow2_parts_free_new(BlockDriverState *bs, const Qcow2PartsMove *m, uint64_t except);
+
+/*
+ * Of the room of snapshots (qcow2-snapshot-table.c) and that of bitmaps (qcow2-bitmap-move.c).
+ *
+ * parts: appends what can be moved, with all that names it, to @parts (Qcow2Part); nothing where
+ * that is not known.
+ * move: does what @m says. What names a moved part is written anew, and one write of the header
+ * switches to that. Flushes. 0; QCOW2_STALE: nothing has moved, as @m does not fit what there is
+ * now or there is no place for what names it; or -errno: likewise.  Nobody changes the parts
+ * meanwhile; for snapshots the whole node is in the range lock.
+ */
+void qcow2_snapshots_parts(BlockDriverState *bs, GArray *parts);
+int qcow2_snapshots_move(BlockDriverState *bs, const Qcow2PartsMove *m);
+void qcow2_bitmaps_parts(BlockDriverState *bs, GArray *parts);
+int qcow2_bitmaps_move(BlockDriverState *bs, const Qcow2PartsMove *m);
 
 /*
  * Moves what lies at the end of the image file into free clusters before it, and into those of @spare (see

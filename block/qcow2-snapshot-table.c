@@ -18,13 +18,15 @@
  *     demands; new ones have the three known fields.
  *  3. Loading costs memory only for entries that the file really holds: an entry's length is read
  *     before the entry, and nothing is read or allocated for what a header merely claims.
+ *  4. An L1 moves (compaction) with the table: its copy is stable before the new table is, and the
+ *     list in memory stays the same one, as others may look at it.
  *
  * Not done: the place and length of a snapshot's L1 are judged when that L1 is used, as elsewhere
  * in the field, so that one damaged snapshot does not keep the image from being opened.
  *
  * SPDX-License-Identifier: MIT
  */
-#include "block/qcow2.h"
+#include "block/qcow2-compact.h"
 
 #include <inttypes.h>
 #include <string.h>
@@ -363,26 +365,26 @@ static void switch_table(Qcow2Header *h, void *opaque)
     }
 }
 
-/* Allocates and writes the table; 0 when there is none to write. Nothing refers to it yet. */
+/* Writes the table to clusters at *offset; 0: allocates them, unless there is nothing to write.
+ * Nothing refers to it yet; on failure the clusters are free. */
 static bool write_table(BlockDriverState *bs, const uint8_t *table, size_t bytes,
-                        uint64_t *ret_offset, GError **errp)
+                        uint64_t *offset, GError **errp)
 {
-    *ret_offset = 0;
     if (!bytes) {
         return true;
     }
-    int64_t offset = qcow2_alloc_clusters(bs, bytes);
-    int ret = offset < 0 ? (int)offset : qcow2_check_overlap(bs, 0, offset, bytes);
+    int64_t place = *offset ? (int64_t)*offset : qcow2_alloc_clusters(bs, bytes);
+    int ret = place < 0 ? (int)place : qcow2_check_overlap(bs, 0, place, bytes);
     if (ret == 0) {
         bdrv_debug_event(bs->file, "snapshot_write");
-        ret = bdrv_pwrite(bs->file, offset, bytes, table, 0);
+        ret = bdrv_pwrite(bs->file, place, bytes, table, 0);
     }
     if (ret == 0) {
-        *ret_offset = offset;
+        *offset = place;
         return true;
     }
-    if (offset >= 0) {
-        qcow2_alloc_undo(bs, offset, bytes);
+    if (place >= 0) {
+        qcow2_alloc_undo(bs, place, bytes);
     }
     qb_error_set_errno(errp, ret, "Failed to write snapshot table");
     return false;
@@ -401,6 +403,29 @@ static bool switch_to(BlockDriverState *bs, NewTable *t, GError **errp)
     return ret == 0;
 }
 
+/* Writes @bytes at @table as the new table, to t->offset (0: anywhere), and switches to it. */
+static bool replace_table(BlockDriverState *bs, const uint8_t *table, size_t bytes, NewTable *t,
+                          GError **errp)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    if (!write_table(bs, table, bytes, &t->offset, errp)) {
+        return false;
+    }
+    uint64_t old_offset = s->header.snapshots_offset;
+    uint64_t old_bytes = s->snapshots_bytes;
+    bool done = switch_to(bs, t, errp);
+    /* Whichever of the two the header does not name goes; quarantine waits for the next flush. */
+    uint64_t gone = done ? old_offset : t->offset, gone_bytes = done ? old_bytes : bytes;
+    if (gone && gone_bytes) {
+        qcow2_free_run(bs, gone, qb_align_up(gone_bytes, s->cluster_size), QCOW2_DISCARD_SNAPSHOT);
+    }
+    if (done) {
+        s->snapshots_offset = t->offset;
+        s->snapshots_bytes = bytes;
+    }
+    return done;
+}
+
 bool qcow2_snapshots_store(BlockDriverState *bs, GArray *snapshots,
                            void (*fn)(Qcow2Header *h, void *opaque), void *opaque, GError **errp)
 {
@@ -409,24 +434,93 @@ bool qcow2_snapshots_store(BlockDriverState *bs, GArray *snapshots,
     NewTable t = {.nb = list->len, .fn = fn, .opaque = opaque};
     size_t bytes;
     g_autofree uint8_t *table = qcow2_snapshots_encode(list, s->version, &bytes, errp);
-    if (!table || !write_table(bs, table, bytes, &t.offset, errp)) {
-        return false;
-    }
-    uint64_t old_offset = s->header.snapshots_offset;
-    uint64_t old_bytes = s->snapshots_bytes;
-    bool done = switch_to(bs, &t, errp);
-    /* Whichever of the two the header does not name goes; quarantine waits for the next flush. */
-    uint64_t gone = done ? old_offset : t.offset, gone_bytes = done ? old_bytes : bytes;
-    if (gone && gone_bytes) {
-        qcow2_free_run(bs, gone, qb_align_up(gone_bytes, s->cluster_size), QCOW2_DISCARD_SNAPSHOT);
-    }
-    if (!done) {
+    if (!table || !replace_table(bs, table, bytes, &t, errp)) {
         return false;
     }
     g_array_unref(s->snapshots);
     s->snapshots = g_steal_pointer(&list);
-    s->snapshots_offset = t.offset;
-    s->snapshots_bytes = bytes;
     qcow2_guard_snapshots(bs);
     return true;
+}
+
+/* ---------------------------------------------------------------- moving */
+
+static uint64_t l1_clusters_bytes(const BDRVQcow2State *s, const Qcow2Snapshot *sn)
+{
+    return qb_align_up((uint64_t)sn->l1_size * 8, s->cluster_size);
+}
+
+void qcow2_snapshots_parts(BlockDriverState *bs, GArray *parts)
+{
+    const BDRVQcow2State *s = qcow2_state(bs);
+    guint table = parts->len;
+    Qcow2Part part = {s->snapshots_offset, qb_align_up(s->snapshots_bytes, s->cluster_size), table};
+    if (!s->snapshots->len) {
+        return;
+    }
+    g_array_append_val(parts, part);
+    for (guint i = 0; i < s->snapshots->len; i++) {
+        const Qcow2Snapshot *sn = &g_array_index(s->snapshots, Qcow2Snapshot, i);
+        Qcow2Part l1 = {sn->l1_offset, l1_clusters_bytes(s, sn), table};
+        if (sn->l1_size && sn->l1_size <= QCOW2_MAX_L1_BYTES / 8 &&
+            !qcow2_offset_into_cluster(s, l1.offset)) {
+            g_array_append_val(parts, l1);
+        }
+    }
+}
+
+/* Points the snapshots to where their L1s go; how many of them do. */
+static guint point_l1s(const BDRVQcow2State *s, const Qcow2PartsMove *m, GArray *list)
+{
+    guint found = 0;
+    for (guint i = 0; i < list->len; i++) {
+        Qcow2Snapshot *sn = &g_array_index(list, Qcow2Snapshot, i);
+        uint64_t place = qcow2_parts_place(m, sn->l1_offset, l1_clusters_bytes(s, sn));
+        sn->l1_offset = place ? place : sn->l1_offset;
+        found += place != 0;
+    }
+    return found;
+}
+
+/* The place for a table of @bytes; 0: there is none, or @m does not fit what there is. */
+static uint64_t place_table(const BDRVQcow2State *s, const Qcow2PartsMove *m, guint found,
+                            size_t bytes)
+{
+    uint64_t room = qb_align_up(bytes, s->cluster_size);
+    uint64_t place = qcow2_parts_place(m, s->snapshots_offset, room);
+    found += place != 0;
+    if (found != m->places->len) {
+        return 0;
+    }
+    return place ? place : m->more(m->opaque, room);
+}
+
+/* The list in memory stays the same one: others may look at it. */
+static void adopt_l1s(BDRVQcow2State *s, const GArray *list)
+{
+    for (guint i = 0; i < list->len; i++) {
+        uint64_t *offset = &g_array_index(s->snapshots, Qcow2Snapshot, i).l1_offset;
+        *offset = g_array_index(list, Qcow2Snapshot, i).l1_offset;
+    }
+}
+
+int qcow2_snapshots_move(BlockDriverState *bs, const Qcow2PartsMove *m)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    g_autoptr(GArray) list = qcow2_snapshots_dup(s->snapshots);
+    g_autoptr(GError) err = NULL;
+    NewTable t = {.nb = list->len};
+    guint found = point_l1s(s, m, list);
+    size_t bytes = 0;
+    g_autofree uint8_t *table = qcow2_snapshots_encode(list, s->version, &bytes, &err);
+    uint64_t old = s->snapshots_offset, place = table ? place_table(s, m, found, bytes) : 0;
+    t.offset = place;
+    if (!place || !replace_table(bs, table, bytes, &t, &err)) {
+        qcow2_parts_free_new(bs, m, place);
+        return err ? qb_error_to_errno(err) : QCOW2_STALE;
+    }
+    adopt_l1s(s, list);
+    qcow2_guard_snapshots(bs);
+    qcow2_parts_free_old(bs, m, old);
+    return 0;
 }

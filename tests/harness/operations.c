@@ -455,6 +455,16 @@ static void share_the_end(World *w)
     g_assert_true(world_close(w));
 }
 
+/* Nothing but the lists of snapshots and bitmaps, with what they name, lies at the end. */
+static void free_the_front(World *w)
+{
+    g_assert_true(world_open(w));
+    world_discard(w, 0, w->kind->sectors);
+    world_flush(w);
+    world_write(w, operation_group(w, 1), w->kind->cluster);
+    g_assert_true(world_close(w));
+}
+
 /* A sector gets the value that it has. */
 static void write_again(World *w, unsigned sector)
 {
@@ -748,6 +758,9 @@ const Operation operations[] = {
      " v3 v2 512 refcount1 ext data-file compressed snapshot snapshot-512 backing "},
     {"shrink-moves-shared", "image", share_the_end, run_shrink_moves, 0, KIND_FIXED, 0,
      " v3 ext compressed "},
+    {"shrink-moves-parts", "image", free_the_front, run_shrink_moves, 0, KIND_FIXED, 0,
+     " bitmap bitmap-snapshot snapshot snapshot-512 "},
+    {"shrink-moves-parts", "bitmap", free_the_front, run_shrink_moves, 0, 0, 0, " bitmap-512 "},
     {"snapshot-create", "image", NULL, run_snapshot_create, 0,
      KIND_NO_SHARING | KIND_DATA_FILE | KIND_QED, 0, NULL},
     {"save-vm", "image", NULL, run_save_vm, 0, KIND_NO_SHARING | KIND_DATA_FILE | KIND_QED, 0,
