@@ -204,15 +204,30 @@ static void *run_snapshots(void *opaque)
     return NULL;
 }
 
+/* Every third cluster of what came, so that a shrink frees some of all kinds, between those that stay. */
+static void fill_growth(Arena *a, int64_t start, int64_t end)
+{
+    int64_t cluster = bytes_of(a->world->kind->cluster);
+    g_autofree uint8_t *buf = g_malloc0((size_t)cluster);
+    for (int64_t pos = start; pos + cluster <= end && a->running; pos += 3 * cluster) {
+        must(blk_pwrite(a->blk, pos, cluster, buf, 0), "write to what came");
+    }
+}
+
 /* Nobody else uses what comes and goes. */
 static void *run_resizes(void *opaque)
 {
     Arena *a = opaque;
     int64_t size = bytes_of(a->world->kind->sectors);
+    bool maps = !(a->world->kind->flags & KIND_QED);
     for (int i = 0; a->running; i++) {
         GError *err = NULL;
-        if (!blk_truncate(a->blk, i % 2 ? size : 2 * size, true, PREALLOC_MODE_OFF, true, &err)) {
+        PreallocMode mode = maps && i % 8 == 4 ? PREALLOC_MODE_METADATA : PREALLOC_MODE_OFF;
+        if (!blk_truncate(a->blk, i % 2 ? size : 2 * size, true, mode, true, &err)) {
             g_error("resize: %s", err->message);
+        }
+        if (i % 4 == 2) {
+            fill_growth(a, size, 2 * size);
         }
         g_usleep(2000);
     }
