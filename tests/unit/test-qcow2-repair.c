@@ -367,6 +367,68 @@ static void test_full_device(void)
     }
 }
 
+/* ---------------------------------------------------------------- stopping */
+
+typedef struct Stop {
+    QbProgress progress;
+    unsigned left;    /* findings */
+    bool in_repair;   /* the last of them was one that a repair had made good */
+} Stop;
+
+static void stop_at_finding(const BdrvCheckFinding *finding, void *opaque)
+{
+    Stop *stop = opaque;
+    if (stop->left && --stop->left == 0) {
+        atomic_store(&stop->progress.cancel, true);
+        stop->in_repair = finding->fixed;
+    }
+}
+
+/* A repair that is asked to stop at finding @n. False: it had ended before. */
+static bool stop_at(const RecFile *before, const Shape *shape, unsigned n, unsigned *ret_whole)
+{
+    RecFile *f = rec_file_dup("stopped", before);
+    Stop stop = {.left = n};
+    BdrvCheckOptions opts = {.fix = BDRV_FIX_LEAKS | BDRV_FIX_ERRORS, .finding = stop_at_finding,
+                             .opaque = &stop, .progress = &stop.progress};
+    BdrvCheckResult result;
+    g_autoptr(GError) err = NULL;
+    qb_progress_init(&stop.progress, 0);
+    BlockBackend *blk = rec_open_image(f, NULL, BDRV_O_CHECK | BDRV_O_RDWR | BDRV_O_RESIZE);
+    bool ok = bdrv_check(blk_bs(blk), &opts, &result, &err);
+    blk_unref(blk);
+    g_assert_true(ok || g_error_matches(err, QB_ERROR, EINTR));
+    if (ok) {
+        g_assert_cmpuint(result.corruptions + result.leaks + result.check_errors, ==, 0);
+        rec_check(f, false);
+        *ret_whole += stop.in_repair;
+    }
+    repair_fully(f, shape, -1);
+    rec_file_free(f);
+    return stop.left == 0;
+}
+
+/* Once a repair writes it goes on to its end, in every table. */
+static void test_stop(void)
+{
+    const Shape *shape = &shapes[0];
+    enum { IN_SECOND_TABLE = 512 / 8 };
+    RecFile *f = make_image(shape);
+    BlockBackend *blk = rec_open_rw(f);
+    image_write(blk, (int64_t)IN_SECOND_TABLE * shape->cluster, shape->cluster, 0x77);
+    blk_unref(blk);
+    uint64_t second = get(f, l1_pos(f) + 8) & QCOW2_ENTRY_OFFSET_MASK;
+    copied_flags(f, shape->cluster);
+    counts_high(f, shape->cluster);
+    put(f, second, get(f, second) ^ QCOW2_ENTRY_COPIED);
+    unsigned n = 1, whole = 0;
+    while (stop_at(f, shape, n, &whole)) {
+        n++;
+    }
+    g_assert_cmpuint(whole, >, 0);
+    rec_file_free(f);
+}
+
 /* ---------------------------------------------------------------- main */
 
 static void add_cases(const char *what, GTestDataFunc fn)
@@ -386,6 +448,7 @@ int main(int argc, char **argv)
     add_cases("fault", test_fault);
     add_cases("device", test_device);
     g_test_add_func("/qcow2-repair/full-device", test_full_device);
+    g_test_add_func("/qcow2-repair/stop", test_stop);
     int rc = g_test_run();
     image_teardown();
     return rc;
