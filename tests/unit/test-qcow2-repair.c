@@ -27,7 +27,7 @@ static const Shape shapes[] = {
     {"size=64k,cluster_size=512", 512},
     {"size=64k,cluster_size=512,compat=0.10", 512},
     {"size=64k,cluster_size=512,refcount_bits=64", 512},
-    {"size=1M,cluster_size=4k,refcount_bits=2", 4096},
+    {"size=3M,cluster_size=4k,refcount_bits=2", 4096},
 };
 enum { SMALL_SHAPES = 2 }; /* for what takes long */
 
@@ -90,6 +90,7 @@ typedef struct Damage {
     void (*fn)(RecFile *f, unsigned cluster_size);
     int lost; /* a guest cluster whose content the damage itself decides, or -1 */
     bool in_place; /* nothing is lost, so the file must not grow */
+    bool shares; /* tables stay shared: who writes makes his own, without telling the other COPIED */
 } Damage;
 
 static void counts_zero(RecFile *f, unsigned cluster_size)
@@ -157,6 +158,25 @@ static void data_twice(RecFile *f, unsigned cluster_size)
     put(f, l2_pos(f, 3), get(f, l2_pos(f, 4)));
 }
 
+/* The table of the first entry is that of the second one, too. */
+static void table_twice(RecFile *f, unsigned cluster_size)
+{
+    put(f, l1_pos(f) + 8, get(f, l1_pos(f)));
+}
+
+/* So it leads to a cluster of metadata twice. */
+static void table_twice_over_l1(RecFile *f, unsigned cluster_size)
+{
+    table_twice(f, cluster_size);
+    data_over_l1(f, cluster_size);
+}
+
+static void table_twice_data_twice(RecFile *f, unsigned cluster_size)
+{
+    table_twice(f, cluster_size);
+    data_twice(f, cluster_size);
+}
+
 static void reserved_bits(RecFile *f, unsigned cluster_size)
 {
     put(f, l2_pos(f, 1), get(f, l2_pos(f, 1)) | 0x4);
@@ -185,6 +205,9 @@ static const Damage damages[] = {
     {"data-over-reftable", data_over_reftable, 3, false},
     {"data-over-block", data_over_block, 3, false},
     {"data-twice", data_twice, 3, false},
+    {"table-twice", table_twice, -1, true, true},
+    {"table-twice-over-l1", table_twice_over_l1, 3, false, true},
+    {"table-twice-data-twice", table_twice_data_twice, 3, false, true},
     {"reserved-bits", reserved_bits, -1, true},
     {"everything", everything, 3, false},
 };
@@ -259,6 +282,9 @@ static void test_repair(gconstpointer data)
             g_assert_cmpint(f->length, <=, qb_align_up((uint64_t)length, shapes[i].cluster));
         }
         expect_writable(f, &shapes[i]);
+        if (damage->shares) {
+            g_assert_true(check(f, BDRV_FIX_LEAKS | BDRV_FIX_ERRORS, &result));
+        }
         rec_check(f, false);
         rec_file_free(f);
     }

@@ -203,6 +203,53 @@ static void test_stop(void)
     g_assert_cmpuint(n, ==, 2);
 }
 
+/* --- trees --- */
+
+/* What collecting the tree of an L1 says whose @n entries name the @tables first tables in turn. */
+static int collect_repeated(BlockBackend *blk, const uint64_t *tables, unsigned nb_tables, uint32_t n,
+                            unsigned *ret_refs)
+{
+    BDRV_GRAPH_GUARD();
+    g_autofree uint64_t *be = g_new(uint64_t, n);
+    g_autoptr(GArray) runs = g_array_new(false, false, sizeof(Qcow2HostRun));
+    for (uint32_t i = 0; i < n; i++) {
+        be[i] = tables[i % nb_tables];
+    }
+    int ret = qcow2_tree_collect(blk_bs(blk), &(Qcow2WalkSource){.be_l1 = be, .l1_size = n}, runs);
+    *ret_refs = 0;
+    for (guint i = 0; i < runs->len; i++) {
+        *ret_refs += (unsigned)(g_array_index(runs, Qcow2HostRun, i).bytes / 512);
+    }
+    return ret;
+}
+
+/* A small L1 may name one table as often as it likes; in a larger one, 1,024 entries and two for
+ * each table are the most.  Each naming counts: for the table, and for its one cluster of data. */
+static void test_repeated_tables(void)
+{
+    static const struct {
+        unsigned tables;
+        uint32_t n;
+        int ret;
+    } cases[] = {
+        {1, 1024, 0}, {1, 1026, 0}, {1, 1027, -EMLINK}, {1, 100000, -EMLINK}, {2, 1028, 0},
+        {2, 1029, -EMLINK},
+    };
+    uint32_t l1_size;
+    image_create("image", "size=1M,cluster_size=512");
+    g_autoptr(BlockBackend) blk = image_open_rw("image");
+    image_write(blk, 0, 512, 1);
+    image_write(blk, 32 * KIB, 512, 2);
+    g_assert_cmpint(blk_flush(blk), ==, 0);
+    g_autofree uint64_t *tables = qcow2_l1_dup_be(image_state(blk), &l1_size);
+    for (size_t i = 0; i < G_N_ELEMENTS(cases); i++) {
+        unsigned refs;
+        int ret = collect_repeated(blk, tables, cases[i].tables, cases[i].n, &refs);
+        g_assert_cmpint(ret, ==, cases[i].ret);
+        g_assert_cmpuint(refs, ==, ret ? 0 : 2 * cases[i].n);
+    }
+}
+
 /* --- edits --- */
 
 typedef struct EditCount {
@@ -247,6 +294,7 @@ int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
     image_setup();
+    g_test_add_func("/qcow2-walk/repeated-tables", test_repeated_tables);
     g_test_add_func("/qcow2-walk/runs", test_runs);
     g_test_add_func("/qcow2-walk/many-tables", test_many_tables);
     g_test_add_func("/qcow2-walk/dirty-tables", test_dirty_tables);
