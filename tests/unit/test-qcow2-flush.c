@@ -223,6 +223,38 @@ static void test_order(void)
     rec_file_free(f);
 }
 
+/* A flush that failed before its first barrier leaves a new table to the next one as what it is: no
+ * stable pointer names it.  After that barrier one may. */
+static void test_order_after_error(void)
+{
+    enum { IN_PHASE_1 = 1, BARRIER_1 = 1, BARRIER_2 = 2 };
+    static const struct {
+        RecKind kind;
+        int n; /* that fails */
+        int phase_of_table, phase_of_l1; /* in the flush after it */
+    } cases[] = {
+        {REC_WRITE, IN_PHASE_1, 0, 1}, {REC_FLUSH, BARRIER_1, 0, 1}, {REC_FLUSH, BARRIER_2, 1, 1},
+    };
+    for (size_t i = 0; i < G_N_ELEMENTS(cases); i++) {
+        World w;
+        Oracle o;
+        RecFile *f = rec_image_new("a", "size=4M,cluster_size=4k", 16 * MIB);
+        world_open(&w, f, &o);
+        do_write(&w, 0, 8);
+        f->fail[cases[i].kind] = cases[i].n;
+        g_assert_cmpint(do_flush(&w), <, 0);
+        g_assert_cmpint(f->fail[cases[i].kind], ==, 0);
+        do_write(&w, 8, 8); /* into the same table */
+        g_assert_cmpuint(flushes_of(&w, do_flush), ==, 2);
+        g_assert_cmpint(phase_of(&w, l2_offset(&w, 0), 4096), ==, cases[i].phase_of_table);
+        g_assert_cmpint(phase_of(&w, qcow2_l1_table_offset(image_state(w.blk)), 512), ==,
+                        cases[i].phase_of_l1);
+        blk_unref(w.blk);
+        rec_check(f, false);
+        rec_file_free(f);
+    }
+}
+
 /* A new refcount block has its table entry after its own barrier and before what it counts is
  * linked. */
 static void test_order_refblock(void)
@@ -682,6 +714,7 @@ int main(int argc, char **argv)
     rec_setup();
     g_test_add_func("/qcow2-flush/order", test_order);
     g_test_add_func("/qcow2-flush/order-refblock", test_order_refblock);
+    g_test_add_func("/qcow2-flush/order-after-error", test_order_after_error);
     g_test_add_func("/qcow2-flush/sharing", test_sharing);
     for (size_t i = 0; i < G_N_ELEMENTS(crash_cases); i++) {
         g_autofree char *path = g_strconcat("/qcow2-flush/crash/", crash_cases[i].name, NULL);
