@@ -102,6 +102,32 @@ static void test_threads(void)
     blk_unref(blk);
 }
 
+/* The only bitmap there is was disabled when the image was opened: from its enabling on it follows the
+ * guest, and no longer when it is disabled again. */
+static void test_enabled_later(void)
+{
+    GError *err = NULL;
+    image_create("image", "size=1M");
+    BlockBackend *blk = image_open_rw("image");
+    bdrv_bitmap_add(blk_bs(blk), "b", BLOCK, true, true, &err);
+    g_assert_no_error(err);
+    blk_unref(blk);
+    blk = image_open_rw("image");
+    image_write(blk, 0, BLOCK, 1);
+    bdrv_bitmap_enable(blk_bs(blk), "b", &err);
+    g_assert_no_error(err);
+    image_write(blk, 2 * BLOCK, BLOCK, 1);
+    bdrv_bitmap_disable(blk_bs(blk), "b", &err);
+    g_assert_no_error(err);
+    image_write(blk, 4 * BLOCK, BLOCK, 1);
+    blk_unref(blk);
+    blk = image_open("image", NULL, 0);
+    g_assert_false(is_dirty(blk, "b", 0));
+    g_assert_true(is_dirty(blk, "b", 2 * BLOCK));
+    g_assert_false(is_dirty(blk, "b", 4 * BLOCK));
+    blk_unref(blk);
+}
+
 static int map(BlockBackend *blk, int64_t offset, int64_t bytes, BdrvMapping *m)
 {
     memset(m, 0, sizeof(*m));
@@ -146,6 +172,7 @@ int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
     image_setup();
+    g_test_add_func("/qcow2-bitmap-live/enabled-later", test_enabled_later);
     g_test_add_func("/qcow2-bitmap-live/threads", test_threads);
     g_test_add_func("/qcow2-bitmap-live/lane", test_lane);
     int ret = g_test_run();

@@ -6,6 +6,8 @@
  */
 #include "qcow2-rec.h"
 
+#include <fcntl.h>
+
 enum { CAPACITY = 64 * MIB, C = 64 * KIB };
 
 static void shrink(BlockBackend *blk, int64_t size)
@@ -101,6 +103,31 @@ static void test_subclusters(void)
         image_expect(blk, i * C + 6 * KIB, C - 6 * KIB, 0);
     }
     check_and_free(f, blk);
+}
+
+/* Clusters whose content is a hole of the file move to where something else was. */
+static void test_holes(void)
+{
+    image_create("holes", "size=8M");
+    BlockBackend *blk = image_open_rw("holes");
+    image_write(blk, 4 * MIB, 4 * MIB, 2);
+    image_write(blk, 0, 4 * MIB, 1);
+    uint64_t host = qcow2_entry_host(image_entry(blk, MIB));
+    g_assert_cmpuint(qcow2_entry_host(image_entry(blk, 3 * MIB - C)), ==, host + 2 * MIB - C);
+    blk_unref(blk);
+    g_autofree char *path = image_path("holes");
+    int fd = open(path, O_RDWR);
+    g_assert_cmpint(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)host, 2 * MIB), ==,
+                    0);
+    close(fd);
+    blk = image_open_rw("holes");
+    shrink(blk, 4 * MIB);
+    g_assert_cmpuint(qcow2_entry_host(image_entry(blk, MIB)), !=, host);
+    image_expect(blk, 0, MIB, 1);
+    image_expect(blk, MIB, 2 * MIB, 0);
+    image_expect(blk, 3 * MIB, MIB, 1);
+    blk_unref(blk);
+    image_check("holes");
 }
 
 /* The L1 was made longer, behind all else. */
@@ -343,6 +370,7 @@ int main(int argc, char **argv)
     rec_setup();
     g_test_add_func("/qcow2-compact/extents", test_extents);
     g_test_add_func("/qcow2-compact/subclusters", test_subclusters);
+    g_test_add_func("/qcow2-compact/holes", test_holes);
     g_test_add_func("/qcow2-compact/l1", test_l1);
     g_test_add_func("/qcow2-compact/shared", test_shared);
     g_test_add_func("/qcow2-compact/compressed", test_compressed);
