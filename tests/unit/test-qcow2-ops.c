@@ -593,6 +593,18 @@ static void crash_one(const Shape *shape, const Operation *op)
     }
 }
 
+/* Whoever fails gives back what it has taken; only a downgrade may leave that to the dirty bit. */
+static void assert_no_leaks(const Trial *t)
+{
+    unsigned harmless;
+    if (says_dirty(0)) {
+        g_assert_true(t->op->run == run_downgrade);
+        return;
+    }
+    g_autoptr(BlockBackend) blk = open_image(t->shape, 0, BDRV_O_CHECK);
+    g_assert_cmpuint(run_check(blk, &harmless).leaks, ==, 0);
+}
+
 static void fault_at(const Trial *t, unsigned n, bool *ret_fired)
 {
     log_copy(&log_disks[0], &t->image);
@@ -600,6 +612,9 @@ static void fault_at(const Trial *t, unsigned n, bool *ret_fired)
     bool ok = run_operation(t);
     *ret_fired = log_disks[0].failures > 0;
     log_disks[0].fail_at = 0;
+    if (!ok) {
+        assert_no_leaks(t);
+    }
     assert_survived(t, 0);
     g_autoptr(BlockBackend) blk = open_image(t->shape, 0, 0);
     if (ok) {
