@@ -2,7 +2,7 @@
  * The mapping, changed: the one function through which guest requests alter L2 entries.
  *
  *   qcow2_link(old[], new[]):  for each L2 table touched
- *     make the table writable        no table: allocate one
+ *     make the table writable        no table: allocate one, and its space in the file
  *                                    shared with a snapshot: allocate a copy
  *     metadata lock {
  *        is it still the table in L1?   else: once more
@@ -29,6 +29,8 @@
  */
 #include "block/qcow2-io-int.h"
 
+#include <string.h>
+
 #define CHUNK_ENTRIES 128
 #define CHUNK_BYTES (CHUNK_ENTRIES * 16)
 
@@ -39,7 +41,20 @@ static bool is_writable_entry(uint64_t l1_entry)
     return (l1_entry & QCOW2_ENTRY_OFFSET_MASK) && (l1_entry & QCOW2_ENTRY_COPIED);
 }
 
-/* A cluster for a table; offset or -errno. */
+/* The file may be sparse, and its file system full: then the request that needs a new table shall
+ * fail, which its guest can bear, and not each flush after it.  Nobody names the cluster yet. */
+static int reserve_table(BlockDriverState *bs, uint64_t offset)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    QB_AUTO_FREE void *zeroes = qb_try_memalign(4096, MAX(s->cluster_size, 4096));
+    if (!zeroes) {
+        return -ENOMEM;
+    }
+    memset(zeroes, 0, s->cluster_size);
+    return bdrv_pwrite(bs->file, (int64_t)offset, (int64_t)s->cluster_size, zeroes, 0);
+}
+
+/* A cluster for a table, with space in the file; offset or -errno. */
 static int64_t alloc_table(BlockDriverState *bs)
 {
     BDRVQcow2State *s = qcow2_state(bs);
@@ -52,6 +67,7 @@ static int64_t alloc_table(BlockDriverState *bs)
                                        "Preventing invalid allocation of L2 table at offset 0");
     }
     int ret = qcow2_check_overlap(bs, QCOW2_OL_NONE, (uint64_t)offset, s->cluster_size);
+    ret = ret < 0 ? ret : reserve_table(bs, (uint64_t)offset);
     if (ret < 0) {
         qcow2_alloc_undo(bs, (uint64_t)offset, s->cluster_size);
         return ret;

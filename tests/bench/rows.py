@@ -267,6 +267,11 @@ ROWS = [
         gates={"barriers": 32}),
     Row("barriers/16-flushes-with-refcount-blocks", None, ["a"], of_clusters(16 * MIB, 512),
         io(*flushed(16, 128 * KIB)), gates={"barriers": 48}),
+    # Nothing is there to be copied, so that the base has no barrier: all are those of emptying and
+    # closing the overlay. No command empties and does nothing else.
+    Row("barriers/empty", None, ["a", "base"],
+        overlay(TIB, "-o", "preallocation=metadata,extended_l2=on"), COMMIT, same=bases,
+        gates={"barriers": 6}, slow=True),
     Row("barriers/1600-writes-with-FUA-depth-16", None, ["a"], empty(GIB),
         img("bench", "-w", "-f", "qcow2", "-t", "writethrough", "-c", "1600", "-d", "16", "-s", "65536",
             "{dir}/a"), same=sizes, gates={"barriers": 220}),
