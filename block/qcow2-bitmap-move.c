@@ -101,18 +101,15 @@ void qcow2_bitmaps_parts(BlockDriverState *bs, GArray *parts)
 typedef struct NewTable {
     Qcow2Bitmap *q;
     uint64_t *entries; /* owned; host order */
-    uint64_t old, offset;
-    bool extra;        /* the caller's list has no place for it */
+    uint64_t offset;
 } NewTable;
 
 typedef struct Renewal {
     BlockDriverState *bs;
     BDRVQcow2State *s;
-    const Qcow2PartsMove *move;
-    GArray *tables;    /* NewTable */
-    uint8_t *dir;      /* owned until it is given to the header; whole sectors */
-    uint64_t dir_place; /* 0: not known yet, or given to the header, too */
-    guint found;       /* places that have something to go there */
+    Qcow2PartsMove *move;
+    GArray *tables; /* NewTable */
+    uint8_t *dir;   /* whole sectors; owned until it is given to the header */
 } Renewal;
 
 static void table_clear(void *table)
@@ -127,23 +124,16 @@ static void renewal_clear(Renewal *r)
 }
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Renewal, renewal_clear)
 
-static uint64_t find_place(Renewal *r, uint64_t offset, uint64_t bytes)
+/* Points the entries to where the clusters go; does any of them? */
+static bool point_entries(Renewal *r, const Qcow2Bitmap *q, uint64_t *entries)
 {
-    uint64_t place = qcow2_parts_place(r->move, offset, bytes);
-    r->found += place != 0;
-    return place;
-}
-
-/* Points the entries to where the clusters go; how many of them do. */
-static uint32_t point_entries(Renewal *r, const Qcow2Bitmap *q, uint64_t *entries)
-{
-    uint32_t changed = 0;
+    bool changed = false;
     for (uint32_t i = 0; i < q->table_entries; i++) {
         uint64_t offset = entries[i] & QCOW2_BITMAP_ENTRY_OFFSET_MASK;
-        uint64_t place = offset ? find_place(r, offset, r->s->cluster_size) : 0;
+        uint64_t place = offset ? qcow2_parts_place(r->move, offset, r->s->cluster_size) : 0;
         if (place) {
             entries[i] = (entries[i] & ~QCOW2_BITMAP_ENTRY_OFFSET_MASK) | place;
-            changed++;
+            changed = true;
         }
     }
     return changed;
@@ -160,45 +150,33 @@ static int write_table(const Renewal *r, const NewTable *t)
     return ret < 0 ? ret : bdrv_pwrite(r->bs->file, (int64_t)t->offset, (int64_t)bytes, buf, 0);
 }
 
+/* A table that moves, or names what does. */
 static int renew_table(Renewal *r, Qcow2Bitmap *q)
 {
-    NewTable t = {.q = q, .old = qcow2_bitmap_table_offset(q)};
+    uint64_t offset = qcow2_bitmap_table_offset(q), bytes = table_clusters_bytes(q);
+    NewTable t = {.q = q, .offset = qcow2_parts_place(r->move, offset, bytes)};
     t.entries = g_try_malloc(MAX(q->table_entries, 1) * sizeof(uint64_t));
     if (!t.entries) {
         return -ENOMEM;
     }
     memcpy(t.entries, q->table, q->table_entries * sizeof(uint64_t));
-    t.offset = find_place(r, t.old, table_clusters_bytes(q));
-    if (!point_entries(r, q, t.entries) && !t.offset) {
+    if (point_entries(r, q, t.entries) && !t.offset) {
+        t.offset = qcow2_parts_renew(r->move, offset, bytes);
+        if (!t.offset) {
+            table_clear(&t);
+            return QCOW2_STALE;
+        }
+    }
+    if (!t.offset) {
         table_clear(&t);
         return 0;
     }
-    if (!t.offset) {
-        t.extra = true;
-        t.offset = r->move->more(r->move->opaque, table_clusters_bytes(q));
-    }
     g_array_append_val(r->tables, t);
-    if (!t.offset) {
-        return QCOW2_STALE;
-    }
     qb_stbe64(r->dir + q->pos + QCOW2_BITMAP_TABLE_OFFSET, t.offset);
     return write_table(r, &t);
 }
 
-static int place_directory(Renewal *r)
-{
-    uint64_t bytes = dir_clusters_bytes(r->s);
-    r->dir_place = find_place(r, atomic_load(&r->s->bitmaps->dir_offset), bytes);
-    if (r->found != r->move->places->len) {
-        return QCOW2_STALE;
-    }
-    if (!r->dir_place) {
-        r->dir_place = r->move->more(r->move->opaque, bytes);
-    }
-    return r->dir_place ? 0 : QCOW2_STALE;
-}
-
-static int renew_all(Renewal *r)
+static int renew_tables(Renewal *r)
 {
     const Qcow2Bitmaps *b = r->s->bitmaps;
     r->dir = g_memdup2(b->dir, qb_align_up(atomic_load(&b->dir_bytes), QCOW2_HDR_SECTOR));
@@ -207,55 +185,43 @@ static int renew_all(Renewal *r)
         Qcow2Bitmap *q = g_ptr_array_index(b->all, i);
         ret = q->broken ? 0 : renew_table(r, q);
     }
-    return ret == 0 ? place_directory(r) : ret;
+    return ret;
 }
 
 /* ---------------------------------------------------------------- the switch */
 
-/* Nothing names the new places, but for a header that a crash may show. That of the directory is
- * freed by who could not switch to it. */
-static void undo(Renewal *r, uint64_t switched)
-{
-    qcow2_parts_free_new(r->bs, r->move, switched);
-    for (guint i = 0; i < r->tables->len; i++) {
-        const NewTable *t = &g_array_index(r->tables, NewTable, i);
-        if (t->extra && t->offset) {
-            qcow2_free_run(r->bs, t->offset, table_clusters_bytes(t->q), QCOW2_DISCARD_ALWAYS);
-        }
-    }
-}
-
 /* Invariant 2. */
-static void adopt(Renewal *r, uint64_t old_dir)
+static void adopt_tables(const Renewal *r)
 {
-    Qcow2Bitmaps *b = r->s->bitmaps;
+    QB_GUARD(&r->s->bitmaps->tables_lock);
     for (guint i = 0; i < r->tables->len; i++) {
         const NewTable *t = &g_array_index(r->tables, NewTable, i);
-        qb_mutex_lock(&b->tables_lock);
         memcpy(t->q->table, t->entries, t->q->table_entries * sizeof(uint64_t));
-        qb_mutex_unlock(&b->tables_lock);
-        if (t->extra) {
-            qcow2_bitmap_free_clusters(r->bs, t->old, table_clusters_bytes(t->q));
-        }
     }
-    qcow2_parts_free_old(r->bs, r->move, old_dir);
 }
 
-static int switch_to_new(Renewal *r)
+/* Whichever of the two places of the directory is not named goes with dir_switch_at(). */
+static int switch_directory(Renewal *r)
 {
     Qcow2Bitmaps *b = r->s->bitmaps;
     g_autoptr(GError) err = NULL;
-    uint64_t old_dir = atomic_load(&b->dir_offset), place = r->dir_place;
+    uint64_t old = atomic_load(&b->dir_offset);
+    uint64_t place = qcow2_parts_renew(r->move, old, dir_clusters_bytes(r->s));
+    if (!place || !qcow2_parts_all_found(r->move)) {
+        qcow2_parts_done(r->bs, r->move, false, 0);
+        return QCOW2_STALE;
+    }
     if (!qcow2_bitmap_dir_switch_at(r->bs, g_steal_pointer(&r->dir), atomic_load(&b->dir_bytes),
                                     b->all->len, place, &err)) {
-        undo(r, place);
+        qcow2_parts_done(r->bs, r->move, false, place);
         return qb_error_to_errno(err);
     }
-    adopt(r, old_dir);
+    adopt_tables(r);
+    qcow2_parts_done(r->bs, r->move, true, old);
     return 0;
 }
 
-int qcow2_bitmaps_move(BlockDriverState *bs, const Qcow2PartsMove *m)
+int qcow2_bitmaps_move(BlockDriverState *bs, Qcow2PartsMove *m)
 {
     BDRVQcow2State *s = qcow2_state(bs);
     g_auto(Renewal) r = {.bs = bs, .s = s, .move = m};
@@ -263,10 +229,10 @@ int qcow2_bitmaps_move(BlockDriverState *bs, const Qcow2PartsMove *m)
     g_array_set_clear_func(r.tables, table_clear);
     QB_GUARD(&s->bitmaps->lock);
     int ret = all_can_move_locked(s->bitmaps) ? qcow2_begin_change(bs, false) : QCOW2_STALE;
-    ret = ret == 0 ? renew_all(&r) : ret;
+    ret = ret == 0 ? renew_tables(&r) : ret;
     if (ret != 0) {
-        undo(&r, 0);
+        qcow2_parts_done(bs, m, false, 0);
         return ret;
     }
-    return switch_to_new(&r);
+    return switch_directory(&r);
 }

@@ -2,7 +2,8 @@
  * Snapshots and bitmaps, as compaction sees them: parts, each named by another one, the first of
  * them by the header.
  *
- *     header --> table of snapshots --> L1, L1, ...
+ *     header --> table of snapshots --> L1 --> L2 table that nothing else has, ...
+ *                                   '-> L1 --> ...
  *     header --> directory of bitmaps --> table --> cluster of bits, ...
  *                                     '-> table --> ...
  *
@@ -15,8 +16,8 @@
  *     Either go by way of quarantine: a header write that failed may show after a crash.
  *  2. A part has count 1 and is named once; what is otherwise stays (qcow2-compact-plan.c).
  *
- * Not done: L2 tables that only snapshots have; the LUKS area, which is as old as the image, and so
- * lies in front.
+ * Not done: L2 tables that several snapshots have, or a snapshot and the guest; the LUKS area, which
+ * is as old as the image, and so lies in front.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -38,6 +39,8 @@ uint64_t qcow2_parts_taken_along(const GArray *parts, uint64_t end)
     return bytes;
 }
 
+/* ---------------------------------------------------------------- moving */
+
 static int compare_copies(const void *key, const void *element)
 {
     uint64_t from = *(const uint64_t *)key;
@@ -45,31 +48,73 @@ static int compare_copies(const void *key, const void *element)
     return from < copy->from ? -1 : from > copy->from;
 }
 
-uint64_t qcow2_parts_place(const Qcow2PartsMove *m, uint64_t offset, uint64_t bytes)
+uint64_t qcow2_parts_place(Qcow2PartsMove *m, uint64_t offset, uint64_t bytes)
 {
     const Qcow2MoveCopy *copy = m->places->len
                                     ? bsearch(&offset, m->places->data, m->places->len,
                                               sizeof(Qcow2MoveCopy), compare_copies)
                                     : NULL;
-    return copy && copy->bytes == bytes ? copy->to : 0;
+    if (!copy || copy->bytes != bytes) {
+        return 0;
+    }
+    m->found++;
+    return copy->to;
 }
 
-void qcow2_parts_free_old(BlockDriverState *bs, const Qcow2PartsMove *m, uint64_t except)
+uint64_t qcow2_parts_renew(Qcow2PartsMove *m, uint64_t offset, uint64_t bytes)
 {
-    for (guint i = 0; i < m->places->len; i++) {
-        const Qcow2MoveCopy *copy = &g_array_index(m->places, Qcow2MoveCopy, i);
-        if (copy->from != except) {
-            qcow2_free_run(bs, copy->from, copy->bytes, m->type);
+    uint64_t place = qcow2_parts_place(m, offset, bytes);
+    if (place) {
+        return place;
+    }
+    Qcow2MoveCopy copy = {.from = offset, .to = m->more(m->opaque, bytes), .bytes = bytes};
+    if (copy.to) {
+        g_array_append_val(m->extra, copy);
+    }
+    return copy.to;
+}
+
+bool qcow2_parts_all_found(const Qcow2PartsMove *m)
+{
+    return m->found == m->places->len;
+}
+
+static void free_new(BlockDriverState *bs, const GArray *copies, uint64_t first)
+{
+    for (guint i = 0; i < copies->len; i++) {
+        const Qcow2MoveCopy *copy = &g_array_index(copies, Qcow2MoveCopy, i);
+        if (copy->to != first) {
+            qcow2_free_run(bs, copy->to, copy->bytes, QCOW2_DISCARD_ALWAYS);
         }
     }
 }
 
-void qcow2_parts_free_new(BlockDriverState *bs, const Qcow2PartsMove *m, uint64_t except)
+/* Nobody has looked so far at the counts of a part that lay before the end. */
+static bool is_alone(BlockDriverState *bs, const Qcow2MoveCopy *copy)
 {
-    for (guint i = 0; i < m->places->len; i++) {
-        const Qcow2MoveCopy *copy = &g_array_index(m->places, Qcow2MoveCopy, i);
-        if (copy->to != except) {
-            qcow2_free_run(bs, copy->to, copy->bytes, QCOW2_DISCARD_ALWAYS);
+    uint64_t count, bytes;
+    int ret = qcow2_count_run(bs, copy->from, copy->bytes, &count, &bytes);
+    return ret == 0 && count == 1 && bytes == copy->bytes;
+}
+
+static void free_old(BlockDriverState *bs, const GArray *copies, uint64_t first,
+                     Qcow2DiscardType type)
+{
+    for (guint i = 0; i < copies->len; i++) {
+        const Qcow2MoveCopy *copy = &g_array_index(copies, Qcow2MoveCopy, i);
+        if (copy->from != first && is_alone(bs, copy)) {
+            qcow2_free_run(bs, copy->from, copy->bytes, type);
         }
+    }
+}
+
+void qcow2_parts_done(BlockDriverState *bs, const Qcow2PartsMove *m, bool moved, uint64_t first)
+{
+    if (moved) {
+        free_old(bs, m->places, first, m->type);
+        free_old(bs, m->extra, first, QCOW2_DISCARD_OTHER);
+    } else {
+        free_new(bs, m->places, first);
+        free_new(bs, m->extra, first);
     }
 }

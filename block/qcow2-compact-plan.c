@@ -33,7 +33,7 @@
  *
  * Not moved, on purpose:
  *   data in an image with LUKS        its cipher's text depends on the place in the file
- *   L2 tables that only snapshots have    they are older than what was written since
+ *   L2 tables that several share          what names them cannot be changed at once
  *   the LUKS area, what is not known      they lie in front, mostly
  *   what has more counts than references, or others than its count
  *

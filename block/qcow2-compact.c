@@ -232,19 +232,19 @@ static GArray *copies_of(const Step *st)
     return list;
 }
 
-/* Where nothing is to last, nobody will read it either. */
+/* Where nothing is to last, nobody will read guest data either. */
 static int copy_all(const Step *st)
 {
     Compaction *c = st->c;
     g_autoptr(GArray) list = copies_of(st);
-    bool storage = unit_at(c, st->first)->kind == QCOW2_MOVE_BITMAPS;
-    if (c->bs->open_flags & BDRV_O_TRIAL) {
+    uint8_t kind = unit_at(c, st->first)->kind;
+    if (kind == QCOW2_MOVE_ENTRIES && (c->bs->open_flags & BDRV_O_TRIAL)) {
         return 0;
     }
     if (!c->copier) {
         c->copier = qcow2_copier_new(c->bs);
     }
-    return c->copier ? qcow2_copier_run(c->copier, list, storage) : -ENOMEM;
+    return c->copier ? qcow2_copier_run(c->copier, list, kind == QCOW2_MOVE_BITMAPS) : -ENOMEM;
 }
 
 static int pin_table(const Compaction *c, const Qcow2MoveRef *ref, Qcow2Table **ret)
@@ -476,22 +476,37 @@ static uint64_t more_room(void *opaque, uint64_t bytes)
     return offset;
 }
 
+/* What was changed in snapshots' L2 tables must be in the file to be copied. */
+static int settle_tables(const Compaction *c, const Qcow2MoveUnit *u)
+{
+    bool dirty = u->kind == QCOW2_MOVE_SNAPSHOTS && qcow2_cache_dirty_bytes(c->s->cache);
+    return dirty ? qcow2_flush(c->bs) : 0;
+}
+
 /* All of a kind at once: one write of the header switches to them. */
 static int run_parts(Compaction *c, guint first, guint end)
 {
+    static int (*const movers[])(BlockDriverState *bs, Qcow2PartsMove *m) = {
+        [QCOW2_MOVE_SNAPSHOTS] = qcow2_snapshots_move,
+        [QCOW2_MOVE_BITMAPS] = qcow2_bitmaps_move,
+    };
     Step st = {.c = c, .first = first, .end = end};
-    int ret = prepare_all(&st);
+    int ret = settle_tables(c, unit_at(c, first));
+    if (ret < 0) {
+        return ret;
+    }
+    ret = prepare_all(&st);
     ret = ret < 0 ? ret : copy_all(&st);
     if (ret < 0) {
         abandon_all(&st);
         return ret;
     }
     g_autoptr(GArray) places = copies_of(&st);
-    Qcow2PartsMove move = {.places = places, .more = more_room, .opaque = c, .type = c->type};
-    if (places->len) {
-        ret = unit_at(c, first)->kind == QCOW2_MOVE_BITMAPS ? qcow2_bitmaps_move(c->bs, &move)
-                                                            : qcow2_snapshots_move(c->bs, &move);
-    }
+    g_autoptr(GArray) extra = g_array_new(false, false, sizeof(Qcow2MoveCopy));
+    Qcow2PartsMove move = {
+        .places = places, .extra = extra, .more = more_room, .opaque = c, .type = c->type,
+    };
+    ret = places->len ? movers[unit_at(c, first)->kind](c->bs, &move) : 0;
     return MIN(ret, 0);
 }
 

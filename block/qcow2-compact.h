@@ -20,7 +20,7 @@ typedef enum Qcow2MoveKind {
     QCOW2_MOVE_BLOCK,    /* a refcount block */
     QCOW2_MOVE_L1,       /* the active L1 */
     QCOW2_MOVE_REFTABLE,
-    QCOW2_MOVE_SNAPSHOTS, /* parts: the table of snapshots, their L1s */
+    QCOW2_MOVE_SNAPSHOTS, /* parts: the table of snapshots, their L1s, L2 tables of one */
     QCOW2_MOVE_BITMAPS,   /* parts: the directory of bitmaps, their tables and data */
 } Qcow2MoveKind;
 
@@ -110,23 +110,29 @@ typedef struct Qcow2Part {
 /* Pure: bytes of the parts before @end that move because a part that they name lies behind it. */
 uint64_t qcow2_parts_taken_along(const GArray *parts, uint64_t end);
 
-/* An order to move parts. */
+/* An order to move parts, and what becomes of it. */
 typedef struct Qcow2PartsMove {
     const GArray *places; /* Qcow2MoveCopy, sorted by from: parts, with their content copied; the
                            * new places have count 1 and are the mover's, also on failure */
-    uint64_t (*more)(void *opaque, uint64_t bytes); /* another place, likewise; 0: there is none */
+    GArray *extra;        /* the same, of parts that are written anew because of these */
+    guint found;          /* of places */
+    uint64_t (*more)(void *opaque, uint64_t bytes); /* a place for those; 0: there is none */
     void *opaque;
     Qcow2DiscardType type; /* of the old places */
 } Qcow2PartsMove;
 
-/* Where the part goes; 0: it stays. */
-uint64_t qcow2_parts_place(const Qcow2PartsMove *m, uint64_t offset, uint64_t bytes);
-/* Frees all old places, or all new ones, but that at @except (0: none), with the next flush. */
-void qcow2_parts_free_old(BlockDriverState *bs, const Qcow2PartsMove *m, uint64_t except);
-void qcow2_parts_free_new(BlockDriverState *bs, const Qcow2PartsMove *m, uint64_t except);
+/* Where the part goes; 0: it stays. Once for each part. */
+uint64_t qcow2_parts_place(Qcow2PartsMove *m, uint64_t offset, uint64_t bytes);
+/* The same for a part that is written anew in any case, so it needs a place; 0: there is none. */
+uint64_t qcow2_parts_renew(Qcow2PartsMove *m, uint64_t offset, uint64_t bytes);
+/* Has each place got its part? */
+bool qcow2_parts_all_found(const Qcow2PartsMove *m);
+/* Frees all old places (@moved) or all new ones, but that of the first part, which begins at @first
+ * (0: that, too). They are free with the next flush. */
+void qcow2_parts_done(BlockDriverState *bs, const Qcow2PartsMove *m, bool moved, uint64_t first);
 
 /*
- * Of the room of snapshots (qcow2-snapshot-table.c) and that of bitmaps (qcow2-bitmap-move.c).
+ * Of the room of snapshots (qcow2-snapshot-move.c) and that of bitmaps (qcow2-bitmap-move.c).
  *
  * parts: appends what can be moved, with all that names it, to @parts (Qcow2Part); nothing where
  * that is not known.
@@ -136,9 +142,17 @@ void qcow2_parts_free_new(BlockDriverState *bs, const Qcow2PartsMove *m, uint64_
  * meanwhile; for snapshots the whole node is in the range lock.
  */
 void qcow2_snapshots_parts(BlockDriverState *bs, GArray *parts);
-int qcow2_snapshots_move(BlockDriverState *bs, const Qcow2PartsMove *m);
+int qcow2_snapshots_move(BlockDriverState *bs, Qcow2PartsMove *m);
 void qcow2_bitmaps_parts(BlockDriverState *bs, GArray *parts);
-int qcow2_bitmaps_move(BlockDriverState *bs, const Qcow2PartsMove *m);
+int qcow2_bitmaps_move(BlockDriverState *bs, Qcow2PartsMove *m);
+
+/* qcow2-snapshot-table.c: writes @list as the table of snapshots, to the clusters at @place, and
+ * switches to it; the old one is freed.  The list in memory stays as it is.  On failure the clusters
+ * are. */
+bool qcow2_snapshots_rewrite(BlockDriverState *bs, const GArray *list, uint64_t place,
+                             GError **errp);
+/* Clusters that the table takes when it is written, in bytes; 0: it cannot be written. */
+uint64_t qcow2_snapshots_room(const BDRVQcow2State *s);
 
 /*
  * Moves what lies at the end of the image file into free clusters before it, and into those of @spare (see

@@ -18,8 +18,6 @@
  *     demands; new ones have the three known fields.
  *  3. Loading costs memory only for entries that the file really holds: an entry's length is read
  *     before the entry, and nothing is read or allocated for what a header merely claims.
- *  4. An L1 moves (compaction) with the table: its copy is stable before the new table is, and the
- *     list in memory stays the same one, as others may look at it.
  *
  * Not done: the place and length of a snapshot's L1 are judged when that L1 is used, as elsewhere
  * in the field, so that one damaged snapshot does not keep the image from being opened.
@@ -443,84 +441,22 @@ bool qcow2_snapshots_store(BlockDriverState *bs, GArray *snapshots,
     return true;
 }
 
-/* ---------------------------------------------------------------- moving */
-
-static uint64_t l1_clusters_bytes(const BDRVQcow2State *s, const Qcow2Snapshot *sn)
+uint64_t qcow2_snapshots_room(const BDRVQcow2State *s)
 {
-    return qb_align_up((uint64_t)sn->l1_size * 8, s->cluster_size);
+    size_t bytes = table_bytes(s->snapshots, s->version);
+    return bytes <= QCOW2_MAX_SNAPSHOT_TABLE_BYTES ? qb_align_up(bytes, s->cluster_size) : 0;
 }
 
-void qcow2_snapshots_parts(BlockDriverState *bs, GArray *parts)
+bool qcow2_snapshots_rewrite(BlockDriverState *bs, const GArray *list, uint64_t place,
+                             GError **errp)
 {
-    const BDRVQcow2State *s = qcow2_state(bs);
-    guint table = parts->len;
-    Qcow2Part part = {s->snapshots_offset, qb_align_up(s->snapshots_bytes, s->cluster_size), table};
-    if (!s->snapshots->len) {
-        return;
+    NewTable t = {.offset = place, .nb = list->len};
+    size_t bytes;
+    g_autofree uint8_t *table =
+        qcow2_snapshots_encode(list, qcow2_state(bs)->version, &bytes, errp);
+    if (!table) {
+        qcow2_alloc_undo(bs, place, qcow2_snapshots_room(qcow2_state(bs)));
+        return false;
     }
-    g_array_append_val(parts, part);
-    for (guint i = 0; i < s->snapshots->len; i++) {
-        const Qcow2Snapshot *sn = &g_array_index(s->snapshots, Qcow2Snapshot, i);
-        Qcow2Part l1 = {sn->l1_offset, l1_clusters_bytes(s, sn), table};
-        if (sn->l1_size && sn->l1_size <= QCOW2_MAX_L1_BYTES / 8 &&
-            !qcow2_offset_into_cluster(s, l1.offset)) {
-            g_array_append_val(parts, l1);
-        }
-    }
-}
-
-/* Points the snapshots to where their L1s go; how many of them do. */
-static guint point_l1s(const BDRVQcow2State *s, const Qcow2PartsMove *m, GArray *list)
-{
-    guint found = 0;
-    for (guint i = 0; i < list->len; i++) {
-        Qcow2Snapshot *sn = &g_array_index(list, Qcow2Snapshot, i);
-        uint64_t place = qcow2_parts_place(m, sn->l1_offset, l1_clusters_bytes(s, sn));
-        sn->l1_offset = place ? place : sn->l1_offset;
-        found += place != 0;
-    }
-    return found;
-}
-
-/* The place for a table of @bytes; 0: there is none, or @m does not fit what there is. */
-static uint64_t place_table(const BDRVQcow2State *s, const Qcow2PartsMove *m, guint found,
-                            size_t bytes)
-{
-    uint64_t room = qb_align_up(bytes, s->cluster_size);
-    uint64_t place = qcow2_parts_place(m, s->snapshots_offset, room);
-    found += place != 0;
-    if (found != m->places->len) {
-        return 0;
-    }
-    return place ? place : m->more(m->opaque, room);
-}
-
-/* The list in memory stays the same one: others may look at it. */
-static void adopt_l1s(BDRVQcow2State *s, const GArray *list)
-{
-    for (guint i = 0; i < list->len; i++) {
-        uint64_t *offset = &g_array_index(s->snapshots, Qcow2Snapshot, i).l1_offset;
-        *offset = g_array_index(list, Qcow2Snapshot, i).l1_offset;
-    }
-}
-
-int qcow2_snapshots_move(BlockDriverState *bs, const Qcow2PartsMove *m)
-{
-    BDRVQcow2State *s = qcow2_state(bs);
-    g_autoptr(GArray) list = qcow2_snapshots_dup(s->snapshots);
-    g_autoptr(GError) err = NULL;
-    NewTable t = {.nb = list->len};
-    guint found = point_l1s(s, m, list);
-    size_t bytes = 0;
-    g_autofree uint8_t *table = qcow2_snapshots_encode(list, s->version, &bytes, &err);
-    uint64_t old = s->snapshots_offset, place = table ? place_table(s, m, found, bytes) : 0;
-    t.offset = place;
-    if (!place || !replace_table(bs, table, bytes, &t, &err)) {
-        qcow2_parts_free_new(bs, m, place);
-        return err ? qb_error_to_errno(err) : QCOW2_STALE;
-    }
-    adopt_l1s(s, list);
-    qcow2_guard_snapshots(bs);
-    qcow2_parts_free_old(bs, m, old);
-    return 0;
+    return replace_table(bs, table, bytes, &t, errp);
 }

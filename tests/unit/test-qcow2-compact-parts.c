@@ -1,7 +1,7 @@
 /*
  * A shrink makes the file short where bitmaps and snapshots lie at its end: they move, and say what
- * they said before.  Crashes and errors in between are the crash and fault suites' (operation
- * "shrink-moves-parts").
+ * they said before.  Crashes and errors in between are the crash and fault suites' (operations
+ * "shrink-moves-parts", "shrink-moves-snapshots").
  *
  * SPDX-License-Identifier: MIT
  */
@@ -239,6 +239,52 @@ static void test_broken(void)
     rec_file_free(f);
 }
 
+/* ---------------------------------------------------------------- snapshots */
+
+static void take_snapshot(BlockBackend *blk, const char *name)
+{
+    GError *err = NULL;
+    g_assert_true(bdrv_snapshot_create(blk_bs(blk), name, &err));
+}
+
+/* A snapshot that is deleted leaves room in front; behind it lie the L2 table, L1 and table of one that
+ * stays. */
+static void check_snapshots(const char *opts)
+{
+    GError *err = NULL;
+    RecFile *f = turned_image(opts);
+    BlockBackend *blk = rec_open_rw(f);
+    take_snapshot(blk, "first");
+    g_assert_cmpint(blk_pdiscard(blk, HALF, HALF), ==, 0);
+    image_write(blk, MIB, 64 * KIB, 3);
+    take_snapshot(blk, "last");
+    image_write(blk, MIB, 64 * KIB, 4);
+    g_assert_true(bdrv_snapshot_delete(blk_bs(blk), NULL, "first", &err));
+    int64_t length = f->length;
+    g_assert_cmpint(length, >, HALF);
+    unsigned flushes = f->count[REC_FLUSH];
+    shrink(blk);
+    g_assert_cmpuint(f->count[REC_FLUSH] - flushes, <=, 6 + 2 + 3);
+    g_assert_cmpint(f->length, <, MIB);
+    image_expect(blk, 0, 64 * KIB, 1);
+    image_expect(blk, MIB, 64 * KIB, 4);
+    blk_unref(blk);
+    blk = rec_open_rw(f);
+    g_assert_true(bdrv_snapshot_apply(blk_bs(blk), "last", &err));
+    image_expect(blk, 0, 64 * KIB, 1);
+    image_expect(blk, MIB, 64 * KIB, 3);
+    image_expect(blk, HALF, HALF, 0);
+    g_assert_true(bdrv_snapshot_delete(blk_bs(blk), NULL, "last", &err));
+    check_and_free(f, blk);
+}
+
+static void test_snapshots(void)
+{
+    check_snapshots("");
+    check_snapshots(",cluster_size=4k");
+    check_snapshots(",cluster_size=16k,extended_l2=on");
+}
+
 /* ---------------------------------------------------------------- who looks at bits meanwhile */
 
 typedef struct Reader {
@@ -294,6 +340,7 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-compact-parts/bits-only", test_bits_only);
     g_test_add_func("/qcow2-compact-parts/inconsistent", test_inconsistent);
     g_test_add_func("/qcow2-compact-parts/broken", test_broken);
+    g_test_add_func("/qcow2-compact-parts/snapshots", test_snapshots);
     g_test_add_func("/qcow2-compact-parts/readers", test_readers);
     int ret = g_test_run();
     image_teardown();
