@@ -191,6 +191,19 @@ static bool switch_locked(BDRVQcow2State *s, uint64_t *be, uint32_t size, uint64
     return true;
 }
 
+/* Clusters for a new table, which are nobody's, not even the present one's; offset or -errno. */
+static int64_t alloc_place(BlockDriverState *bs, uint64_t bytes)
+{
+    int64_t offset = qcow2_alloc_clusters(bs, bytes);
+    int ret = offset < 0 ? (int)offset
+                         : qcow2_check_overlap(bs, QCOW2_OL_NONE, (uint64_t)offset, bytes);
+
+    if (ret < 0 && offset >= 0) {
+        qcow2_alloc_undo(bs, (uint64_t)offset, bytes);
+    }
+    return ret < 0 ? ret : offset;
+}
+
 int qcow2_l1_grow(BlockDriverState *bs, uint64_t size, bool exact)
 {
     BDRVQcow2State *s = qcow2_state(bs);
@@ -215,7 +228,7 @@ int qcow2_l1_grow(BlockDriverState *bs, uint64_t size, bool exact)
     }
     bdrv_debug_event(bs->file, "l1_grow_alloc_table");
     bytes = qb_align_up(size * sizeof(uint64_t), s->cluster_size);
-    offset = qcow2_alloc_clusters(bs, bytes);
+    offset = alloc_place(bs, bytes);
     if (offset < 0) {
         g_free(be);
         return (int)offset;
