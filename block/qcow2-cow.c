@@ -106,6 +106,12 @@ static int write_runs_in_place(const Qcow2Io *io, const InPlace *plan)
                              qcow2_io_pos(io, m->guest), 0);
 }
 
+/* The core may bring a request in pieces: nothing of it is behind @end. */
+static bool ends_request(const Qcow2Io *io, uint64_t end)
+{
+    return io->req && end >= io->req->range.end;
+}
+
 /* Bytes written from @guest on; 0 when the first needs more than that. Whoever unlinks the clusters
  * meanwhile may pass, once nothing is left to be serialised for. */
 static int64_t write_in_place(const Qcow2Io *io, uint64_t guest, uint64_t bytes)
@@ -114,7 +120,7 @@ static int64_t write_in_place(const Qcow2Io *io, uint64_t guest, uint64_t bytes)
     Qcow2User user;
     qcow2_user_announce_writing(io->s, &user);
     int ret = plan_in_place(io, guest, bytes, &plan);
-    if (ret == 0 && plan.bytes == bytes && io->req) {
+    if (ret == 0 && plan.bytes == bytes && ends_request(io, guest + bytes)) {
         bdrv_request_settle(io->req);
     }
     if (ret == 0 && plan.n == 1) {

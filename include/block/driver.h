@@ -77,6 +77,7 @@ void bdrv_request_serialise(BdrvRequest *req, int64_t offset, int64_t bytes);
 /*
  * A write that was not made serialising will not be, and may be passed by serialising requests that came
  * later: what it does now is right whatever they do meanwhile.  Until then, or its end, they wait.
+ * The core may bring a request in pieces: only the one that reaches the end of its range may do this.
  */
 void bdrv_request_settle(BdrvRequest *req);
 /*

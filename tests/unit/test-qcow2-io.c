@@ -18,6 +18,7 @@ typedef struct Config {
     unsigned cluster;
     bool backing, compressed, v2;
     const char *open_opts;
+    int64_t max_transfer; /* longer requests come in pieces; 0: none do */
 } Config;
 
 #define MB4 (4 * MIB)
@@ -50,6 +51,7 @@ static const Config configs[] = {
      .open_opts = "discard=unmap,l2-cache-size=2048,l2-cache-entry-size=1024"},
     {"small-cache", "cluster_size=512", 2 * MIB, 512,
      .open_opts = "discard=unmap,l2-cache-size=4096,refcount-cache-size=4096"},
+    {"pieces", "cluster_size=4k", 256 * KIB, 4096, .compressed = true, .max_transfer = 8192},
 };
 
 typedef struct World {
@@ -257,7 +259,10 @@ static void make_image(const Config *c, uint8_t *oracle)
 
 static BlockBackend *open_image(const Config *c)
 {
-    return image_open("image", c->open_opts ? c->open_opts : "discard=unmap", BDRV_O_RDWR);
+    BlockBackend *blk =
+        image_open("image", c->open_opts ? c->open_opts : "discard=unmap", BDRV_O_RDWR);
+    blk_bs(blk)->bl.max_transfer = c->max_transfer;
+    return blk;
 }
 
 static void test_random(const void *data)
