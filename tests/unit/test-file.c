@@ -265,6 +265,14 @@ static void test_flush_failure_sticks(TestDir *t, gconstpointer root)
     g_assert_cmpint(bs->drv->flush(bs), ==, -EIO);
     g_assert_cmpint(node_write(bs, 0, 512, 2, 0), ==, 0);
     g_assert_cmpint(node_write(bs, 0, 512, 2, BDRV_REQ_FUA), ==, -EIO);
+    char buf[512] = "";
+    BdrvBatchOp ops[] = {
+        {.kind = BDRV_BATCH_WRITE, .bytes = 512, .buf = buf},
+        {.kind = BDRV_BATCH_WRITE, .offset = 512, .bytes = 512, .buf = buf, .flags = BDRV_REQ_FUA},
+    };
+    g_assert_cmpint(bs->drv->run_batch(bs, ops, 2), ==, -EIO);
+    g_assert_cmpint(ops[0].ret, ==, 0);
+    g_assert_cmpint(ops[1].ret, ==, -EIO);
     bs->cache_no_flush = true;
     g_assert_cmpint(bs->drv->flush(bs), ==, 0);
     g_assert_cmpint(node_write(bs, 0, 512, 2, BDRV_REQ_FUA), ==, 0);

@@ -372,6 +372,42 @@ static void test_packing_undo(void)
     world_free(w);
 }
 
+typedef struct Packer {
+    BlockDriverState *bs;
+    uint32_t size;
+    int64_t offset;
+} Packer;
+
+static void *pack(void *opaque)
+{
+    Packer *p = opaque;
+    BDRV_GRAPH_GUARD();
+    p->offset = qcow2_alloc_bytes(p->bs, p->size);
+    return NULL;
+}
+
+/* Somebody has the rest of a cluster and is looking for the one behind it: nobody else gets that rest. */
+static void test_packing_race(void)
+{
+    pthread_t thread;
+    image_create("packing", "size=1M");
+    BlockBackend *blk = image_open_debug("packing", "");
+    BlockDriverState *bs = blk_bs(blk);
+    Packer first = {bs, 1000, 0}, longer = {bs, 65000, 0}, last = {bs, 500, 0};
+    pack(&first);
+    g_assert_cmpint(bdrv_debug_breakpoint(bs, "cluster_alloc", "A"), ==, 0);
+    g_assert_true(qb_thread_start(&thread, "packer", pack, &longer));
+    while (!bdrv_debug_is_suspended(bs, "A")) {
+        g_usleep(200);
+    }
+    pack(&last);
+    g_assert_cmpint(bdrv_debug_resume(bs, "A"), ==, 0);
+    pthread_join(thread, NULL);
+    g_assert_cmpint(longer.offset, ==, first.offset + first.size);
+    g_assert_cmpint(last.offset, >=, longer.offset + longer.size);
+    blk_unref(blk);
+}
+
 /* The header's cluster is not for anybody, even where its count is wrong. */
 static void test_cluster_0(void)
 {
@@ -446,6 +482,24 @@ static void test_quarantine_users(void)
     g_assert_cmpint(qcow2_flush(w->bs), ==, 0);
     g_assert_true(is_free(w, b));
     g_assert_cmpuint(qcow2_quarantine_bytes(w->s), ==, 0);
+    world_free(w);
+}
+
+/* Runs that touch are one in quarantine: who came between the two may still be on the second. */
+static void test_quarantine_merged(void)
+{
+    World *w = world_new("size=1M,cluster_size=4k", CLUSTERS * 4096);
+    int64_t a = qcow2_alloc_clusters(w->bs, 8192), b = a + 4096;
+    Qcow2User on_b;
+    qcow2_free_run(w->bs, (uint64_t)a, 4096, QCOW2_DISCARD_ALWAYS);
+    qcow2_user_announce(w->s, &on_b);
+    qcow2_user_resolve(w->s, &on_b, (uint64_t)b, 512);
+    qcow2_free_run(w->bs, (uint64_t)b, 4096, QCOW2_DISCARD_ALWAYS);
+    g_assert_cmpint(qcow2_flush(w->bs), ==, 0);
+    g_assert_false(is_free(w, b));
+    qcow2_user_leave(w->s, &on_b);
+    g_assert_cmpint(qcow2_flush(w->bs), ==, 0);
+    g_assert_true(is_free(w, a) && is_free(w, b));
     world_free(w);
 }
 
@@ -711,10 +765,12 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-alloc/packing", test_packing);
     g_test_add_func("/qcow2-alloc/packing-ends", test_packing_ends);
     g_test_add_func("/qcow2-alloc/packing-undo", test_packing_undo);
+    g_test_add_func("/qcow2-alloc/packing-race", test_packing_race);
     g_test_add_func("/qcow2-alloc/cluster-0", test_cluster_0);
     g_test_add_func("/qcow2-alloc/update-limits", test_update_limits);
     g_test_add_func("/qcow2-alloc/quarantine/generation", test_quarantine_generation);
     g_test_add_func("/qcow2-alloc/quarantine/users", test_quarantine_users);
+    g_test_add_func("/qcow2-alloc/quarantine/merged", test_quarantine_merged);
     g_test_add_func("/qcow2-alloc/quarantine/overlaps", test_quarantine_overlaps);
     g_test_add_func("/qcow2-alloc/quarantine/bounded", test_bounded);
     g_test_add_func("/qcow2-alloc/no-space/device", test_device);

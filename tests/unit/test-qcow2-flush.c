@@ -255,6 +255,30 @@ static void test_order_after_error(void)
     }
 }
 
+static bool disk_says_dirty(const RecFile *f)
+{
+    return qb_ldbe64(f->data + QCOW2_HDR_INCOMPATIBLE) & QCOW2_INCOMPAT_DIRTY;
+}
+
+/* Lazy refcounts: the dirty bit before the first change, also after the changes before were settled. */
+static void test_lazy_again(void)
+{
+    World w;
+    Oracle o;
+    RecFile *f = rec_image_new("a", "size=4M,cluster_size=4k,lazy_refcounts=on", 16 * MIB);
+    world_open(&w, f, &o);
+    for (unsigned i = 0; i < 3; i++) {
+        g_assert_false(disk_says_dirty(f));
+        do_write(&w, 64 * i, 8);
+        g_assert_true(disk_says_dirty(f));
+        BDRV_GRAPH_GUARD();
+        g_assert_cmpint(qcow2_lazy_settle(blk_bs(w.blk)), ==, 0);
+    }
+    blk_unref(w.blk);
+    rec_check(f, false);
+    rec_file_free(f);
+}
+
 /* A new refcount block has its table entry after its own barrier and before what it counts is
  * linked. */
 static void test_order_refblock(void)
@@ -715,6 +739,7 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-flush/order", test_order);
     g_test_add_func("/qcow2-flush/order-refblock", test_order_refblock);
     g_test_add_func("/qcow2-flush/order-after-error", test_order_after_error);
+    g_test_add_func("/qcow2-flush/lazy-again", test_lazy_again);
     g_test_add_func("/qcow2-flush/sharing", test_sharing);
     for (size_t i = 0; i < G_N_ELEMENTS(crash_cases); i++) {
         g_autofree char *path = g_strconcat("/qcow2-flush/crash/", crash_cases[i].name, NULL);

@@ -943,11 +943,29 @@ static void test_data_file_raw(void)
     test_data_file(true);
 }
 
+/* A stream as long as the one that was there before, and read: what is shown is its own content. */
+static void test_stream_after_stream(void)
+{
+    image_create("image", "size=4M");
+    g_autoptr(BlockBackend) blk = image_open_rw("image");
+    uint64_t host = 0;
+    for (int i = 0; i < 4; i++) {
+        write_compressed(blk, i * C, C, 0x10 + i, 0);
+        uint64_t now = image_entry(blk, (uint64_t)i * C).entry;
+        g_assert_true(i == 0 || now == host);
+        host = now;
+        image_expect(blk, i * C, C, 0x10 + i);
+        g_assert_cmpint(blk_pdiscard(blk, i * C, C), ==, 0);
+        g_assert_cmpint(blk_flush(blk), ==, 0);
+    }
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
     image_setup();
     bdrv_set_warning_handler(note_warning, NULL);
+    g_test_add_func("/qcow2-requests/stream-after-stream", test_stream_after_stream);
     g_test_add_func("/qcow2-requests/state-table", test_state_table);
     g_test_add_func("/qcow2-requests/state-table-backing", test_state_table_backing);
     g_test_add_func("/qcow2-requests/state-table-no-unref", test_state_table_no_unref);
