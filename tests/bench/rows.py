@@ -270,8 +270,8 @@ ROWS = [
     # Nothing is there to be copied, so that the base has no barrier: all are those of emptying and
     # closing the overlay. No command empties and does nothing else.
     Row("barriers/empty", None, ["a", "base"],
-        overlay(TIB, "-o", "preallocation=metadata,extended_l2=on"), COMMIT, same=bases,
-        gates={"barriers": 6}, slow=True),
+        overlay(64 * GIB, "-o", "preallocation=metadata,extended_l2=on"), COMMIT, same=bases,
+        gates={"barriers": 6}),
     Row("barriers/1600-writes-with-FUA-depth-16", None, ["a"], empty(GIB),
         img("bench", "-w", "-f", "qcow2", "-t", "writethrough", "-c", "1600", "-d", "16", "-s", "65536",
             "{dir}/a"), same=sizes, gates={"barriers": 220}),

@@ -125,6 +125,31 @@ static bool run_discard(World *w)
     return world_close(w);
 }
 
+/* Subclusters go one after the other, the last ones with their host cluster, which is wanted again;
+ * some come back in between. */
+static bool run_discard_parts(World *w)
+{
+    if (!world_open(w)) {
+        return false;
+    }
+    unsigned c = w->kind->cluster, at = operation_group(w, 0), other = operation_group(w, 2);
+    world_discard_parts(w, at + c / 4, c / 4);
+    world_discard_parts(w, other + c / 2, 2 * c + c / 4); /* and of what is zero, or not there */
+    world_flush(w);
+    world_write(w, at + c / 4 + 1, 2);
+    world_discard_parts(w, at + c / 2, c);
+    world_flush(w);
+    world_discard_parts(w, at, c / 2);
+    world_write(w, operation_group(w, 4) + 3 * c, c);
+    world_discard_parts(w, other + 1, c / 2);
+    world_discard_parts(w, other, 1);
+    world_flush(w);
+    world_write(w, operation_group(w, 5) + 3 * c, 2 * c);
+    world_write(w, at + 3, 1);
+    world_discard_parts(w, operation_group(w, 6) + c - 1, 4 * c + 2);
+    return world_close(w);
+}
+
 static bool run_discard_all(World *w)
 {
     if (!world_open(w)) {
@@ -172,7 +197,11 @@ void operation_random_request(World *w, GRand *rand)
         world_flush(w);
         break;
     case 1:
-        world_discard(w, at / c * c, 2 * c);
+        if (n % 3) {
+            world_discard(w, at / c * c, 2 * c);
+        } else {
+            world_discard(w, at, n);
+        }
         break;
     case 2:
         world_zero(w, at, n, n % 2 ? BDRV_REQ_MAY_UNMAP : 0);
@@ -758,6 +787,7 @@ const Operation operations[] = {
     {"cow", "guest", NULL, run_cow, 0, 0, 0, NULL},
     {"zero", "guest", NULL, run_zero, 0, 0, 0, NULL},
     {"discard", "guest", NULL, run_discard, 0, 0, 0, NULL},
+    {"discard-parts", "guest", NULL, run_discard_parts, KIND_PARTS, 0, 0, NULL},
     {"discard-all", "guest", NULL, run_discard_all, 0, 0, 0, NULL},
     {"compressed-write", "guest", NULL, run_compressed, 0, NO_COMPRESSION, 0, NULL},
     {"random-1", "guest", NULL, run_random1, 0, 0, 0, NULL},

@@ -356,16 +356,44 @@ int world_zero(World *w, unsigned first, unsigned n, int flags)
     return note_range(w, ret, "zero", first, n);
 }
 
+static int discard(World *w, unsigned first, unsigned n)
+{
+    int ret = blk_pdiscard(w->blk, (int64_t)first * ORACLE_SECTOR, (int64_t)n * ORACLE_SECTOR);
+    return note_range(w, ret, "discard", first, n);
+}
+
+/* A part of a cluster: without subclusters it stays as it is; with them it reads zero, but if the
+ * cluster is compressed. */
+static void mark_discarded_part(World *w, unsigned first, unsigned end)
+{
+    if (first < end && (w->kind->flags & KIND_PARTS)) {
+        world_mark_write(w, VIEW_TOP, first, end - first, 0);
+        mark(w, (Mark){.change = MARK_DOUBT, .view = VIEW_TOP, .first = first, .n = end - first});
+    }
+}
+
 /* Whole clusters (and the end of the disk) read as zero after it; some kinds ignore it. */
 int world_discard(World *w, unsigned first, unsigned n)
 {
-    unsigned c = w->kind->cluster;
-    g_assert_true(first % c == 0 && (n % c == 0 || first + n == w->kind->sectors));
-    if (!(w->kind->flags & KIND_NO_DISCARD)) {
-        world_mark_write(w, VIEW_TOP, first, n, 0);
+    unsigned c = w->kind->cluster, end = first + n;
+    unsigned from = (first + c - 1) / c * c;
+    unsigned to = end == w->kind->sectors ? end : end / c * c;
+    if (w->kind->flags & KIND_NO_DISCARD) {
+        return discard(w, first, n);
     }
-    int ret = blk_pdiscard(w->blk, (int64_t)first * ORACLE_SECTOR, (int64_t)n * ORACLE_SECTOR);
-    return note_range(w, ret, "discard", first, n);
+    mark_discarded_part(w, first, MIN(from, end));
+    if (from < to) {
+        world_mark_write(w, VIEW_TOP, from, to - from, 0);
+    }
+    mark_discarded_part(w, MAX(from, to), end);
+    return discard(w, first, n);
+}
+
+int world_discard_parts(World *w, unsigned first, unsigned n)
+{
+    g_assert_true(w->kind->flags & KIND_PARTS);
+    world_mark_write(w, VIEW_TOP, first, n, 0);
+    return discard(w, first, n);
 }
 
 int world_flush(World *w)

@@ -37,6 +37,7 @@ typedef enum KindFlags {
     KIND_4K = 1 << 11,        /* on a device whose sectors have 4096 bytes */
     KIND_BIG = 1 << 12,       /* takes long: for the operations of group bitmap only */
     KIND_TIGHT = 1 << 13,     /* counts are full: for operations that need just that */
+    KIND_PARTS = 1 << 14,     /* extended L2 entries, with subclusters of one sector */
 } KindFlags;
 
 typedef struct Kind {
@@ -108,6 +109,9 @@ int world_write(World *w, unsigned first, unsigned n);
 int world_write_flags(World *w, unsigned first, unsigned n, int flags);
 int world_zero(World *w, unsigned first, unsigned n, int flags);
 int world_discard(World *w, unsigned first, unsigned n);
+/* The same where the kind has KIND_PARTS, and nothing compressed lies there: all of it reads zero
+ * after it. */
+int world_discard_parts(World *w, unsigned first, unsigned n);
 int world_flush(World *w);
 /* Counts a failure, and remembers the first. Returns @ok. */
 bool world_note(World *w, bool ok, const char *what, GError *err);
