@@ -15,7 +15,8 @@
  *     bit may stay set all the time.
  *  2. Bitmaps that were IN_USE when the image was opened, and those that are broken, are never
  *     changed, nor are their clusters used; they can be removed.  A broken one that is enabled gets
- *     IN_USE with the others, because nobody keeps it.
+ *     IN_USE with the others, because nobody keeps it.  A shrink may move the former, byte for byte
+ *     (qcow2-bitmap-move.c).
  *  3. A bitmap's name is in the directory from add to remove, whatever happens in between.
  *
  * Lock: Qcow2Bitmaps.lock, taken before all other locks of the driver, held across I/O and flushes;

@@ -96,7 +96,7 @@ static int renew_l1(BlockDriverState *bs, Qcow2PartsMove *m, Qcow2Snapshot *sn)
     uint64_t place = bytes ? qcow2_parts_place(m, sn->l1_offset, bytes) : 0;
     g_autofree uint64_t *be = qcow2_snapshot_read_l1(bs, sn, NULL);
     if (!be) {
-        return -EIO;
+        return place ? -EIO : 0; /* one that is damaged stays as it is */
     }
     bool changed = point_entries(s, m, be, sn->l1_size);
     if (changed && !place) {

@@ -285,17 +285,17 @@ static void test_snapshots(void)
     check_snapshots(",cluster_size=16k,extended_l2=on");
 }
 
-/* ---------------------------------------------------------------- who looks at bits meanwhile */
+/* ---------------------------------------------------------------- who is there meanwhile */
 
-typedef struct Reader {
+typedef struct Busy {
     BlockBackend *blk;
     const char *expected;
     _Atomic(bool) stop;
-} Reader;
+} Busy;
 
 static void *read_bits(void *opaque)
 {
-    Reader *r = opaque;
+    Busy *r = opaque;
     while (!r->stop) {
         expect_bits(r->blk, "one", r->expected);
         expect_bits(r->blk, "two", r->expected);
@@ -303,10 +303,21 @@ static void *read_bits(void *opaque)
     return NULL;
 }
 
-static void test_readers(void)
+/* Where bits are set already. */
+static void *overwrite(void *opaque)
 {
+    Busy *r = opaque;
+    for (int value = 4; !r->stop; value = 4 + value % 100) {
+        image_write(r->blk, 4 * 64 * KIB + 512 * 4, 512 * 5, value);
+    }
+    return NULL;
+}
+
+static void test_busy(void)
+{
+    static void *(*const all[])(void *) = {read_bits, overwrite, read_bits};
     for (int round = 0; round < 4; round++) {
-        pthread_t threads[2];
+        pthread_t threads[G_N_ELEMENTS(all)];
         RecFile *f = turned_image(",cluster_size=512");
         BlockBackend *blk = rec_open_rw(f);
         add_bitmap(blk, "one");
@@ -314,15 +325,15 @@ static void test_readers(void)
         scatter(blk, 3);
         g_autofree char *before = bits_of(blk, "one");
         blk_unref(blk);
-        Reader r = {.blk = rec_open_rw(f), .expected = before};
+        Busy r = {.blk = rec_open_rw(f), .expected = before};
         f->read_us = 100;
         f->flush_us = 500;
-        for (int i = 0; i < 2; i++) {
-            g_assert_true(qb_thread_start(&threads[i], "reader", read_bits, &r));
+        for (guint i = 0; i < G_N_ELEMENTS(all); i++) {
+            g_assert_true(qb_thread_start(&threads[i], "busy", all[i], &r));
         }
         shrink(r.blk);
         r.stop = true;
-        for (int i = 0; i < 2; i++) {
+        for (guint i = 0; i < G_N_ELEMENTS(all); i++) {
             pthread_join(threads[i], NULL);
         }
         f->read_us = f->flush_us = 0;
@@ -341,7 +352,7 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-compact-parts/inconsistent", test_inconsistent);
     g_test_add_func("/qcow2-compact-parts/broken", test_broken);
     g_test_add_func("/qcow2-compact-parts/snapshots", test_snapshots);
-    g_test_add_func("/qcow2-compact-parts/readers", test_readers);
+    g_test_add_func("/qcow2-compact-parts/busy", test_busy);
     int ret = g_test_run();
     image_teardown();
     return ret;
