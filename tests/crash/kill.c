@@ -35,7 +35,7 @@ static const Kind kill_kinds[] = {
     {"kill-v3", "cluster_size=2k", 4, 1024, 0},
     {"kill-v2", "cluster_size=4k,compat=0.10", 8, 1024, KIND_V2},
     {"kill-512", "cluster_size=512,refcount_bits=64", 1, 256, 0},
-    {"kill-ext", "cluster_size=16k,extended_l2=on", 32, 2048, 0},
+    {"kill-ext", "cluster_size=16k,extended_l2=on", 32, 2048, KIND_PARTS},
 };
 
 /* In memory that parent and children share. */
