@@ -65,19 +65,19 @@ static void add_part(GArray *parts, uint64_t offset, uint64_t bytes, guint paren
     g_array_append_val(parts, part);
 }
 
-static void add_bitmap(const Qcow2Bitmap *q, guint dir, GArray *parts)
+static void add_bitmap(const Qcow2Bitmap *q, guint dir, uint64_t floor, GArray *parts)
 {
     guint table = parts->len;
     add_part(parts, qcow2_bitmap_table_offset(q), table_clusters_bytes(q), dir);
     for (uint32_t i = 0; i < q->table_entries; i++) {
         uint64_t offset = q->table[i] & QCOW2_BITMAP_ENTRY_OFFSET_MASK;
-        if (offset) {
+        if (offset && offset >= floor) {
             add_part(parts, offset, qcow2_state(q->bs)->cluster_size, table);
         }
     }
 }
 
-void qcow2_bitmaps_parts(BlockDriverState *bs, GArray *parts)
+void qcow2_bitmaps_parts(BlockDriverState *bs, uint64_t floor, GArray *parts)
 {
     const BDRVQcow2State *s = qcow2_state(bs);
     Qcow2Bitmaps *b = s->bitmaps;
@@ -90,7 +90,7 @@ void qcow2_bitmaps_parts(BlockDriverState *bs, GArray *parts)
     for (guint i = 0; i < b->all->len; i++) {
         const Qcow2Bitmap *q = g_ptr_array_index(b->all, i);
         if (!q->broken) {
-            add_bitmap(q, dir, parts);
+            add_bitmap(q, dir, floor, parts);
         }
     }
 }

@@ -380,10 +380,10 @@ static void add_tables(Qcow2MovePlan *p)
 }
 
 static void add_parts(Qcow2MovePlan *p, Qcow2MoveKind kind,
-                      void (*list)(BlockDriverState *bs, GArray *parts))
+                      void (*list)(BlockDriverState *bs, uint64_t floor, GArray *parts))
 {
     guint first = p->parts->len;
-    list(p->bs, p->parts);
+    list(p->bs, p->floor << p->s->cluster_bits, p->parts);
     for (guint i = first; i < p->parts->len; i++) {
         const Qcow2Part *part = &g_array_index(p->parts, Qcow2Part, i);
         add_ref(p, (Qcow2MoveRef){.cluster = part->offset >> p->s->cluster_bits,

@@ -135,15 +135,15 @@ void qcow2_parts_done(BlockDriverState *bs, const Qcow2PartsMove *m, bool moved,
  * Of the room of snapshots (qcow2-snapshot-move.c) and that of bitmaps (qcow2-bitmap-move.c).
  *
  * parts: appends what can be moved, with all that names it, to @parts (Qcow2Part); nothing where
- * that is not known.
+ * that is not known.  What lies before @floor and names no part is left out.
  * move: does what @m says. What names a moved part is written anew, and one write of the header
  * switches to that. Flushes. 0; QCOW2_STALE: nothing has moved, as @m does not fit what there is
  * now or there is no place for what names it; or -errno: likewise.  Nobody changes the parts
  * meanwhile; for snapshots the whole node is in the range lock.
  */
-void qcow2_snapshots_parts(BlockDriverState *bs, GArray *parts);
+void qcow2_snapshots_parts(BlockDriverState *bs, uint64_t floor, GArray *parts);
 int qcow2_snapshots_move(BlockDriverState *bs, Qcow2PartsMove *m);
-void qcow2_bitmaps_parts(BlockDriverState *bs, GArray *parts);
+void qcow2_bitmaps_parts(BlockDriverState *bs, uint64_t floor, GArray *parts);
 int qcow2_bitmaps_move(BlockDriverState *bs, Qcow2PartsMove *m);
 
 /* qcow2-snapshot-table.c: writes @list as the table of snapshots, to the clusters at @place, and

@@ -34,7 +34,8 @@ static void add_part(GArray *parts, uint64_t offset, uint64_t bytes, guint paren
 }
 
 /* Tables that others have, too, have a count to tell. */
-static void add_snapshot(BlockDriverState *bs, const Qcow2Snapshot *sn, guint table, GArray *parts)
+static void add_snapshot(BlockDriverState *bs, const Qcow2Snapshot *sn, guint table,
+                         uint64_t floor, GArray *parts)
 {
     const BDRVQcow2State *s = qcow2_state(bs);
     g_autofree uint64_t *be = qcow2_snapshot_read_l1(bs, sn, NULL);
@@ -45,13 +46,13 @@ static void add_snapshot(BlockDriverState *bs, const Qcow2Snapshot *sn, guint ta
     add_part(parts, sn->l1_offset, l1_clusters_bytes(s, sn), table);
     for (uint32_t i = 0; i < sn->l1_size; i++) {
         uint64_t offset = qb_ldbe64(&be[i]) & QCOW2_ENTRY_OFFSET_MASK;
-        if (offset && !qcow2_offset_into_cluster(s, offset)) {
+        if (offset && offset >= floor && !qcow2_offset_into_cluster(s, offset)) {
             add_part(parts, offset, s->cluster_size, l1);
         }
     }
 }
 
-void qcow2_snapshots_parts(BlockDriverState *bs, GArray *parts)
+void qcow2_snapshots_parts(BlockDriverState *bs, uint64_t floor, GArray *parts)
 {
     const BDRVQcow2State *s = qcow2_state(bs);
     guint table = parts->len;
@@ -60,7 +61,7 @@ void qcow2_snapshots_parts(BlockDriverState *bs, GArray *parts)
     }
     add_part(parts, s->snapshots_offset, qb_align_up(s->snapshots_bytes, s->cluster_size), table);
     for (guint i = 0; i < s->snapshots->len; i++) {
-        add_snapshot(bs, snapshot_at(s->snapshots, i), table, parts);
+        add_snapshot(bs, snapshot_at(s->snapshots, i), table, floor, parts);
     }
 }
 
