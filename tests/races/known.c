@@ -137,6 +137,80 @@ static void test_cow_against_cow(const void *data)
     close_world(w, NULL); /* no leak: one cluster for both */
 }
 
+/* The same with a zero cluster that has its place already: what the first fills up with zeroes is not
+ * what the second has written. */
+static void test_reuse_against_reuse(const void *data)
+{
+    World *w = open_world(data, NULL);
+    unsigned c = w->kind->cluster, cluster = 3 * c;
+    world_write(w, cluster, c);
+    world_zero(w, cluster, c, 0);
+    g_assert_cmpint(world_flush(w), ==, 0);
+    Racer first = {.world = w, .first = cluster, .n = 1, .value = 50};
+    Racer second = {.world = w, .first = cluster + c - 1, .n = 1, .value = 51};
+    start_until(&first, "write_aio");
+    start(&second);
+    g_usleep(20000);
+    finish(&first);
+    pthread_join(second.thread, NULL);
+    close_world(w, NULL);
+}
+
+/* What must not be done before a write that it found under way. */
+typedef struct Waiter {
+    pthread_t thread;
+    World *world;
+    void (*run)(World *w);
+    _Atomic(bool) done;
+} Waiter;
+
+static void *run_waiter(void *opaque)
+{
+    Waiter *x = opaque;
+    x->run(x->world);
+    atomic_store(&x->done, true);
+    return NULL;
+}
+
+static void zero_first(World *w)
+{
+    unsigned c = w->kind->cluster;
+    g_assert_cmpint(blk_pwrite_zeroes(w->blk, 0, (int64_t)c * ORACLE_SECTOR, 0), ==, 0);
+}
+
+static void snapshot(World *w)
+{
+    g_assert_true(bdrv_snapshot_create(blk_bs(w->blk), "new", NULL));
+}
+
+static void wait_for_write(const char *kind, void (*run)(World *w))
+{
+    World *w = open_world(kind, NULL);
+    Racer writer = {.world = w, .first = 0, .n = 1, .value = 50};
+    Waiter waiter = {.world = w, .run = run};
+    start_until(&writer, "write_aio");
+    g_assert_true(qb_thread_start(&waiter.thread, "waiter", run_waiter, &waiter));
+    g_usleep(20000);
+    g_assert_false(atomic_load(&waiter.done));
+    finish(&writer);
+    pthread_join(waiter.thread, NULL);
+    g_assert_true(world_close(w));
+    world_free(w);
+}
+
+/* A cluster keeps its place and reads zero: a write in place that is late would show up in what is put
+ * there next. */
+static void test_zero_waits_for_rewrite(const void *data)
+{
+    wait_for_write(data, zero_first);
+}
+
+/* Who takes the node as a whole has it for himself. */
+static void test_snapshot_waits_for_rewrite(const void *data)
+{
+    wait_for_write(data, snapshot);
+}
+
 /* Data are on their way into a cluster in place when it is discarded: until they are there nobody
  * else gets it. */
 static void test_rewrite_against_discard(const void *data)
@@ -281,6 +355,10 @@ int main(int argc, char **argv)
     g_test_add_data_func("/known/cow-cow/64k", "64k", test_cow_against_cow);
     g_test_add_data_func("/known/cow-cow/backing", "backing", test_cow_against_cow);
     g_test_add_data_func("/known/cow-cow/ext", "backing-ext", test_cow_against_cow);
+    g_test_add_data_func("/known/reuse-reuse/v3", "v3", test_reuse_against_reuse);
+    g_test_add_data_func("/known/reuse-reuse/ext", "ext", test_reuse_against_reuse);
+    g_test_add_data_func("/known/rewrite-zero/v3", "v3", test_zero_waits_for_rewrite);
+    g_test_add_data_func("/known/rewrite-snapshot/v3", "v3", test_snapshot_waits_for_rewrite);
     g_test_add_data_func("/known/compressed", "compressed",
                          test_compressed_overwrite_against_flush);
     g_test_add_data_func("/known/eviction", "512", test_eviction_against_load);
