@@ -162,8 +162,10 @@ static bool name_data_file(BlockDriverState *bs, json_t *options, GError **errp)
 static bool open_external_data(BlockDriverState *bs, json_t *options, int flags, GError **errp)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    /* Resize and amend change it; check repairs only what the image itself holds. */
-    if ((flags & BDRV_O_NO_IO) && (bdrv_is_read_only(bs) || (flags & BDRV_O_CHECK))) {
+    /* Resize and amend change it; check repairs only what the image itself holds. Who has backing
+     * files opened may have to read them: a disk that grows keeps what its last cluster shows. */
+    bool alone = flags & (BDRV_O_NO_BACKING | BDRV_O_CHECK);
+    if ((flags & BDRV_O_NO_IO) && alone && (bdrv_is_read_only(bs) || (flags & BDRV_O_CHECK))) {
         json_object_del(options, "data-file");
         json_decref(qb_opts_take_prefix(options, "data-file"));
         return true;

@@ -41,7 +41,8 @@ typedef enum BdrvOpenFlags {
     BDRV_O_RESIZE = 1 << 1,       /* the user will truncate */
     BDRV_O_SNAPSHOT = 1 << 2,     /* writes go to a temporary overlay that is dropped at close */
     BDRV_O_NO_BACKING = 1 << 3,   /* do not open the backing file */
-    BDRV_O_NO_IO = 1 << 4,        /* metadata only: no guest data is read (info); no data file opened */
+    BDRV_O_NO_IO = 1 << 4,        /* metadata only: no guest data is read (info); and with NO_BACKING
+                                   * no data file opened */
     BDRV_O_CHECK = 1 << 5,        /* for check: tolerate what check can repair, do not auto-repair */
     BDRV_O_COPY_ON_READ = 1 << 6, /* reads fill the overlay */
     BDRV_O_PROTOCOL = 1 << 7,     /* filename names a protocol node, no format probing */
