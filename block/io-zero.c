@@ -74,6 +74,7 @@ static int write_zero_buffers(const BdrvTransfer *t)
     init_zero_vector(&zeroes, (size_t)MIN(t->bytes, ZERO_WRITE_MAX));
     piece.flags = t->flags & BDRV_REQ_UNCHANGED;
     piece.qiov = &zeroes;
+    piece.qiov_offset = 0; /* it counts in a vector of the caller's, if there is one */
     int ret = 0;
     while (piece.offset < end && ret == 0) {
         piece.bytes = MIN(end - piece.offset, (int64_t)zeroes.size);
@@ -158,6 +159,7 @@ static int zero_part_of_block(const BdrvTransfer *t)
     BdrvTransfer part = *t;
     part.flags = t->flags & (BDRV_REQ_FUA | BDRV_REQ_UNCHANGED);
     part.qiov = &zeroes;
+    part.qiov_offset = 0;
     return bdrv_padded_pwritev(&part);
 }
 
