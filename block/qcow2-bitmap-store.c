@@ -588,33 +588,37 @@ static bool finish_in_place(BlockDriverState *bs, const GPtrArray *stored, GErro
     return ret == 0;
 }
 
-/* What the old table had and the new one has not. */
-static void free_spare(const Storing *st, uint64_t old_offset)
-{
-    const Qcow2Bitmap *q = st->q;
-    for (uint32_t i = 0; i < q->table_entries; i++) {
-        uint64_t was = q->table[i] & QCOW2_BITMAP_ENTRY_OFFSET_MASK;
-        if (was && (i >= st->entries || st->table[i] != was)) {
-            qcow2_bitmap_free_clusters(st->bs, was, st->s->cluster_size);
-        }
-    }
-    uint64_t kept = st->table_offset == old_offset ? table_bytes(st, st->entries) : 0;
-    uint64_t had = table_bytes(st, q->table_entries);
-    if (kept < had) {
-        qcow2_bitmap_free_clusters(st->bs, old_offset + kept, had - kept);
-    }
-}
-
+/* The new table is the bitmap's; @st keeps the old one. */
 static void adopt(Storing *st)
 {
     Qcow2Bitmap *q = st->q;
+    uint64_t *old = q->table;
+    uint32_t old_entries = q->table_entries;
     qb_mutex_lock(&st->s->bitmaps->tables_lock);
-    g_free(q->table);
-    q->table = g_steal_pointer(&st->table);
+    q->table = st->table;
     q->table_entries = st->entries;
     qb_mutex_unlock(&st->s->bitmaps->tables_lock);
+    st->table = old;
+    st->entries = old_entries;
     q->table_unsettled = false;
     bdrv_dirty_bits_mark_stored(q->bm->bits);
+}
+
+/* What the old table had and the new one has not.  No reader finds it any more. */
+static void free_spare(const Storing *st, uint64_t old_offset)
+{
+    const Qcow2Bitmap *q = st->q;
+    for (uint32_t i = 0; i < st->entries; i++) {
+        uint64_t was = st->table[i] & QCOW2_BITMAP_ENTRY_OFFSET_MASK;
+        if (was && (i >= q->table_entries || q->table[i] != was)) {
+            qcow2_bitmap_free_clusters(st->bs, was, st->s->cluster_size);
+        }
+    }
+    uint64_t kept = st->table_offset == old_offset ? table_bytes(st, q->table_entries) : 0;
+    uint64_t had = table_bytes(st, st->entries);
+    if (kept < had) {
+        qcow2_bitmap_free_clusters(st->bs, old_offset + kept, had - kept);
+    }
 }
 
 /* IN_USE goes off. A failure leaves nobody knowing whether it did: it must be made stable again
@@ -633,8 +637,8 @@ static bool finish(BlockDriverState *bs, const GPtrArray *stored, GError **errp)
                                      : finish_in_place(bs, stored, errp));
     for (guint i = 0; i < stored->len && ok; i++) {
         Storing *st = g_ptr_array_index(stored, i);
-        free_spare(st, old_offsets[i]);
         adopt(st);
+        free_spare(st, old_offsets[i]);
     }
     return ok;
 }
