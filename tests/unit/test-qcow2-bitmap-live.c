@@ -128,6 +128,50 @@ static void test_enabled_later(void)
     blk_unref(blk);
 }
 
+typedef struct Merger {
+    BlockDriverState *to, *from;
+    unsigned done;
+} Merger;
+
+static void *merge_often(void *opaque)
+{
+    Merger *m = opaque;
+    for (int i = 0; i < 200; i++) {
+        g_autoptr(GError) err = NULL;
+        bool ok = bdrv_bitmap_merge(m->to, "b", m->from, "b", &err);
+        g_assert_true(ok || strstr(err->message, "is currently in use"));
+        m->done += ok;
+    }
+    return NULL;
+}
+
+/* Merges both ways at once: one may find that its target is the source of the other, and say so; none
+ * waits for the other. */
+static void test_merges_both_ways(void)
+{
+    GError *err = NULL;
+    BlockBackend *blk[2];
+    pthread_t thread;
+    for (int i = 0; i < 2; i++) {
+        const char *name = i ? "two" : "one";
+        image_create(name, "size=8M");
+        blk[i] = image_open_rw(name);
+        bdrv_bitmap_add(blk_bs(blk[i]), "b", BLOCK, true, false, &err);
+        g_assert_no_error(err);
+        image_write(blk[i], (i + 1) * MIB, BLOCK, 1);
+    }
+    Merger there = {blk_bs(blk[0]), blk_bs(blk[1]), 0}, back = {blk_bs(blk[1]), blk_bs(blk[0]), 0};
+    g_assert_true(qb_thread_start(&thread, "merger", merge_often, &there));
+    merge_often(&back);
+    pthread_join(thread, NULL);
+    merge_often(&there); /* alone */
+    g_assert_cmpuint(there.done, >=, 200);
+    g_assert_true(is_dirty(blk[0], "b", MIB) && is_dirty(blk[0], "b", 2 * MIB));
+    for (int i = 0; i < 2; i++) {
+        blk_unref(blk[i]);
+    }
+}
+
 static int map(BlockBackend *blk, int64_t offset, int64_t bytes, BdrvMapping *m)
 {
     memset(m, 0, sizeof(*m));
@@ -175,6 +219,7 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-bitmap-live/enabled-later", test_enabled_later);
     g_test_add_func("/qcow2-bitmap-live/threads", test_threads);
     g_test_add_func("/qcow2-bitmap-live/lane", test_lane);
+    g_test_add_func("/qcow2-bitmap-live/merges-both-ways", test_merges_both_ways);
     int ret = g_test_run();
     image_teardown();
     return ret;
