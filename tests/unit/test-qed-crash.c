@@ -549,6 +549,31 @@ static void test_order(void)
     assert_log("F w. F z. ");
 }
 
+/* Whatever is changed first, bits that this version does not know are stably gone before. */
+static void test_autoclear(void)
+{
+    enum { AUTOCLEAR = 32 };
+    static const char kinds[] = {'w', 'z', 'd', 'r', 'n'}; /* the last two: resize, name */
+    for (size_t i = 0; i < G_N_ELEMENTS(kinds); i++) {
+        create_image(&shapes[0]);
+        log_disks[0].data[AUTOCLEAR] = 1;
+        log_start(&log_disks[0]);
+        g_autoptr(BlockBackend) blk = open_image(&shapes[0], 0, BDRV_O_RDWR | BDRV_O_RESIZE);
+        assert_log("");
+        if (kinds[i] == 'r') {
+            g_assert_true(blk_truncate(blk, 2 * SIZE, true, PREALLOC_MODE_OFF, false, NULL));
+        } else if (kinds[i] == 'n') {
+            g_assert_true(bdrv_change_backing_file(blk_bs(blk), "other", "raw", NULL));
+        } else {
+            must(blk, (Request){kinds[i], 0, 4096, 1});
+        }
+        g_autofree char *log = describe_log(log_disks[0].log);
+        g_test_message("%c: %s", kinds[i], log);
+        g_assert_true(g_str_has_prefix(log, "wH F "));
+        g_assert_cmpint(log_disks[0].data[AUTOCLEAR], ==, 0);
+    }
+}
+
 static void release_as_of_earlier_flush(BlockBackend *blk)
 {
     BDRV_GRAPH_GUARD();
@@ -619,6 +644,7 @@ int main(int argc, char **argv)
         g_test_add_data_func(path, &operations[i], test_operation);
     }
     g_test_add_func("/qed/order", test_order);
+    g_test_add_func("/qed/autoclear", test_autoclear);
     g_test_add_func("/qed/reuse/flush", test_reuse_waits_for_flush);
     g_test_add_func("/qed/reuse/users", test_reuse_waits_for_users);
     g_test_add_func("/qed/close-cuts-file", test_close_cuts_file);
