@@ -8,9 +8,9 @@
  *
  * Each lane takes the next pieces from a cursor until there are none.
  *
- * Where a file that keeps its pages in memory has to say where data ends, it looks at every page up to
- * there, which is long for a few clusters out of a large file.  So when little is to be copied, it is
- * read to begin with, and what has no block of zeroes cannot have a hole.
+ * Where a file that keeps its pages in memory has to say where data ends, it looks at every page up
+ * to there, which is long for a few clusters out of a large file.  So when little is to be copied,
+ * it is read to begin with, and what has no block of zeroes cannot have a hole.
  *
  * Invariants
  *  1. What is a hole of the file becomes one, and is not read but where there is little: an image

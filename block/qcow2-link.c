@@ -21,6 +21,8 @@
  *     is stored to.
  *  5. Entries that do not change are not written, and where none of a table changes no table
  *     is made.
+ *  6. A table has its space in the file before L1 names it, so that on a full file system the
+ *     request fails that needs the table, and not each flush after it.
  *
  * Tables that a request clears as a whole are dropped at once (qcow2_drop_table()); those that
  * became all zero bit by bit, by the next flush (qcow2-prune.c).
@@ -41,8 +43,7 @@ static bool is_writable_entry(uint64_t l1_entry)
     return (l1_entry & QCOW2_ENTRY_OFFSET_MASK) && (l1_entry & QCOW2_ENTRY_COPIED);
 }
 
-/* The file may be sparse, and its file system full: then the request that needs a new table shall
- * fail, which its guest can bear, and not each flush after it.  Nobody names the cluster yet. */
+/* Invariant 6: the file may be sparse. Nobody names the cluster yet. */
 static int reserve_table(BlockDriverState *bs, uint64_t offset)
 {
     BDRVQcow2State *s = qcow2_state(bs);
@@ -415,7 +416,7 @@ static int unhook_table(BDRVQcow2State *s, uint64_t l1_index, uint64_t l1_entry,
 }
 
 /* Entries that are impossible keep what they may refer to: a leak, where freeing could take away
- * somebody else's cluster. The image is marked corrupt.  Most of a table may be empty: those entries
+ * somebody else's cluster. The image is marked corrupt.  Most of a table may be empty: such entries
  * are not looked at any closer. */
 static int free_table_content(BlockDriverState *bs, uint64_t l1_index, uint64_t l2_offset,
                               const uint8_t *raw, Qcow2DiscardType type)

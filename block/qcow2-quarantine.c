@@ -25,6 +25,9 @@
  * (release step); what that flush cannot release, because it fails or because somebody still uses it,
  * waits for the next flush.
  *
+ * Not done: holding half of the file, so that more of what is freed in random order touches when it
+ * is punched.  It saves an eighth of the time of such discards; hosts would wait for their space.
+ *
  * SPDX-License-Identifier: MIT
  */
 #include "block/qcow2.h"

@@ -187,6 +187,7 @@ def flushed(turns, length):
 
 
 SHRINK = ["{img}", "resize", "-q", "--shrink", "{dir}/a"]
+CUT = ["truncate", "-s", "1M", "{dir}/a"]
 COMMIT = ["{img}", "commit", "-q", "{dir}/a"]
 # Reads what is not a hole: an image of 1 TiB has 160 MiB of that.
 READ_METADATA = ["python3", "-c", """
@@ -209,7 +210,7 @@ ROWS = [
     Row("shrink/64G-random-to-32G", 0.25, ["a"], RANDOM_64G, [*SHRINK, "32G"], gates={"barriers": 6}),
     # The pages are given back by one cut of the file, which one thread does: the limit.
     Row("shrink/64G-random-to-1M", 0.25, ["a"], RANDOM_64G, [*SHRINK, "1M"], gates={"barriers": 6},
-        limit=["truncate", "-s", "1M", "{dir}/a"]),
+        limit=CUT),
     Row("shrink/1T-empty-to-1G", 0.02, ["a"], empty(TIB), [*SHRINK, "1G"], gates={"barriers": 6}),
 
     Row("commit/1T-metadata-64M", 0.5, ["a", "base"],
@@ -228,10 +229,12 @@ ROWS = [
              img("snapshot", "-c", "s", "{dir}/a")),
         COMMIT, same=bases, gates={"barriers": 8}, limit=["cp", "{dir}/a", "{dir}/b"]),
 
+    # What is freed lies here and there in the file, so that nearly each cluster is punched by itself; the
+    # limit is to give the same pages back in one cut.
     Row("zero/64G-random", 0.25, ["a"], RANDOM_64G,
-        io(*(f"write -q -z -u {n}G 1G" for n in range(64)))),
+        io(*(f"write -q -z -u {n}G 1G" for n in range(64))), limit=CUT),
     Row("discard/64G-random", 0.25, ["a"], RANDOM_64G,
-        io(*(f"discard -q {n}G 1G" for n in range(64)))),
+        io(*(f"discard -q {n}G 1G" for n in range(64))), limit=CUT),
     Row("zero/1T-empty", 0.05, ["a"], empty(TIB), io(*(f"write -q -z -u {n}G 1G" for n in range(1024))),
         same=sizes, gates={"bytes": 0}),
 
