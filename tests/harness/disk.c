@@ -55,6 +55,8 @@ static struct {
     DiskFault fault; /* countdown 0: none to come */
     unsigned fired;
     bool suspended;
+    void (*_Atomic hook)(void *opaque);
+    void *_Atomic hook_opaque;
     _Atomic(bool) jitter;
     _Atomic(unsigned) toss; /* state of the jitter's dice */
 } control = {.lock = QB_MUTEX_INIT};
@@ -185,6 +187,12 @@ bool disk_import(unsigned disk, const char *path)
 void disk_set_limit(unsigned disk, uint64_t bytes)
 {
     disks[disk].limit = bytes ? bytes : DISK_CAPACITY;
+}
+
+void disk_set_hook(void (*fn)(void *opaque), void *opaque)
+{
+    atomic_store(&control.hook_opaque, opaque);
+    atomic_store(&control.hook, fn);
 }
 
 void disk_set_jitter(bool on)
@@ -381,6 +389,10 @@ static void finish(Started *st)
 static int do_event(DiskEvent e)
 {
     Started st = {.e = e};
+    void (*hook)(void *opaque) = atomic_load(&control.hook);
+    if (hook && (e.kind == DISK_WRITE || e.kind == DISK_ZERO)) {
+        hook(atomic_load(&control.hook_opaque));
+    }
     start(&st);
     jitter();
     finish(&st);

@@ -76,6 +76,8 @@ bool disk_export(unsigned disk, const char *path);
 bool disk_import(unsigned disk, const char *path);
 /* The file cannot grow beyond @bytes (-ENOSPC); 0: DISK_CAPACITY. */
 void disk_set_limit(unsigned disk, uint64_t bytes);
+/* @fn is called by each thread that begins to write to a disk; NULL: none. */
+void disk_set_hook(void (*fn)(void *opaque), void *opaque);
 /* Lets requests wait at random between their beginning and their effect, to mix threads up. */
 void disk_set_jitter(bool on);
 

@@ -22,6 +22,7 @@ typedef struct Racer {
     World *world;
     unsigned first, n; /* written with @value, or discarded; n 0: a flush */
     unsigned value;    /* 0: a discard */
+    _Atomic(bool) done;
 } Racer;
 
 static void *race(void *opaque)
@@ -37,6 +38,7 @@ static void *race(void *opaque)
     oracle_fill(buf, r->first, r->n, r->value);
     int ret = r->value ? blk_pwrite(blk, offset, bytes, buf, 0) : blk_pdiscard(blk, offset, bytes);
     g_assert_cmpint(ret, ==, 0);
+    atomic_store(&r->done, true);
     return NULL;
 }
 
@@ -283,6 +285,63 @@ static void test_flush_against_write(const void *data)
     close_world(w, &p);
 }
 
+/* Holds a racer before one of the writes that he does to a disk. */
+typedef struct Gate {
+    unsigned left; /* writes until then */
+    _Atomic(bool) armed, held, open;
+} Gate;
+
+static void hold_at_gate(void *opaque)
+{
+    Gate *g = opaque;
+    if (!atomic_load(&g->armed) || --g->left > 0) {
+        return;
+    }
+    atomic_store(&g->armed, false);
+    atomic_store(&g->held, true);
+    while (!atomic_load(&g->open)) {
+        g_usleep(100);
+    }
+}
+
+/* Somebody flushes before the @n-th write of a request. False: it has fewer. */
+static bool flush_before_write(const char *kind, unsigned n)
+{
+    World *w = open_world(kind, NULL);
+    unsigned c = w->kind->cluster;
+    Racer writer = {.world = w, .first = 3 * c + 1, .n = 1, .value = 50};
+    Gate gate = {.left = n};
+    Picture p = {0};
+    atomic_store(&gate.armed, true);
+    disk_set_hook(hold_at_gate, &gate);
+    start(&writer);
+    while (!atomic_load(&gate.held) && !atomic_load(&writer.done)) {
+        g_usleep(100);
+    }
+    atomic_store(&gate.armed, false);
+    bool held = atomic_load(&gate.held);
+    if (held) {
+        g_assert_cmpint(blk_flush(w->blk), ==, 0);
+        p = take_picture(w);
+    }
+    atomic_store(&gate.open, true);
+    pthread_join(writer.thread, NULL);
+    disk_set_hook(NULL, NULL);
+    close_world(w, held ? &p : NULL);
+    return held;
+}
+
+/* A part of a new cluster is written, and what was there before around it: as long as one of the writes
+ * that this takes is missing, no entry names the cluster. */
+static void test_flush_against_parts(const void *data)
+{
+    unsigned n = 1;
+    while (flush_before_write(data, n)) {
+        n++;
+    }
+    g_assert_cmpuint(n, >, 1);
+}
+
 /* Entries change while a flush stands between its barrier and the old tables: what it writes is
  * what it copied, and what came later waits for the next one. */
 static void test_update_against_flush(const void *data)
@@ -344,6 +403,8 @@ int main(int argc, char **argv)
         g_autofree char *update = g_strdup_printf("/known/update-flush/%s", names[i]);
         g_test_add_data_func(flush, names[i], test_flush_against_write);
         g_test_add_data_func(update, names[i], test_update_against_flush);
+        g_autofree char *parts = g_strdup_printf("/known/flush-parts/%s", names[i]);
+        g_test_add_data_func(parts, names[i], test_flush_against_parts);
         g_autofree char *free = g_strdup_printf("/known/free-flush/%s", names[i]);
         g_autofree char *rewrite = g_strdup_printf("/known/rewrite-discard/%s", names[i]);
         g_test_add_data_func(free, names[i], test_free_against_flush);

@@ -351,6 +351,46 @@ static void begin_straddler(void *opaque)
     g_usleep(20000); /* it is in the range lock by then */
 }
 
+static void *write_one(void *opaque)
+{
+    image_write(opaque, MIB, 4 * KIB, 9);
+    return NULL;
+}
+
+static void *shrink_half(void *opaque)
+{
+    shrink(opaque, 4 * MIB);
+    return NULL;
+}
+
+/* Data are on their way into a cluster that is about to move: they are waited for, and move with it. */
+static void test_move_waits_for_write(void)
+{
+    pthread_t writer, shrinker;
+    image_create("move", "size=8M");
+    BlockBackend *blk = image_open_rw("move");
+    image_write(blk, 4 * MIB, 4 * MIB, 2);
+    image_write(blk, 0, 4 * MIB, 1);
+    blk_unref(blk);
+    blk = image_open_debug("move", "");
+    uint64_t host = qcow2_entry_host(image_entry(blk, MIB));
+    g_assert_cmpint(bdrv_debug_breakpoint(blk_bs(blk), "write_aio", "A"), ==, 0);
+    g_assert_true(qb_thread_start(&writer, "writer", write_one, blk));
+    while (!bdrv_debug_is_suspended(blk_bs(blk), "A")) {
+        g_usleep(200);
+    }
+    g_assert_true(qb_thread_start(&shrinker, "shrinker", shrink_half, blk));
+    g_usleep(50000);
+    g_assert_cmpint(bdrv_debug_resume(blk_bs(blk), "A"), ==, 0);
+    pthread_join(writer, NULL);
+    pthread_join(shrinker, NULL);
+    g_assert_cmpuint(qcow2_entry_host(image_entry(blk, MIB)), !=, host);
+    image_expect(blk, MIB, 4 * KIB, 9);
+    image_expect(blk, MIB + 4 * KIB, MIB, 1);
+    blk_unref(blk);
+    image_check("move");
+}
+
 static void test_straddler(void)
 {
     RecFile *f = rec_image_new("a", "size=8M", CAPACITY);
@@ -378,6 +418,7 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-compact/device", test_device);
     g_test_add_func("/qcow2-compact/live", test_live);
     g_test_add_func("/qcow2-compact/live-moves", test_live_moves);
+    g_test_add_func("/qcow2-compact/move-waits-for-write", test_move_waits_for_write);
     g_test_add_func("/qcow2-compact/straddler", test_straddler);
     int ret = g_test_run();
     image_teardown();
