@@ -134,24 +134,44 @@ static bool is_uniform(Qcow2L2Entry e)
     return (alloc == 0 || alloc == UINT32_MAX) && (zero == 0 || zero == UINT32_MAX);
 }
 
+/* Are the @n words at @at, each @size bytes behind the one before, @first, @first + @step, ...? */
+static bool words_follow(const uint8_t *at, size_t size, unsigned n, uint64_t first, uint64_t step)
+{
+    uint64_t differs = 0;
+    for (unsigned i = 0; i < n; i++, at += size, first += step) {
+        differs |= qb_ldbe64(at) ^ first;
+    }
+    return differs == 0;
+}
+
+/* Are the @n entries at @at @e and those that continue it? */
+static inline bool entries_follow(const BDRVQcow2State *s, const uint8_t *at, unsigned n,
+                                  Qcow2L2Entry e, uint64_t step)
+{
+    if (!s->has_subclusters) {
+        return words_follow(at, 8, n, e.entry, step);
+    }
+    return words_follow(at, 16, n, e.entry, step) && words_follow(at + 8, 16, n, e.bitmap, 0);
+}
+
 unsigned qcow2_entries_alike(const BDRVQcow2State *s, const void *raw, unsigned max)
 {
-    Qcow2L2Entry e = qcow2_entry_decode(s, raw);
+    enum { SPAN = 16 }; /* one look for that many */
+    Qcow2L2Entry e = qcow2_entry_decode(s, raw), next = e;
     const uint8_t *at = raw;
-    unsigned n = 1;
+    unsigned n = 0;
     if (qcow2_entry_is_compressed(e) || (s->has_subclusters && !is_uniform(e))) {
         return 1;
     }
     uint64_t step = qcow2_entry_has_host(s, e) ? s->cluster_size : 0;
     uint64_t room = (QCOW2_ENTRY_OFFSET_MASK - qcow2_entry_host(e)) >> s->cluster_bits;
     max = (unsigned)MIN(max, room + 1); /* offsets do not run over into the bits above them */
-    while (n < max) {
-        at += s->l2_entry_size;
-        if (qb_ldbe64(at) != e.entry + n * step
-            || (s->has_subclusters && qb_ldbe64(at + 8) != e.bitmap)) {
-            break;
+    for (unsigned span = SPAN; span > 0; span = span > 1 ? 1 : 0) {
+        while (max - n >= span && entries_follow(s, at, span, next, step)) {
+            n += span;
+            at += (size_t)span * s->l2_entry_size;
+            next.entry += span * step;
         }
-        n++;
     }
     return n;
 }

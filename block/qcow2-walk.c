@@ -33,7 +33,7 @@
 #include "block/locks.h"
 #include "util/pool.h"
 
-#define BATCH_BYTES (4u << 20) /* not much more than the caches of a core */
+#define BATCH_BYTES (1u << 20) /* what the caches of a core hold */
 #define BATCH_TABLES 4096
 #define MAX_OP_BYTES (1u << 20)
 #define MIN_PART 256 /* L1 entries for which another thread is worth its while */
@@ -386,9 +386,30 @@ typedef struct Edit {
     void *opaque;
 } Edit;
 
-/* Puts @e and the @n - 1 entries that continue it to @raw. */
-static void store_alike(const BDRVQcow2State *s, Qcow2L2Entry e, unsigned n, uint8_t *raw)
+/* Makes of the @n entries at @raw, that continue @old, those that continue @e in the same host
+ * clusters. */
+static void change_flags(const BDRVQcow2State *s, Qcow2L2Entry old, Qcow2L2Entry e, unsigned n,
+                         uint8_t *raw)
 {
+    uint64_t change[] = {htobe64(old.entry ^ e.entry), htobe64(old.bitmap ^ e.bitmap)};
+    uint64_t *word = (uint64_t *)(void *)raw;
+    unsigned words = s->l2_entry_size / 8;
+    for (unsigned i = 0; i < n * words; i += words) {
+        word[i] ^= change[0];
+    }
+    for (unsigned i = 1; change[1] && i < n * words; i += words) {
+        word[i] ^= change[1];
+    }
+}
+
+/* Puts @e and the @n - 1 entries that continue it to @raw, where @old and such as continue it are. */
+static void store_alike(const BDRVQcow2State *s, Qcow2L2Entry old, Qcow2L2Entry e, unsigned n,
+                        uint8_t *raw)
+{
+    if (qcow2_entry_has_host(s, old) && qcow2_entry_host(old) == qcow2_entry_host(e)) {
+        change_flags(s, old, e, n, raw);
+        return;
+    }
     uint64_t step = qcow2_entry_has_host(s, e) ? s->cluster_size : 0;
     for (unsigned i = 0; i < n; i++) {
         qcow2_entry_encode(s, e, raw + (size_t)i * s->l2_entry_size);
@@ -405,11 +426,11 @@ static int edit_entries(const Edit *ed, Slot *slot, unsigned i, unsigned end)
     int ret = 0;
     for (unsigned n; i < end && ret >= 0; i += n) {
         size_t pos = (size_t)i * s->l2_entry_size;
-        Qcow2L2Entry e = qcow2_entry_decode(s, slot->data + pos);
+        Qcow2L2Entry e = qcow2_entry_decode(s, slot->data + pos), old = e;
         n = qcow2_entries_alike(s, slot->data + pos, end - i);
         ret = ed->fn(base + ((uint64_t)i << s->cluster_bits), &e, &n, ed->opaque);
         if (ret > 0) {
-            store_alike(s, e, n, slot->data + pos);
+            store_alike(s, old, e, n, slot->data + pos);
             slot->from = slot->to ? slot->from : pos;
             slot->to = pos + (size_t)n * s->l2_entry_size;
         }
