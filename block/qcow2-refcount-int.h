@@ -45,6 +45,12 @@ int64_t qcow2_append_blocks_locked(BDRVQcow2State *s, uint64_t blocks_from, uint
 
 /* ---- qcow2-refcount.c ---- */
 
+/* Pure: how many counts from @slot on, at least 1 and at most @max, are the same; *ret_count says
+ * which. @data is a block with counts of @order. */
+uint64_t qcow2_equal_counts(const uint8_t *data, unsigned order, uint64_t slot, uint64_t max,
+                            uint64_t *ret_count);
+/* Pure: @n counts from @slot on become @value. */
+void qcow2_fill_counts(uint8_t *data, unsigned order, uint64_t slot, uint64_t n, uint64_t value);
 /* Sets @n counts from @slot on, and tells the free-space index. Pinned block. */
 void qcow2_set_counts_locked(BDRVQcow2State *s, Qcow2Table *t, uint64_t index, uint64_t slot,
                              uint64_t n, uint64_t value) QB_REQUIRES(s->alloc_lock);

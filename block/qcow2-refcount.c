@@ -88,20 +88,35 @@ static uint64_t word_of(unsigned order, uint64_t value)
     return word;
 }
 
+static bool all_are(const uint8_t *data, unsigned n, uint64_t word)
+{
+    uint64_t differs = 0;
+
+    for (unsigned i = 0; i < n; i++) {
+        uint64_t next;
+        memcpy(&next, data + 8 * i, sizeof(next));
+        differs |= next ^ word;
+    }
+    return differs == 0;
+}
+
 /* How many words of those at @data, at most @max, are @word. */
 static uint64_t equal_words(const uint8_t *data, uint64_t max, uint64_t word)
 {
-    uint64_t n = 0, next;
+    enum { SPAN = 32 }; /* one look for that many */
+    uint64_t n = 0;
 
-    while (n < max && (memcpy(&next, data + 8 * n, sizeof(next)), next == word)) {
+    while (max - n >= SPAN && all_are(data + 8 * n, SPAN, word)) {
+        n += SPAN;
+    }
+    while (n < max && all_are(data + 8 * n, 1, word)) {
         n++;
     }
     return n;
 }
 
-/* How many counts from @slot on, at least 1 and at most @max, are the same; *ret_count says which. */
-static uint64_t equal_counts(const uint8_t *data, unsigned order, uint64_t slot, uint64_t max,
-                             uint64_t *ret_count)
+uint64_t qcow2_equal_counts(const uint8_t *data, unsigned order, uint64_t slot, uint64_t max,
+                            uint64_t *ret_count)
 {
     uint64_t per_word = UINT64_C(64) >> order, end = slot + max, pos = slot + 1;
     uint64_t count = qcow2_refcount_read(data, order, slot);
@@ -119,7 +134,7 @@ static uint64_t equal_counts(const uint8_t *data, unsigned order, uint64_t slot,
     return pos - slot;
 }
 
-static void fill_counts(uint8_t *data, unsigned order, uint64_t slot, uint64_t n, uint64_t value)
+void qcow2_fill_counts(uint8_t *data, unsigned order, uint64_t slot, uint64_t n, uint64_t value)
 {
     uint64_t per_word = UINT64_C(64) >> order, end = slot + n;
 
@@ -167,7 +182,7 @@ void qcow2_set_counts_locked(BDRVQcow2State *s, Qcow2Table *t, uint64_t index, u
     if (n == 0) {
         return;
     }
-    fill_counts(qcow2_refblock_data(t), s->refcount_order, slot, n, value);
+    qcow2_fill_counts(qcow2_refblock_data(t), s->refcount_order, slot, n, value);
     mark_slots_dirty(s, t, slot, n);
     s->alloc_seq++; /* who is about to cut the file looks again */
     if (value == 0) {
@@ -193,7 +208,7 @@ static uint64_t equal_slots(BDRVQcow2State *s, Qcow2Table *t, uint64_t slot, uin
 {
     QB_GUARD(&s->alloc_lock);
 
-    return equal_counts(qcow2_refblock_data(t), s->refcount_order, slot, max, ret_count);
+    return qcow2_equal_counts(qcow2_refblock_data(t), s->refcount_order, slot, max, ret_count);
 }
 
 int qcow2_count_run(BlockDriverState *bs, uint64_t offset, uint64_t bytes, uint64_t *ret_count,
@@ -255,7 +270,7 @@ static int judge_counts(BDRVQcow2State *s, Qcow2Table *t, const Part *p, int del
     uint64_t more = delta > 0 ? (uint64_t)delta : 0;
 
     for (uint64_t i = 0, n, count; i < p->n; i += n) {
-        n = equal_counts(data, s->refcount_order, p->slot + i, p->n - i, &count);
+        n = qcow2_equal_counts(data, s->refcount_order, p->slot + i, p->n - i, &count);
         if (count < need || more > s->refcount_max - count) {
             *ret_misfit = i;
             return count < need ? -EIO : -EINVAL;
@@ -286,9 +301,9 @@ static void change_counts_locked(BDRVQcow2State *s, Qcow2Table *t, const Part *p
 
     qb_mutex_assert_held(&s->alloc_lock);
     for (uint64_t slot = p->slot, end = p->slot + p->n, n, count; slot < end; slot += n) {
-        n = equal_counts(data, s->refcount_order, slot, end - slot, &count);
+        n = qcow2_equal_counts(data, s->refcount_order, slot, end - slot, &count);
         count += (uint64_t)(int64_t)delta;
-        fill_counts(data, s->refcount_order, slot, n, count);
+        qcow2_fill_counts(data, s->refcount_order, slot, n, count);
         if (count == 0) {
             forget_compressed_next(s, p->index, slot, n);
             qcow2_free_index_freed(s->free_index, p->index, slot, n, qcow2_counts_per_block(s));

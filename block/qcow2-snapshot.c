@@ -29,7 +29,7 @@
  *
  * SPDX-License-Identifier: MIT
  */
-#include "block/qcow2.h"
+#include "block/qcow2-refcount-bulk.h"
 
 #include <inttypes.h>
 #include <string.h>
@@ -112,7 +112,7 @@ static int prepare_sharing(Creation *c)
 
 static int raise_counts(Creation *c)
 {
-    int ret = qcow2_change_counts(c->bs, c->tree, 1);
+    int ret = qcow2_raise_counts_at_once(c->bs, c->tree);
     c->raised = ret == 0;
     return ret;
 }
@@ -268,13 +268,30 @@ static int find_exact(const GArray *snapshots, const char *id, const char *name)
     return -1;
 }
 
+static int free_and_flush(BlockDriverState *bs, const GArray *runs)
+{
+    int ret = qcow2_free_runs(bs, runs, QCOW2_DISCARD_SNAPSHOT);
+    return ret < 0 ? ret : qcow2_flush_all(bs);
+}
+
+/* Step 4; which of the clusters have one reference left is in @ones.  The drained node has no users,
+ * and the header without the snapshot is stable: what others share need not go through quarantine. */
+static int free_tree(BlockDriverState *bs, const GArray *tree, GArray *ones)
+{
+    g_autoptr(GArray) rest = g_array_new(false, false, sizeof(Qcow2HostRun));
+    int ret = qcow2_lower_shared_counts(bs, tree, ones, rest);
+    if (ret != -EUCLEAN) {
+        return ret < 0 ? ret : free_and_flush(bs, rest);
+    }
+    ret = free_and_flush(bs, tree);
+    return ret < 0 ? ret : qcow2_runs_with_count_one(bs, tree, ones);
+}
+
 /* Steps 4 to 6. @tree: what the snapshot referred to, its L1 included. */
 static int give_back(BlockDriverState *bs, const GArray *tree)
 {
     g_autoptr(GArray) ones = g_array_new(false, false, sizeof(Qcow2HostRun));
-    int ret = qcow2_free_runs(bs, tree, QCOW2_DISCARD_SNAPSHOT);
-    ret = ret < 0 ? ret : qcow2_flush_all(bs);
-    ret = ret < 0 ? ret : qcow2_runs_with_count_one(bs, tree, ones);
+    int ret = free_tree(bs, tree, ones);
     ret = ret < 0 ? ret : qcow2_set_copied_in(bs, ones);
     return ret < 0 ? ret : end_change_of_counts(bs);
 }

@@ -22,7 +22,7 @@
  *
  * SPDX-License-Identifier: MIT
  */
-#include "block/qcow2.h"
+#include "block/qcow2-refcount-bulk.h"
 
 #include <limits.h>
 #include <string.h>
@@ -190,17 +190,12 @@ static void add_edges(GArray *edges, const GArray *runs, int delta)
     }
 }
 
-/* A stretch of clusters to which each of @to adds, and each of @from takes away, so many
- * references. */
-typedef struct Stretch {
-    uint64_t start, end;
-    int64_t delta;
-} Stretch;
-
+/* Stretches of clusters (Qcow2Stretch): refs says how many each of @to adds and each of @from takes
+ * away. */
 static GArray *stretches(const BDRVQcow2State *s, const GArray *from, const GArray *to)
 {
     g_autoptr(GArray) edges = g_array_new(false, false, sizeof(Edge));
-    GArray *list = g_array_new(false, false, sizeof(Stretch));
+    GArray *list = g_array_new(false, false, sizeof(Qcow2Stretch));
     int64_t now = 0;
     if (from) {
         add_edges(edges, from, -1);
@@ -212,7 +207,7 @@ static GArray *stretches(const BDRVQcow2State *s, const GArray *from, const GArr
         now += e->delta;
         assert(qcow2_offset_into_cluster(s, e->at) == 0);
         if (now && e->at < next->at) {
-            g_array_append_val(list, ((Stretch){e->at, next->at, now}));
+            g_array_append_val(list, ((Qcow2Stretch){e->at, next->at, now}));
         }
     }
     return list;
@@ -223,10 +218,10 @@ void qcow2_runs_difference(const BDRVQcow2State *s, const GArray *from, const GA
 {
     g_autoptr(GArray) list = stretches(s, from, to);
     for (guint i = 0; i < list->len; i++) {
-        const Stretch *st = &g_array_index(list, Stretch, i);
+        const Qcow2Stretch *st = &g_array_index(list, Qcow2Stretch, i);
         Qcow2HostRun run = {st->start, st->end - st->start};
-        for (int64_t n = ABS(st->delta); n > 0; n--) {
-            g_array_append_val(st->delta > 0 ? ret_up : ret_down, run);
+        for (int64_t n = ABS(st->refs); n > 0; n--) {
+            g_array_append_val(st->refs > 0 ? ret_up : ret_down, run);
         }
     }
 }
@@ -240,8 +235,8 @@ static int with_counts_of(BlockDriverState *bs, const GArray *list, int64_t time
 {
     g_autoptr(GArray) runs = g_array_new(false, false, sizeof(Qcow2HostRun));
     for (guint i = 0; i < list->len; i++) {
-        const Stretch *st = &g_array_index(list, Stretch, i);
-        if (st->delta == times) {
+        const Qcow2Stretch *st = &g_array_index(list, Qcow2Stretch, i);
+        if (st->refs == times) {
             g_array_append_val(runs, ((Qcow2HostRun){st->start, st->end - st->start}));
         }
     }
@@ -253,13 +248,13 @@ static int change_counts_of(BlockDriverState *bs, const GArray *list, int64_t ti
     return with_counts_of(bs, list, times, delta, qcow2_update_refcounts);
 }
 
-/* The greatest delta below @limit in @list; 0: none. */
+/* The most references below @limit in @list; 0: none. */
 static int64_t next_lower(const GArray *list, int64_t limit)
 {
     int64_t most = 0;
     for (guint i = 0; i < list->len; i++) {
-        int64_t delta = g_array_index(list, Stretch, i).delta;
-        most = delta < limit ? MAX(most, delta) : most;
+        int64_t refs = g_array_index(list, Qcow2Stretch, i).refs;
+        most = refs < limit ? MAX(most, refs) : most;
     }
     return most;
 }
@@ -267,7 +262,11 @@ static int64_t next_lower(const GArray *list, int64_t limit)
 int qcow2_counts_have_room(BlockDriverState *bs, const GArray *runs)
 {
     g_autoptr(GArray) list = stretches(qcow2_state(bs), NULL, runs);
-    int ret = 0;
+    int ret = qcow2_bulk_judge(bs, list);
+    if (ret != -EUCLEAN) {
+        return ret;
+    }
+    ret = 0;
     for (int64_t n = next_lower(list, INT64_MAX); n > 0 && ret == 0; n = next_lower(list, n)) {
         ret = n > INT_MAX ? -EINVAL : with_counts_of(bs, list, n, (int)n, qcow2_judge_refcounts);
     }
@@ -278,10 +277,10 @@ int qcow2_counts_without_room(BlockDriverState *bs, const GArray *runs, GArray *
 {
     g_autoptr(GArray) list = stretches(qcow2_state(bs), NULL, runs);
     for (guint i = 0; i < list->len; i++) {
-        const Stretch *st = &g_array_index(list, Stretch, i);
+        const Qcow2Stretch *st = &g_array_index(list, Qcow2Stretch, i);
         Qcow2HostRun run = {st->start, st->end - st->start};
-        int err = st->delta > INT_MAX ? -EINVAL
-                                      : qcow2_judge_refcounts(bs, &run, 1, (int)st->delta);
+        int err = st->refs > INT_MAX ? -EINVAL
+                                      : qcow2_judge_refcounts(bs, &run, 1, (int)st->refs);
         if (err == -EINVAL) {
             g_array_append_val(ret, run);
         } else if (err < 0) {
@@ -307,6 +306,19 @@ int qcow2_change_counts(BlockDriverState *bs, const GArray *runs, int sign)
         }
     }
     return ret;
+}
+
+int qcow2_raise_counts_at_once(BlockDriverState *bs, const GArray *runs)
+{
+    g_autoptr(GArray) list = stretches(qcow2_state(bs), NULL, runs);
+    int ret = qcow2_bulk_raise(bs, list);
+    return ret == -EUCLEAN ? qcow2_change_counts(bs, runs, 1) : ret;
+}
+
+int qcow2_lower_shared_counts(BlockDriverState *bs, const GArray *runs, GArray *ones, GArray *rest)
+{
+    g_autoptr(GArray) list = stretches(qcow2_state(bs), NULL, runs);
+    return qcow2_bulk_lower(bs, list, ones, rest);
 }
 
 static gint by_offset(gconstpointer a, gconstpointer b)
