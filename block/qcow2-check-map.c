@@ -47,6 +47,7 @@ typedef struct Shard {
 struct Qcow2RefMap {
     uint64_t cap;
     Shard shards[SHARDS];
+    GPtrArray *sorted; /* all leaves there were when somebody asked last, or NULL */
 };
 
 Qcow2RefMap *qcow2_refmap_new(uint64_t cap)
@@ -77,6 +78,9 @@ void qcow2_refmap_free(Qcow2RefMap *map)
 {
     for (size_t i = 0; map && i < SHARDS; i++) {
         free_shard(&map->shards[i]);
+    }
+    if (map) {
+        g_clear_pointer(&map->sorted, g_ptr_array_unref);
     }
     g_free(map);
 }
@@ -319,7 +323,7 @@ static void radix_pass(const LeafKey *from, LeafKey *to, size_t n, unsigned shif
     }
 }
 
-GPtrArray *qcow2_refmap_sorted(const Qcow2RefMap *map)
+static GPtrArray *sort_leaves(const Qcow2RefMap *map)
 {
     size_t n;
     g_autofree LeafKey *keys = collect_leaves(map, &n);
@@ -339,6 +343,29 @@ GPtrArray *qcow2_refmap_sorted(const Qcow2RefMap *map)
         g_ptr_array_add(leaves, keys[i].leaf);
     }
     return leaves;
+}
+
+/* Leaves come and stay, at their places: as long as there are no more, the order is the same. */
+GPtrArray *qcow2_refmap_sorted(Qcow2RefMap *map)
+{
+    if (!map->sorted || map->sorted->len != qcow2_refmap_leaves(map)) {
+        g_clear_pointer(&map->sorted, g_ptr_array_unref);
+        map->sorted = sort_leaves(map);
+    }
+    return g_ptr_array_ref(map->sorted);
+}
+
+unsigned qcow2_refleaf_run(const Qcow2RefLeaf *leaf, unsigned slot)
+{
+    unsigned end = slot + 1;
+    if (!leaf->wide && slot == 0 && !memcmp(leaf->narrow, leaf->narrow + 1, QCOW2_REF_LEAF - 1)) {
+        return QCOW2_REF_LEAF;
+    }
+    while (end < QCOW2_REF_LEAF &&
+           qcow2_refleaf_count(leaf, end) == qcow2_refleaf_count(leaf, slot)) {
+        end++;
+    }
+    return end - slot;
 }
 
 static uint64_t leaf_end(const Qcow2RefLeaf *leaf)

@@ -61,8 +61,11 @@ static inline uint32_t qcow2_refleaf_count(const Qcow2RefLeaf *leaf, unsigned sl
 {
     return leaf->wide ? leaf->wide[slot] : leaf->narrow[slot];
 }
-/* All leaves by index; borrowed until the next add. Free the array with g_ptr_array_unref(). */
-GPtrArray *qcow2_refmap_sorted(const Qcow2RefMap *map);
+/* How many clusters from @slot on, at least 1, have the same count. */
+unsigned qcow2_refleaf_run(const Qcow2RefLeaf *leaf, unsigned slot);
+/* All leaves by index; borrowed until the next add. Not to be changed; give it back with
+ * g_ptr_array_unref(). */
+GPtrArray *qcow2_refmap_sorted(Qcow2RefMap *map);
 /* One past the highest cluster with a count; 0 for none. */
 uint64_t qcow2_refmap_end(const Qcow2RefMap *map);
 /* Number of leaves: what the map costs. */

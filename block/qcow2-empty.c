@@ -35,6 +35,7 @@
  * SPDX-License-Identifier: MIT
  */
 #include "block/qcow2-check.h"
+#include "block/qcow2-refcount-int.h"
 
 /* The structure to switch to. */
 typedef struct Blob {
@@ -101,12 +102,26 @@ static int judge_run(const Blob *b, const Qcow2HostRun *run)
     return qcow2_check_overlap(b->bs, QCOW2_OL_NONE, run->offset, run->bytes);
 }
 
+/* Is cluster @i the first of a leaf that has none to give? */
+static bool is_full_leaf(const Blob *b, uint64_t i)
+{
+    const Qcow2RefLeaf *leaf = i % QCOW2_REF_LEAF ? NULL : qcow2_refmap_leaf(b->map, i);
+    return leaf && qcow2_refleaf_count(leaf, 0) && qcow2_refleaf_run(leaf, 0) == QCOW2_REF_LEAF;
+}
+
 /* The first @n free clusters in a row below the limit; host offset. Runs may be longer than what one
  * refcount block counts, which the allocator would only append. */
 static int64_t find_run(Blob *b, uint64_t n)
 {
     uint64_t run = 0;
     for (uint64_t i = b->hint; i < b->limit; i++) {
+        while (i < b->limit && is_full_leaf(b, i)) {
+            i += QCOW2_REF_LEAF;
+            run = 0;
+        }
+        if (i >= b->limit) {
+            break;
+        }
         bool busy = qcow2_refmap_count(b->map, i) || qcow2_refmap_count(b->avoid, i);
         run = busy ? 0 : run + 1;
         if (run == n) {
@@ -285,38 +300,65 @@ static uint64_t blob_end(const Blob *b)
 
 /* ---------------------------------------------------------------- writing it */
 
-/* Counts of block @index into @data; @leaves are sorted, *pos the first that may lie in it. */
-static void encode_block(const Blob *b, uint64_t index, const GPtrArray *leaves, guint *pos,
-                         uint8_t *data)
+/* The first of the sorted @leaves that does not lie before @cluster. */
+static guint find_leaf(const GPtrArray *leaves, uint64_t cluster)
+{
+    guint low = 0, high = leaves->len;
+    while (low < high) {
+        guint mid = low + (high - low) / 2;
+        if (((const Qcow2RefLeaf *)leaves->pdata[mid])->index < cluster / QCOW2_REF_LEAF) {
+            low = mid + 1;
+        } else {
+            high = mid;
+        }
+    }
+    return low;
+}
+
+/* Counts of block @index into @data. */
+static void encode_block(const Blob *b, uint64_t index, const GPtrArray *leaves, uint8_t *data)
 {
     uint64_t first = index << b->s->refblock_bits;
     uint64_t end = first + (UINT64_C(1) << b->s->refblock_bits);
     memset(data, 0, b->s->cluster_size);
-    for (; *pos < leaves->len; (*pos)++) {
-        const Qcow2RefLeaf *leaf = g_ptr_array_index(leaves, *pos);
+    for (guint i = find_leaf(leaves, first); i < leaves->len; i++) {
+        const Qcow2RefLeaf *leaf = g_ptr_array_index(leaves, i);
         uint64_t cluster = leaf->index * QCOW2_REF_LEAF;
         if (cluster >= end) {
             return;
         }
-        for (unsigned i = 0; i < QCOW2_REF_LEAF && cluster >= first; i++) {
-            qcow2_refcount_write(data, b->s->refcount_order, cluster + i - first,
-                                 qcow2_refleaf_count(leaf, i));
+        for (unsigned k = 0, n; k < QCOW2_REF_LEAF; k += n) {
+            n = qcow2_refleaf_run(leaf, k);
+            qcow2_fill_counts(data, b->s->refcount_order, cluster + k - first, n,
+                              qcow2_refleaf_count(leaf, k));
         }
     }
+}
+
+typedef struct BlockWriter {
+    const Blob *b;
+    const GPtrArray *leaves;
+} BlockWriter;
+
+static int write_part(uint64_t first, uint64_t end, unsigned part, void *opaque)
+{
+    const BlockWriter *w = opaque;
+    const BDRVQcow2State *s = w->b->s;
+    QB_AUTO_FREE uint8_t *data = qb_try_memalign(4096, MAX(s->cluster_size, 4096));
+    int ret = data ? 0 : -ENOMEM;
+    for (guint i = (guint)first; i < end && ret == 0; i++) {
+        encode_block(w->b, g_array_index(w->b->indices, uint64_t, i), w->leaves, data);
+        ret = bdrv_pwrite(w->b->bs->file, (int64_t)g_array_index(w->b->blocks, uint64_t, i),
+                          s->cluster_size, data, 0);
+    }
+    return ret;
 }
 
 static int write_blocks(const Blob *b)
 {
     g_autoptr(GPtrArray) leaves = qcow2_refmap_sorted(b->map);
-    QB_AUTO_FREE uint8_t *data = qb_try_memalign(4096, MAX(b->s->cluster_size, 4096));
-    guint pos = 0;
-    int ret = data ? 0 : -ENOMEM;
-    for (guint i = 0; i < b->blocks->len && ret == 0; i++) {
-        encode_block(b, g_array_index(b->indices, uint64_t, i), leaves, &pos, data);
-        ret = bdrv_pwrite(b->bs->file, (int64_t)g_array_index(b->blocks, uint64_t, i),
-                          b->s->cluster_size, data, 0);
-    }
-    return ret;
+    BlockWriter w = {b, leaves};
+    return qcow2_walk_in_parts(b->blocks->len, write_part, &w);
 }
 
 /* Kept for memory, too: after the switch nothing may fail (invariant 5). */
@@ -374,6 +416,14 @@ static void adopt_blob(Blob *b)
 
 /* ---------------------------------------------------------------- space */
 
+static void punch(const Blob *b, uint64_t first, uint64_t end)
+{
+    if (end > first) {
+        bdrv_pdiscard(b->bs->file, (int64_t)(first << b->s->cluster_bits),
+                      (int64_t)((end - first) << b->s->cluster_bits));
+    }
+}
+
 /* Free stretches before the last cluster in use. A failure costs space only. */
 static void punch_gaps(const Blob *b)
 {
@@ -381,16 +431,13 @@ static void punch_gaps(const Blob *b)
     uint64_t gap = 0;
     for (guint i = 0; i < leaves->len; i++) {
         const Qcow2RefLeaf *leaf = g_ptr_array_index(leaves, i);
-        for (unsigned k = 0; k < QCOW2_REF_LEAF; k++) {
+        for (unsigned k = 0, n; k < QCOW2_REF_LEAF; k += n) {
             uint64_t cluster = leaf->index * QCOW2_REF_LEAF + k;
-            if (!qcow2_refleaf_count(leaf, k)) {
-                continue;
+            n = qcow2_refleaf_run(leaf, k);
+            if (qcow2_refleaf_count(leaf, k)) {
+                punch(b, gap, cluster);
+                gap = cluster + n;
             }
-            if (cluster > gap) {
-                bdrv_pdiscard(b->bs->file, (int64_t)(gap << b->s->cluster_bits),
-                              (int64_t)((cluster - gap) << b->s->cluster_bits));
-            }
-            gap = cluster + 1;
         }
     }
 }
