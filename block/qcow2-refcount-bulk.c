@@ -256,7 +256,8 @@ static int transfer(const Bulk *b, const Block *blocks, size_t n, BdrvBatchKind 
         uint64_t from, to;
         range_of(b, &blocks[i], &from, &to);
         BdrvBatchOp op = {
-            .kind = kind, .offset = (int64_t)(blocks[i].offset + from), .bytes = (int64_t)(to - from),
+            .kind = kind, .offset = (int64_t)(blocks[i].offset + from),
+            .bytes = (int64_t)(to - from),
             .buf = buf + (i << b->s->cluster_bits) + from,
         };
         if (kind == BDRV_BATCH_READ || blocks[i].edited) {

@@ -8,7 +8,8 @@
  * bits, from 8 bits on they are big-endian.
  *
  * Invariants
- * 1. Only blocks in the cache are changed, under the alloc lock; the flush writes them.
+ * 1. Only blocks in the cache are changed, under the alloc lock; the flush writes them.  (Counts of
+ *    whole trees go to the file by themselves: qcow2-refcount-bulk.c.)
  * 2. An overflow or underflow is found before the first change, so that such a call changed
  *    nothing. The caller sees to it that nobody else changes the same counts in between (whole node
  *    in the range lock, or the flusher's turn).  Blocks that cannot be read are met there too;

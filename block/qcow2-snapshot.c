@@ -6,8 +6,9 @@
  *   1 flush; collect the tree, judge its counts     1 flush; collect the snapshot's tree
  *   2 dirty bit, stable (version 3)                 2 dirty bit, stable (version 3)
  *   3 COPIED off everywhere; past all writers       3 table without it; header            <- done
- *     [version 2: flush]                            4 free the tree and its L1, flush
- *   4 +1 on the whole tree; a copy of L1            5 COPIED on where the count is 1 now
+ *     [version 2: flush]                            4 -1 on what others share; free the rest and
+ *   4 +1 on the whole tree; a copy of L1              its L1; flush
+ *                                                   5 COPIED on where the count is 1 now
  *   5 table with it; flush; header, dirty bit off   6 flush; dirty bit off
  *                                      <- done
  *
@@ -20,7 +21,8 @@
  *     exists.
  *  4. A create that fails takes its counts back and sets COPIED again.  It does so only when the
  *     barrier after the restored header succeeded; else counts stay raised (a leak), COPIED stays
- *     off and the dirty bit on.
+ *     off and the dirty bit on.  Counts that cannot be written back stay raised, too; COPIED is set
+ *     by what they are.
  *  5. Once a delete is done, what fails in freeing is a warning, and the dirty bit stays set.
  *
  * The core holds the whole node and has drained it.

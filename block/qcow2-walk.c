@@ -36,7 +36,7 @@
 #define BATCH_BYTES (1u << 20) /* what the caches of a core hold */
 #define BATCH_TABLES 4096
 #define MAX_OP_BYTES (1u << 20)
-#define MIN_PART 256 /* L1 entries for which another thread is worth its while */
+#define MIN_PART 256 /* tables or blocks for which another thread is worth its while */
 
 typedef struct Slot {
     uint64_t l1_index, l1_entry, offset;
@@ -554,15 +554,15 @@ static int run_part(void *opaque)
     return ret;
 }
 
-int qcow2_walk_in_parts(uint64_t l1_size, Qcow2PartFn fn, void *opaque)
+int qcow2_walk_in_parts(uint64_t size, Qcow2PartFn fn, void *opaque)
 {
     PartTask tasks[QCOW2_MAX_PARTS];
     unsigned most = MIN(qb_cpu_count(), QCOW2_MAX_PARTS);
-    unsigned n = (unsigned)CLAMP(l1_size / MIN_PART, 1, most);
+    unsigned n = (unsigned)CLAMP(size / MIN_PART, 1, most);
     QbTaskGroup group;
     qb_group_init(&group);
     for (unsigned i = 0; i < n; i++) {
-        tasks[i] = (PartTask){l1_size * i / n, l1_size * (i + 1) / n, i, fn, opaque};
+        tasks[i] = (PartTask){size * i / n, size * (i + 1) / n, i, fn, opaque};
         if (i > 0) {
             qb_group_submit(&group, qb_compute_pool(), run_part, &tasks[i]);
         }

@@ -841,11 +841,11 @@ typedef int (*Qcow2EditFn)(uint64_t guest, Qcow2L2Entry *e, unsigned *n, void *o
 int qcow2_walk_edit(BlockDriverState *bs, uint64_t start, uint64_t end, Qcow2EditFn fn,
                     void *opaque);
 
-/* Cuts L1 indices [0, @l1_size) into up to QCOW2_MAX_PARTS parts and handles each in a thread, one of
- * them this one. The first error. */
+/* Cuts indices [0, @size), of L1 entries or refcount blocks, into up to QCOW2_MAX_PARTS parts and handles
+ * each in a thread, one of them this one. The first error. */
 #define QCOW2_MAX_PARTS 16
 typedef int (*Qcow2PartFn)(uint64_t first, uint64_t end, unsigned part, void *opaque);
-int qcow2_walk_in_parts(uint64_t l1_size, Qcow2PartFn fn, void *opaque);
+int qcow2_walk_in_parts(uint64_t size, Qcow2PartFn fn, void *opaque);
 
 /* ======================= qcow2-tree.c: all that an L1 refers to ======================= */
 
