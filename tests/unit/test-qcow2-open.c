@@ -163,7 +163,7 @@ static void test_data_file_name(void)
         qb_stbe32(ext + 4, (uint32_t)strlen(cases[i].name));
         memcpy(ext + 8, cases[i].name, strlen(cases[i].name));
         assert_refused(NULL, 0, i ? ENOENT : EINVAL, cases[i].text);
-        blk_unref(open_image(BDRV_O_NO_IO)); /* asks for no data file */
+        blk_unref(open_image(BDRV_O_NO_IO | BDRV_O_NO_BACKING)); /* asks for no data file */
     }
     make_image("");
     assert_refused("data-file.driver=null-co", 0, EINVAL,
