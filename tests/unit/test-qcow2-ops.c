@@ -584,6 +584,7 @@ static void crash_one(const Shape *shape, const Operation *op)
     g_assert_true(run_operation(&t));
     g_autoptr(GArray) log = g_steal_pointer(&log_disks[0].log);
     assert_header_writes(&t, log);
+    g_assert_false(says_dirty(0));
     assert_clean(shape, 0);
     g_autoptr(GRand) toss = g_rand_new_with_seed(g_test_rand_int());
     for (guint n = 0; n <= log->len; n++) {
