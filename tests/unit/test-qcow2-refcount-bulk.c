@@ -147,10 +147,10 @@ static void test_refused(void)
     g_assert_cmpint(raise_all(blk, list), ==, -EUCLEAN);
     expect_counts(blk, at, 19000, 1);
     expect_counts(blk, at + 19000 * size, 3, 2);
-    static const uint64_t wrong[] = {1 << 20, UINT64_C(1) << 50};
+    static const uint64_t wrong[] = {20100, 1 << 20, UINT64_C(1) << 40};
     for (size_t i = 0; i < G_N_ELEMENTS(wrong); i++) {
         g_array_set_size(list, 1);
-        add(list, blk, at + (wrong[i] << 9), 1, 1);
+        add(list, blk, at + wrong[i] * size, 1, 1);
         g_assert_cmpint(raise_all(blk, list), ==, -EUCLEAN);
         expect_counts(blk, at, 19000, 1);
     }
