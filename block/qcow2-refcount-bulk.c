@@ -202,27 +202,17 @@ static int revert_raise(Bulk *b, const Block *block, uint8_t *data, unsigned par
     return 1;
 }
 
-static void append_run(GArray *runs, uint64_t offset, uint64_t bytes)
-{
-    Qcow2HostRun *last = runs->len ? &g_array_index(runs, Qcow2HostRun, runs->len - 1) : NULL;
-    if (last && last->offset + last->bytes == offset) {
-        last->bytes += bytes;
-    } else {
-        g_array_append_val(runs, ((Qcow2HostRun){offset, bytes}));
-    }
-}
-
 /* The clusters of @run have @count references, of which @refs go. True: others stay. */
 static bool sort_run(Bulk *b, unsigned part, const Qcow2HostRun *run, uint64_t count, uint64_t refs)
 {
     if (count > refs) {
         if (count - refs == 1) {
-            append_run(b->ones[part], run->offset, run->bytes);
+            qcow2_runs_append(b->ones[part], run->offset, run->bytes);
         }
         return true;
     }
     for (; refs > 0; refs--) {
-        append_run(b->rest[part], run->offset, run->bytes);
+        qcow2_runs_append(b->rest[part], run->offset, run->bytes);
     }
     return false;
 }

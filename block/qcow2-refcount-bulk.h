@@ -37,6 +37,9 @@ int qcow2_bulk_lower(BlockDriverState *bs, const GArray *list, GArray *ones, GAr
 
 /* ---- qcow2-tree.c: the same for runs (Qcow2HostRun), which may overlap ---- */
 
+/* Pure: appends a run to @runs, or makes the last one longer where they touch. */
+void qcow2_runs_append(GArray *runs, uint64_t offset, uint64_t bytes);
+
 /* qcow2_change_counts(runs, 1) as a qcow2_bulk_raise(), where that can be done. */
 int qcow2_raise_counts_at_once(BlockDriverState *bs, const GArray *runs);
 /* qcow2_bulk_lower() of all their references. */

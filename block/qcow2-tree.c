@@ -39,7 +39,7 @@ typedef struct Collect {
     uint64_t done; /* guest clusters below it have been counted */
 } Collect;
 
-static void add_run(GArray *runs, uint64_t offset, uint64_t bytes)
+void qcow2_runs_append(GArray *runs, uint64_t offset, uint64_t bytes)
 {
     Qcow2HostRun *last = runs->len ? &g_array_index(runs, Qcow2HostRun, runs->len - 1) : NULL;
     if (last && last->offset + last->bytes == offset) {
@@ -65,7 +65,7 @@ static void add_clusters(Collect *c, const Qcow2Mapping *m)
     uint64_t start = MAX(m->guest - into, c->done);
     uint64_t end = qb_align_up(m->guest + m->bytes, c->s->cluster_size);
     if (start < end) {
-        add_run(c->runs, m->host - into + (start - (m->guest - into)), end - start);
+        qcow2_runs_append(c->runs, m->host - into + (start - (m->guest - into)), end - start);
         c->done = end;
     }
 }
@@ -94,7 +94,7 @@ static void collect_tables(const BDRVQcow2State *s, const uint64_t *be_l1, uint6
     for (uint64_t i = 0; i < n; i++) {
         uint64_t offset = qb_ldbe64(&be_l1[i]) & QCOW2_ENTRY_OFFSET_MASK;
         if (offset) {
-            add_run(runs, offset, s->cluster_size);
+            qcow2_runs_append(runs, offset, s->cluster_size);
         }
     }
 }
@@ -374,7 +374,7 @@ int qcow2_runs_with_count_one(BlockDriverState *bs, const GArray *runs, GArray *
                 return err;
             }
             if (count == 1) {
-                add_run(ret, run->offset + pos, n);
+                qcow2_runs_append(ret, run->offset + pos, n);
             }
         }
     }

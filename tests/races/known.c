@@ -124,19 +124,25 @@ static void close_world(World *w, Picture *p)
     world_free(w);
 }
 
-/* Two writes that fill a part each of the same new cluster: one copies, the other finds it. */
-static void test_cow_against_cow(const void *data)
+/* Writes to the first and to the last sector of a cluster; the second comes while the first is under
+ * way.  Closes the image: no leak, one cluster for both. */
+static void race_for_cluster(World *w, unsigned cluster)
 {
-    World *w = open_world(data, NULL);
-    unsigned c = w->kind->cluster, cluster = 3 * c; /* not there yet */
     Racer first = {.world = w, .first = cluster, .n = 1, .value = 50};
-    Racer second = {.world = w, .first = cluster + c - 1, .n = 1, .value = 51};
+    Racer second = {.world = w, .first = cluster + w->kind->cluster - 1, .n = 1, .value = 51};
     start_until(&first, "write_aio");
     start(&second);
     g_usleep(20000);
     finish(&first);
     pthread_join(second.thread, NULL);
-    close_world(w, NULL); /* no leak: one cluster for both */
+    close_world(w, NULL);
+}
+
+/* Two writes that fill a part each of the same new cluster: one copies, the other finds it. */
+static void test_cow_against_cow(const void *data)
+{
+    World *w = open_world(data, NULL);
+    race_for_cluster(w, 3 * w->kind->cluster); /* not there yet */
 }
 
 /* The same with a zero cluster that has its place already: what the first fills up with zeroes is not
@@ -148,14 +154,7 @@ static void test_reuse_against_reuse(const void *data)
     world_write(w, cluster, c);
     world_zero(w, cluster, c, 0);
     g_assert_cmpint(world_flush(w), ==, 0);
-    Racer first = {.world = w, .first = cluster, .n = 1, .value = 50};
-    Racer second = {.world = w, .first = cluster + c - 1, .n = 1, .value = 51};
-    start_until(&first, "write_aio");
-    start(&second);
-    g_usleep(20000);
-    finish(&first);
-    pthread_join(second.thread, NULL);
-    close_world(w, NULL);
+    race_for_cluster(w, cluster);
 }
 
 /* What must not be done before a write that it found under way. */

@@ -154,6 +154,14 @@ static inline void image_write(BlockBackend *blk, int64_t offset, int64_t bytes,
     g_assert_cmpint(blk_pwrite(blk, offset, bytes, buf, 0), ==, 0);
 }
 
+static inline void image_write_compressed(BlockBackend *blk, int64_t offset, int64_t bytes,
+                                          int value, int want)
+{
+    g_autofree uint8_t *buf = g_malloc((size_t)bytes);
+    memset(buf, value, (size_t)bytes);
+    g_assert_cmpint(blk_pwrite(blk, offset, bytes, buf, BDRV_REQ_COMPRESSED), ==, want);
+}
+
 static inline void image_expect(BlockBackend *blk, int64_t offset, int64_t bytes, int value)
 {
     g_autofree uint8_t *buf = g_malloc((size_t)bytes);

@@ -95,16 +95,23 @@ static void test_taken_along(void)
     g_assert_cmpuint(qcow2_parts_taken_along(parts, 1), ==, 0);
 }
 
-static void check_bitmaps(const char *opts)
+/* Stores two bitmaps with the same bits, which it returns. */
+static char *store_two_bitmaps(RecFile *f)
 {
-    RecFile *f = turned_image(opts);
     BlockBackend *blk = rec_open_rw(f);
     add_bitmap(blk, "one");
     add_bitmap(blk, "two");
     scatter(blk, 3);
-    g_autofree char *before = bits_of(blk, "one");
+    char *bits = bits_of(blk, "one");
     blk_unref(blk);
-    blk = rec_open_rw(f); /* bits are not read yet */
+    return bits;
+}
+
+static void check_bitmaps(const char *opts)
+{
+    RecFile *f = turned_image(opts);
+    g_autofree char *before = store_two_bitmaps(f);
+    BlockBackend *blk = rec_open_rw(f); /* bits are not read yet */
     uint64_t directory = directory_of(blk);
     int64_t length = f->length;
     unsigned flushes = f->count[REC_FLUSH];
@@ -319,12 +326,7 @@ static void test_busy(void)
     for (int round = 0; round < 4; round++) {
         pthread_t threads[G_N_ELEMENTS(all)];
         RecFile *f = turned_image(",cluster_size=512");
-        BlockBackend *blk = rec_open_rw(f);
-        add_bitmap(blk, "one");
-        add_bitmap(blk, "two");
-        scatter(blk, 3);
-        g_autofree char *before = bits_of(blk, "one");
-        blk_unref(blk);
+        g_autofree char *before = store_two_bitmaps(f);
         Busy r = {.blk = rec_open_rw(f), .expected = before};
         f->read_us = 100;
         f->flush_us = 500;

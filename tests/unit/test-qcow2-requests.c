@@ -1,12 +1,11 @@
 /*
  * What single requests do to the map of a qcow2 image: the state table of zero and discard,
  * allocation that does not happen, races of writes with discards, corrupt entries, compressed
- * writes, VM state and the fast lane.
+ * writes and VM state.
  *
  * SPDX-License-Identifier: MIT
  */
 #include "qcow2-image.h"
-#include "block/queue.h"
 
 enum { C = 64 * KIB };
 
@@ -39,13 +38,6 @@ static const Case state_table[] = {
     {STREAM, DISCARD, QCOW2_UNALLOCATED, QCOW2_ZERO_PLAIN, QCOW2_ZERO_PLAIN},
 };
 
-static void write_compressed(BlockBackend *blk, int64_t offset, int64_t bytes, int value, int want)
-{
-    g_autofree uint8_t *buf = g_malloc((size_t)bytes);
-    memset(buf, value, (size_t)bytes);
-    g_assert_cmpint(blk_pwrite(blk, offset, bytes, buf, BDRV_REQ_COMPRESSED), ==, want);
-}
-
 static void put_state(BlockBackend *blk, int64_t offset, Before before)
 {
     switch (before) {
@@ -53,7 +45,7 @@ static void put_state(BlockBackend *blk, int64_t offset, Before before)
         return;
     case STREAM:
     case PLAIN:
-        write_compressed(blk, offset, C, 3, 0);
+        image_write_compressed(blk, offset, C, 3, 0);
         break;
     default:
         image_write(blk, offset, C, 3);
@@ -184,7 +176,7 @@ static void test_subclusters(void)
     g_assert_cmpint(blk_pwrite_zeroes(blk, 0, C, BDRV_REQ_MAY_UNMAP), ==, 0);
     g_assert_cmphex(image_entry(blk, 0).entry, ==, 0);
     g_assert_cmphex(image_entry(blk, 0).bitmap, ==, 0xffffffff00000000);
-    write_compressed(blk, C, C, 5, 0);
+    image_write_compressed(blk, C, C, 5, 0);
     g_assert_cmpint(blk_pwrite_zeroes(blk, C + SC, C, 0), ==, 0);
     image_expect(blk, C, SC, 5);
     image_expect(blk, C + SC, C, 0);
@@ -211,7 +203,7 @@ static void check_partial_discards(bool backed)
     g_assert_cmpint(blk_pdiscard(blk, 0, 2 * SC), ==, 0);
     g_assert_cmphex(image_entry(blk, 0).entry, ==, 0);
     g_assert_cmphex(image_entry(blk, 0).bitmap, ==, backed ? 0xffffffff00000000 : 0);
-    write_compressed(blk, 2 * C, C, 5, 0);
+    image_write_compressed(blk, 2 * C, C, 5, 0);
     g_assert_cmpint(blk_pdiscard(blk, C, C + SC), ==, 0);
     image_expect(blk, 0, 2 * C, 0);
     image_expect(blk, 2 * C, C, 5);
@@ -543,7 +535,7 @@ static void test_freed_is_not_reused_early(void)
 {
     image_create("image", "size=1M");
     BlockBackend *blk = image_open_rw("image");
-    write_compressed(blk, 0, C, 5, 0);
+    image_write_compressed(blk, 0, C, 5, 0);
     uint64_t stream, next;
     uint32_t bytes;
     qcow2_parse_compressed(image_state(blk), image_entry(blk, 0).entry, &stream, &bytes);
@@ -682,14 +674,14 @@ static void test_compressed_rules(void)
 {
     image_create("image", "size=1M");
     BlockBackend *blk = image_open_rw("image");
-    write_compressed(blk, 0, C, 5, 0);
+    image_write_compressed(blk, 0, C, 5, 0);
     g_assert_cmpint(image_type(blk, 0), ==, QCOW2_COMPRESSED);
-    write_compressed(blk, 0, C, 5, -EIO);
-    write_compressed(blk, C, 512, 5, -EINVAL);
-    write_compressed(blk, C + 512, C, 5, -EINVAL);
+    image_write_compressed(blk, 0, C, 5, -EIO);
+    image_write_compressed(blk, C, 512, 5, -EINVAL);
+    image_write_compressed(blk, C + 512, C, 5, -EINVAL);
     image_write(blk, 2 * C, 512, 1);
-    write_compressed(blk, 2 * C, C, 5, -EIO);
-    write_compressed(blk, 3 * C, C, 0, 0); /* zeroes need nothing */
+    image_write_compressed(blk, 2 * C, C, 5, -EIO);
+    image_write_compressed(blk, 3 * C, C, 0, 0); /* zeroes need nothing */
     g_assert_cmpint(image_type(blk, 3 * C), ==, QCOW2_UNALLOCATED);
     image_expect(blk, 0, C, 5);
     image_expect(blk, 3 * C, C, 0);
@@ -728,7 +720,7 @@ static void test_compressed_cache(void)
     image_create("image", "size=1M");
     BlockBackend *blk = image_open_rw("image");
     for (int round = 1; round < 6; round++) {
-        write_compressed(blk, 0, C, round, 0);
+        image_write_compressed(blk, 0, C, round, 0);
         image_expect(blk, 512, 512, round);
         image_expect(blk, 1024, 512, round);
         g_assert_cmpint(blk_pdiscard(blk, 0, C), ==, 0);
@@ -838,110 +830,7 @@ static void test_vmstate(void)
     image_check("image");
 }
 
-/* --- the fast lane --- */
-
-static int map(BlockBackend *blk, BdrvMapIntent intent, int64_t offset, int64_t bytes,
-               BdrvMapping *m)
-{
-    memset(m, 0, sizeof(*m));
-    return bdrv_map(blk_root(blk), NULL, intent, offset, bytes, m);
-}
-
-static void test_map(void)
-{
-    BdrvMapping m;
-    image_create("image", "size=1M");
-    BlockBackend *blk = image_open_rw("image");
-    image_write(blk, 0, 2 * C, 1);
-    g_assert_cmpint(blk_pwrite_zeroes(blk, 3 * C, C, 0), ==, 0);
-    write_compressed(blk, 5 * C, C, 4, 0);
-    g_assert_cmpint(blk_flush(blk), ==, 0);
-    uint64_t host = qcow2_entry_host(image_entry(blk, 0));
-    bdrv_graph_rdlock();
-    g_assert_cmpint(map(blk, BDRV_MAP_READ, 4096, 3 * C, &m), ==, 0);
-    g_assert_cmpint(m.bytes, ==, 2 * C - 4096);
-    g_assert_cmpuint(m.n, ==, 1);
-    g_assert_cmpint(m.ext[0].host_offset, ==, (int64_t)host + 4096);
-    g_assert_cmpint(bdrv_map_done(NULL, &m, 0), ==, 0);
-    g_assert_cmpint(map(blk, BDRV_MAP_READ, 2 * C, 3 * C, &m), ==, 0);
-    g_assert_cmpint(m.bytes, ==, 3 * C); /* nothing, zeroes, nothing */
-    g_assert_true(m.ext[0].zero);
-    g_assert_cmpint(bdrv_map_done(NULL, &m, 0), ==, 0);
-    g_assert_cmpint(map(blk, BDRV_MAP_READ, 5 * C, 4096, &m), ==, -EAGAIN);
-    g_assert_cmpint(map(blk, BDRV_MAP_WRITE, 8 * C, 4096, &m), ==, -EAGAIN);
-    g_assert_cmpint(map(blk, BDRV_MAP_WRITE, 3 * C, 4096, &m), ==, -EAGAIN);
-    g_assert_cmpint(map(blk, BDRV_MAP_WRITE, C, 4096, &m), ==, 0);
-    g_assert_cmpint(m.ext[0].host_offset, ==, (int64_t)host + C);
-    g_assert_cmpint(bdrv_map_done(NULL, &m, 0), ==, 0);
-    bdrv_graph_rdunlock();
-    blk_unref(blk);
-}
-
-/* A queue's thread must not wait for a new table: a flush leaves it the one it is about to use. */
-static void test_map_keeps_table(void)
-{
-    BdrvMapping m;
-    image_create("image", "size=1M");
-    BlockBackend *blk = image_open_rw("image");
-    image_write(blk, 0, 2 * C, 1);
-    g_assert_cmpint(blk_flush(blk), ==, 0);
-    uint64_t l1 = qcow2_l1_get(image_state(blk), 0);
-    bdrv_graph_rdlock();
-    g_assert_cmpint(map(blk, BDRV_MAP_WRITE, 8 * C, C, &m), ==, 0);
-    g_assert_cmpint(bdrv_pdiscard(blk_root(blk), 0, 2 * C), ==, 0);
-    g_assert_cmpint(bdrv_flush(blk_bs(blk)), ==, 0);
-    g_assert_cmphex(qcow2_l1_get(image_state(blk), 0), ==, l1);
-    g_assert_cmpint(bdrv_map_done(NULL, &m, -EIO), ==, -EIO);
-    g_assert_cmpint(bdrv_flush(blk_bs(blk)), ==, 0);
-    g_assert_cmphex(qcow2_l1_get(image_state(blk), 0), ==, 0); /* the next one does not */
-    bdrv_graph_rdunlock();
-    blk_unref(blk);
-    image_check("image");
-}
-
-/* --- external data file --- */
-
-static void test_data_file(bool raw)
-{
-    g_autofree char *path = image_path("data");
-    g_autofree char *opts = g_strdup_printf("size=1M,data_file=%s,data_file_raw=%s", path,
-                                            raw ? "on" : "off");
-    g_unlink(path);
-    image_create("image", opts);
-    BlockBackend *blk = image_open_rw("image");
-    image_write(blk, 100, 3 * C, 5);
-    g_assert_cmphex(image_entry(blk, 0).entry, ==, QCOW2_ENTRY_COPIED);
-    g_assert_cmphex(image_entry(blk, C).entry, ==, QCOW2_ENTRY_COPIED | C);
-    g_assert_cmpint(blk_pwrite_zeroes(blk, C, C, 0), ==, 0);
-    g_assert_cmpint(blk_pdiscard(blk, 2 * C, C), ==, 0);
-    write_compressed(blk, 8 * C, C, 5, -ENOTSUP);
-    image_expect(blk, 0, 100, 0);
-    image_expect(blk, 100, C - 100, 5);
-    image_expect(blk, C, 2 * C, 0);
-    image_expect(blk, 3 * C, 100, 5);
-    image_write(blk, C + 10, 20, 6);
-    image_expect(blk, C, 10, 0);
-    image_expect(blk, C + 10, 20, 6);
-    image_expect(blk, C + 30, 2 * C - 30, 0);
-    blk_unref(blk);
-    image_check("image");
-    if (raw) {
-        g_autoptr(BlockBackend) data = image_open("data", "driver=raw", 0);
-        image_expect(data, 100, C - 100, 5);
-        image_expect(data, C + 30, 2 * C - 30, 0);
-        image_expect(data, C + 10, 20, 6);
-    }
-}
-
-static void test_data_file_plain(void)
-{
-    test_data_file(false);
-}
-
-static void test_data_file_raw(void)
-{
-    test_data_file(true);
-}
+/* --- a stream in the place of another --- */
 
 /* A stream as long as the one that was there before, and read: what is shown is its own content. */
 static void test_stream_after_stream(void)
@@ -950,7 +839,7 @@ static void test_stream_after_stream(void)
     g_autoptr(BlockBackend) blk = image_open_rw("image");
     uint64_t host = 0;
     for (int i = 0; i < 4; i++) {
-        write_compressed(blk, i * C, C, 0x10 + i, 0);
+        image_write_compressed(blk, i * C, C, 0x10 + i, 0);
         uint64_t now = image_entry(blk, (uint64_t)i * C).entry;
         g_assert_true(i == 0 || now == host);
         host = now;
@@ -997,10 +886,6 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-requests/corrupt-entries", test_corrupt_entries);
     g_test_add_func("/qcow2-requests/corrupt-l1", test_corrupt_l1);
     g_test_add_func("/qcow2-requests/vmstate", test_vmstate);
-    g_test_add_func("/qcow2-requests/map", test_map);
-    g_test_add_func("/qcow2-requests/map-keeps-table", test_map_keeps_table);
-    g_test_add_func("/qcow2-requests/data-file", test_data_file_plain);
-    g_test_add_func("/qcow2-requests/data-file-raw", test_data_file_raw);
     int ret = g_test_run();
     g_clear_pointer(&last_warning, g_free);
     image_teardown();
