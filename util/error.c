@@ -18,10 +18,21 @@
 #include "util/error.h"
 
 #include <stdarg.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
-G_DEFINE_QUARK(qb-error, qb_error)
+/* Several threads may meet their first error at once: GLib's macro leaves that to chance. */
+GQuark qb_error_quark(void)
+{
+    static _Atomic(GQuark) quark;
+    GQuark known = atomic_load(&quark);
+    if (!known) {
+        known = g_quark_from_static_string("qb-error-quark");
+        atomic_store(&quark, known);
+    }
+    return known;
+}
 
 /* Either sign in, positive and not 0 out: a failure without a cause is EIO. */
 static int error_code(int err)

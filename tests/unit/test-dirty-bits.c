@@ -88,10 +88,11 @@ static void model_clear(Model *m)
     g_free(m->store.data);
 }
 
+/* What begins behind the end of the disk is not there, also where the last bit reaches as far. */
 static void model_mark(Model *m, uint64_t offset, uint64_t bytes, bool set)
 {
     for (uint64_t i = offset >> m->granularity_bits;
-         bytes && i < n_bits(m) && i << m->granularity_bits < offset + bytes; i++) {
+         bytes && offset < m->size && i < n_bits(m) && i << m->granularity_bits < offset + bytes; i++) {
         m->bits->data[i] = set;
     }
 }
