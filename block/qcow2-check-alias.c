@@ -60,9 +60,10 @@ void qcow2_check_find_aliases(Qcow2Check *c, Qcow2Moves *m)
     }
     for (guint i = 0; i < leaves->len; i++) {
         const Qcow2RefLeaf *leaf = g_ptr_array_index(leaves, i);
-        for (unsigned slot = 0; slot < QCOW2_REF_LEAF; slot++) {
-            consider_cluster(c, m, leaf->index * QCOW2_REF_LEAF + slot, leaf->flags[slot],
-                             qcow2_refleaf_count(leaf, slot));
+        bool any = qcow2_refleaf_any_flags(leaf) & QCOW2_REF_ALIAS;
+        for (unsigned slot = 0; any && slot < QCOW2_REF_LEAF; slot++) {
+            consider_cluster(c, m, leaf->index * QCOW2_REF_LEAF + slot,
+                             qcow2_refleaf_flags(leaf, slot), qcow2_refleaf_count(leaf, slot));
         }
     }
 }

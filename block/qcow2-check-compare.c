@@ -23,6 +23,7 @@
  * SPDX-License-Identifier: MIT
  */
 #include "block/qcow2-check.h"
+#include "block/qcow2-refcount-int.h"
 
 #include <inttypes.h>
 
@@ -140,6 +141,15 @@ static bool is_readable(const Qcow2CheckBlock *b)
     return b->state == QCOW2_BLOCK_SOUND || b->state == QCOW2_BLOCK_SHARED;
 }
 
+static uint64_t count_readable(const Qcow2Check *c)
+{
+    uint64_t n = 0;
+    for (uint64_t i = 0; i < c->nb_blocks; i++) {
+        n += is_readable(&c->blocks[i]);
+    }
+    return n;
+}
+
 size_t qcow2_check_batch(const Qcow2Check *c)
 {
     return MAX(1, BATCH_BYTES >> c->s->cluster_bits);
@@ -241,7 +251,7 @@ static void compare_cluster(Qcow2Check *c, uint64_t cluster, uint64_t disk,
 {
     unsigned slot = cluster % QCOW2_REF_LEAF;
     uint32_t refs = leaf ? qcow2_refleaf_count(leaf, slot) : 0;
-    unsigned flags = leaf ? leaf->flags[slot] : 0;
+    unsigned flags = leaf ? qcow2_refleaf_flags(leaf, slot) : 0;
     c->overflowing |= refs > c->s->refcount_max;
     refs = MIN(refs, c->s->refcount_max);
     if (disk != refs) {
@@ -257,27 +267,33 @@ static void compare_cluster(Qcow2Check *c, uint64_t cluster, uint64_t disk,
     }
 }
 
-/* Most leaves of most images hold: every count 1 or what the disk has. Nothing to say then. */
-static bool group_is_empty(const uint8_t *data, unsigned order, uint64_t slot)
+/* Counts of a group of clusters, as a leaf has them: all alike. */
+typedef struct Pattern {
+    uint32_t refs; /* 0: all is zero */
+    uint8_t counts[QCOW2_REF_LEAF * 8];
+} Pattern;
+
+static bool group_is(const uint8_t *group, unsigned order, uint32_t refs, Pattern *p)
 {
-    static const uint8_t zeroes[QCOW2_REF_LEAF * 8];
-    size_t bytes = (QCOW2_REF_LEAF << order) / 8;
-    return memcmp(data + ((slot << order) / 8), zeroes, bytes) == 0;
+    if (p->refs != refs) {
+        p->refs = refs;
+        qcow2_fill_counts(p->counts, order, 0, QCOW2_REF_LEAF, refs);
+    }
+    return memcmp(group, p->counts, (QCOW2_REF_LEAF << order) / 8) == 0;
 }
 
-/* Nearly all groups of nearly all images: every cluster has one owner, and the flags say so. */
-static bool group_is_ones(const uint8_t *data, unsigned order, uint64_t slot, const uint8_t *ones,
-                          const Qcow2RefLeaf *leaf)
+/* Nearly all groups of nearly all images: every cluster is in use and has the same count, that on
+ * disk, and the flags agree with it. Nothing to say then. */
+static bool group_is_settled(const Qcow2Check *c, const uint8_t *group, const Qcow2RefLeaf *leaf,
+                             Pattern *p)
 {
-    size_t bytes = (QCOW2_REF_LEAF << order) / 8;
-    uint8_t flags = 0;
-    if (leaf->wide || memcmp(data + ((slot << order) / 8), ones, bytes)) {
+    uint32_t refs = qcow2_refleaf_count(leaf, 0);
+    if (!refs || refs > c->s->refcount_max || qcow2_refleaf_run(leaf, 0) < QCOW2_REF_LEAF) {
         return false;
     }
-    for (unsigned i = 0; i < QCOW2_REF_LEAF; i++) {
-        flags |= leaf->flags[i] | (leaf->narrow[i] ^ 1 ? QCOW2_REF_ALIAS : 0);
-    }
-    return !(flags & (QCOW2_REF_ALIAS | QCOW2_REF_SHARED));
+    unsigned wrong = QCOW2_REF_ALIAS | (refs == 1 ? QCOW2_REF_SHARED : QCOW2_REF_COPIED);
+    return !(qcow2_refleaf_any_flags(leaf) & wrong) &&
+           group_is(group, c->s->refcount_order, refs, p);
 }
 
 /* The next leaf in file order. */
@@ -321,16 +337,14 @@ static void compare_block(Qcow2Check *c, LeafCursor *cur, uint64_t index, const 
 {
     unsigned order = c->s->refcount_order;
     uint64_t first = index << c->s->refblock_bits;
-    uint8_t ones[QCOW2_REF_LEAF * 8] = {0};
-    for (unsigned i = 0; i < QCOW2_REF_LEAF; i++) {
-        qcow2_refcount_write(ones, order, i, 1);
-    }
+    Pattern free = {0}, used = {0};
     for (uint64_t slot = 0; slot < counts_per_block(c); slot += QCOW2_REF_LEAF) {
         const Qcow2RefLeaf *leaf = leaf_at(cur, (first + slot) / QCOW2_REF_LEAF);
-        if (!leaf && group_is_empty(data, order, slot)) {
+        const uint8_t *group = data + ((slot << order) / 8);
+        if (!leaf && group_is(group, order, 0, &free)) {
             continue;
         }
-        if (leaf && group_is_ones(data, order, slot, ones, leaf)) {
+        if (leaf && group_is_settled(c, group, leaf, &used)) {
             note_end(c, first + slot + QCOW2_REF_LEAF - 1);
             continue;
         }
@@ -373,11 +387,12 @@ void qcow2_check_compare(Qcow2Check *c)
     g_autofree uint64_t *indices = g_new(uint64_t, batch);
     g_autoptr(GPtrArray) leaves = qcow2_refmap_sorted(c->map);
     LeafCursor cur = {.leaves = leaves};
+    uint64_t readable = count_readable(c);
     for (uint64_t i = 0; i < c->nb_blocks && !qcow2_check_cancelled(c); i++) {
         if (!is_readable(&c->blocks[i])) {
             continue;
         }
-        bool hole = qcow2_check_is_hole(c, c->blocks[i].offset);
+        bool hole = qcow2_check_is_hole(c, c->blocks[i].offset, readable);
         if (!hole) {
             indices[n++] = i;
         }

@@ -61,7 +61,7 @@ int qcow2_check_walk(const Qcow2Check *c, guint first, guint n, Qcow2TableFn fn,
     assert(n <= QCOW2_CHECK_WALK);
     for (guint i = 0; i < n; i++) {
         uint64_t offset = g_array_index(c->tables, Qcow2CheckTable, first + i).offset;
-        be_l1[i] = qcow2_check_is_hole(c, offset) ? 0 : htobe64(offset);
+        be_l1[i] = qcow2_check_is_hole(c, offset, c->tables->len) ? 0 : htobe64(offset);
     }
     Qcow2WalkSource src = {.be_l1 = be_l1, .l1_size = n};
     uint64_t end = (uint64_t)n << (s->cluster_bits + s->l2_bits);

@@ -5,16 +5,20 @@
  *        hash table of leaves (open addressing, by leaf index), and the slabs they lie in
  *          [ . | o | . | o | o | . ]
  *                |       |   |
- *              leaf    leaf  leaf     64 clusters each: 64 counts of 8 bits, 64 bytes of flags;
- *                                     a count beyond 255 turns the leaf's counts into 32 bits
+ *              leaf    leaf  leaf     64 clusters each: all alike, their count and flags are here
+ *                |
+ *              body                   or they differ: 64 counts of 8 bits, 64 bytes of flags;
+ *                                     a count beyond 255 turns the counts into 32 bits
  *
- * A leaf exists only where something is referenced, so the map costs what metadata really refers
- * to: 144 bytes for a lonely reference (which took 8 bytes of metadata), 2.5 bytes per cluster of a
- * dense image (40 MB for 1 TiB at 64 KiB clusters), nothing for a long file or for what a header
- * claims.
+ * A leaf exists only where something is referenced, a body only where neighbours differ.  So the
+ * map costs what metadata really refers to: 160 bytes for a lonely reference (which took 8 bytes of
+ * metadata), 0.4 bytes per cluster where a run covers whole leaves, 2.5 bytes where none does, and
+ * nothing for a long file or for what a header claims.  Pointers in the hash table come on top: two
+ * to four for a leaf.
  *
- * References come in runs, one thread's mostly far from another's: a lock per shard, taken once per
- * leaf, is hardly ever waited for.  Only adding takes it; all else happens when nobody adds.
+ * References come in runs, one thread's mostly far from another's: a lock per shard, taken once for
+ * the 64 leaves of a row, is hardly ever waited for.  Only changes take it; all else happens when
+ * nobody adds.
  *
  * Invariants
  *   1. A cluster without a leaf has count 0 and no flags.
@@ -24,23 +28,34 @@
  *        META with anything; L2 with DATA or COMP; DATA with COMP; active data twice.
  *      Data of two trees (active, snapshots), and compressed streams among themselves, share.
  *      In which order the owners came makes no difference.
+ *   4. Leaves and bodies stay where they are.  A leaf that got a body keeps it: clusters that
+ *      become alike by and by are not looked for.
  *
  * SPDX-License-Identifier: MIT
  */
 #include "block/qcow2-check.h"
 
 enum {
-    SHARDS = 64,       /* power of two */
-    SLAB_LEAVES = 32,  /* allocated at once */
+    SHARDS = 64, /* power of two */
+    ROW = QCOW2_REF_LEAF * QCOW2_REF_LEAF, /* clusters whose leaves share a shard */
+    FIRST_SLAB = 4,           /* items; each slab has twice as many as the one before, */
+    MAX_SLAB_BYTES = 96 << 10, /* up to that: what malloc does not get from the system singly */
     RADIX_BITS = 11,
 };
 
+/* Items of one size, zeroed, that stay where they are until all of them go. */
+typedef struct Slabs {
+    size_t item_size;
+    GPtrArray *slabs;
+    size_t used, size; /* items of the last of them */
+} Slabs;
+
 typedef struct Shard {
-    QbMutex lock; /* taken by those who add */
+    QbMutex lock; /* taken by those who change something */
     Qcow2RefLeaf **slots;
     size_t nslots; /* power of two; 0: nothing yet */
     size_t used;
-    GPtrArray *slabs;   /* of SLAB_LEAVES leaves each, filled one after the other */
+    Slabs leaves, bodies;
     Qcow2RefLeaf *last; /* of the last look-up */
 } Shard;
 
@@ -50,6 +65,39 @@ struct Qcow2RefMap {
     GPtrArray *sorted; /* all leaves there were when somebody asked last, or NULL */
 };
 
+/* ---------------------------------------------------------------- slabs */
+
+static void slabs_init(Slabs *p, size_t item_size)
+{
+    *p = (Slabs){.item_size = item_size, .slabs = g_ptr_array_new_with_free_func(g_free)};
+}
+
+/* How many items slab @i has. */
+static size_t slab_size(const Slabs *p, guint i)
+{
+    return MIN((size_t)FIRST_SLAB << MIN(i, 16), MAX_SLAB_BYTES / p->item_size);
+}
+
+static void *slabs_take(Slabs *p)
+{
+    if (p->used == p->size) {
+        p->size = slab_size(p, p->slabs->len);
+        p->used = 0;
+        g_ptr_array_add(p->slabs, g_malloc0_n(p->size, p->item_size));
+    }
+    uint8_t *slab = p->slabs->pdata[p->slabs->len - 1];
+    return slab + p->used++ * p->item_size;
+}
+
+/* Slab @i; *ret_n: how many items of it are taken. */
+static void *slabs_get(const Slabs *p, guint i, size_t *ret_n)
+{
+    *ret_n = i + 1 < p->slabs->len ? slab_size(p, i) : p->used;
+    return p->slabs->pdata[i];
+}
+
+/* ---------------------------------------------------------------- */
+
 Qcow2RefMap *qcow2_refmap_new(uint64_t cap)
 {
     assert(cap > 0);
@@ -57,20 +105,24 @@ Qcow2RefMap *qcow2_refmap_new(uint64_t cap)
     map->cap = cap;
     for (size_t i = 0; i < SHARDS; i++) {
         qb_mutex_init(&map->shards[i].lock);
-        map->shards[i].slabs = g_ptr_array_new_with_free_func(g_free);
+        slabs_init(&map->shards[i].leaves, sizeof(Qcow2RefLeaf));
+        slabs_init(&map->shards[i].bodies, sizeof(Qcow2RefBody));
     }
     return map;
 }
 
 static void free_shard(Shard *shard)
 {
-    for (size_t i = 0; i < shard->nslots; i++) {
-        if (shard->slots[i]) {
-            g_free(shard->slots[i]->wide);
+    for (guint i = 0; i < shard->bodies.slabs->len; i++) {
+        size_t n;
+        const Qcow2RefBody *bodies = slabs_get(&shard->bodies, i, &n);
+        for (size_t k = 0; k < n; k++) {
+            g_free(bodies[k].wide);
         }
     }
     g_free(shard->slots);
-    g_ptr_array_unref(shard->slabs);
+    g_ptr_array_unref(shard->leaves.slabs);
+    g_ptr_array_unref(shard->bodies.slabs);
     qb_mutex_destroy(&shard->lock);
 }
 
@@ -119,13 +171,10 @@ static void grow(Shard *shard)
 
 static Qcow2RefLeaf *new_leaf(Shard *shard, uint64_t index)
 {
-    size_t in_slab = shard->used++ % SLAB_LEAVES;
-    if (in_slab == 0) {
-        g_ptr_array_add(shard->slabs, g_new0(Qcow2RefLeaf, SLAB_LEAVES));
-    }
-    Qcow2RefLeaf *slab = shard->slabs->pdata[shard->slabs->len - 1];
-    slab[in_slab].index = index;
-    return &slab[in_slab];
+    Qcow2RefLeaf *leaf = slabs_take(&shard->leaves);
+    leaf->index = index;
+    shard->used++;
+    return leaf;
 }
 
 static Qcow2RefLeaf *make_leaf(Shard *shard, uint64_t index)
@@ -154,28 +203,107 @@ const Qcow2RefLeaf *qcow2_refmap_leaf(const Qcow2RefMap *map, uint64_t cluster)
     return shard->nslots ? shard->slots[find_slot(shard, index)] : NULL;
 }
 
-static void widen(Qcow2RefLeaf *leaf)
+/* ---------------------------------------------------------------- clusters of a leaf */
+
+/* What is known of a cluster. */
+typedef struct Refs {
+    uint32_t count;
+    uint8_t flags;
+} Refs;
+
+static void widen(Qcow2RefBody *body)
 {
-    assert(!leaf->wide);
-    leaf->wide = g_new(uint32_t, QCOW2_REF_LEAF);
+    body->wide = g_new(uint32_t, QCOW2_REF_LEAF);
     for (unsigned i = 0; i < QCOW2_REF_LEAF; i++) {
-        leaf->wide[i] = leaf->narrow[i];
+        body->wide[i] = body->narrow[i];
     }
 }
 
-static void set_count(Qcow2RefLeaf *leaf, unsigned slot, uint32_t count)
+static void fill(Qcow2RefBody *body, unsigned slot, unsigned n, Refs r)
 {
-    if (!leaf->wide && count > UINT8_MAX) {
-        widen(leaf);
+    if (!body->wide && r.count > UINT8_MAX) {
+        widen(body);
     }
-    if (leaf->wide) {
-        leaf->wide[slot] = count;
-    } else {
-        leaf->narrow[slot] = count;
+    for (unsigned i = slot; body->wide && i < slot + n; i++) {
+        body->wide[i] = r.count;
+    }
+    memset(body->narrow + slot, (int)(r.count & UINT8_MAX), n);
+    memset(body->flags + slot, r.flags, n);
+}
+
+/* @n clusters of the leaf from @slot on become @r. */
+static void set_refs(Shard *shard, Qcow2RefLeaf *leaf, unsigned slot, unsigned n, Refs r)
+{
+    bool same = r.count == leaf->count && r.flags == leaf->flags;
+    if (!leaf->body && (same || n == QCOW2_REF_LEAF)) {
+        leaf->count = r.count;
+        leaf->flags = r.flags;
+        return;
+    }
+    if (!leaf->body) {
+        leaf->body = slabs_take(&shard->bodies);
+        fill(leaf->body, 0, QCOW2_REF_LEAF, (Refs){leaf->count, leaf->flags});
+    }
+    fill(leaf->body, slot, n, r);
+}
+
+/* How many of the @max clusters from @slot on are alike. */
+static unsigned refs_run(const Qcow2RefLeaf *leaf, unsigned slot, unsigned max)
+{
+    const Qcow2RefBody *body = leaf->body;
+    unsigned n = 1;
+    if (!body) {
+        return max;
+    }
+    while (n < max && body->flags[slot + n] == body->flags[slot] &&
+           qcow2_refleaf_count(leaf, slot + n) == qcow2_refleaf_count(leaf, slot)) {
+        n++;
+    }
+    return n;
+}
+
+/* ---------------------------------------------------------------- changes */
+
+/* What happens to clusters in a row, alike for those that are alike. */
+typedef struct Change {
+    bool (*fn)(Refs *r, const struct Change *change); /* true: overflow is to be called */
+    uint64_t times, cap;
+    unsigned flags;
+    void (*overflow)(uint64_t cluster, void *opaque);
+    void *opaque;
+} Change;
+
+static void change_leaf(Shard *shard, uint64_t first, unsigned n, const Change *change)
+{
+    Qcow2RefLeaf *leaf = make_leaf(shard, first / QCOW2_REF_LEAF);
+    unsigned slot = first % QCOW2_REF_LEAF, end = slot + n;
+    for (unsigned alike; slot < end; slot += alike, first += alike) {
+        Refs r = {qcow2_refleaf_count(leaf, slot), qcow2_refleaf_flags(leaf, slot)};
+        alike = refs_run(leaf, slot, end - slot);
+        bool overflow = change->fn(&r, change);
+        set_refs(shard, leaf, slot, alike, r);
+        for (unsigned i = 0; overflow && i < alike; i++) {
+            change->overflow(first + i, change->opaque);
+        }
     }
 }
 
-/* ---------------------------------------------------------------- references */
+static void change_row(Shard *shard, uint64_t first, uint64_t end, const Change *change)
+{
+    QB_GUARD(&shard->lock);
+    for (uint64_t n; first < end; first += n) {
+        n = MIN(end - first, QCOW2_REF_LEAF - first % QCOW2_REF_LEAF);
+        change_leaf(shard, first, (unsigned)n, change);
+    }
+}
+
+static void change_all(Qcow2RefMap *map, uint64_t first, uint64_t n, const Change *change)
+{
+    for (uint64_t part; n > 0; first += part, n -= part) {
+        part = MIN(n, ROW - first % ROW);
+        change_row(shard_of(map, first / QCOW2_REF_LEAF), first, first + part, change);
+    }
+}
 
 /* Can a reference with @flags join those that @old tells of? (invariant 3) */
 static bool conflicts(unsigned old, unsigned flags)
@@ -190,87 +318,52 @@ static bool conflicts(unsigned old, unsigned flags)
     return kind == QCOW2_REF_DATA && (old & flags & QCOW2_REF_ACTIVE);
 }
 
-/* References to clusters of one leaf that come together. */
-typedef struct Addition {
-    uint64_t times, cap;
-    unsigned flags;
-    void (*overflow)(uint64_t cluster, void *opaque);
-    void *opaque;
-} Addition;
-
-static void add_one(Qcow2RefLeaf *leaf, unsigned slot, const Addition *a)
+static bool join(Refs *r, const Change *change)
 {
-    uint64_t count = qcow2_refleaf_count(leaf, slot);
-    if (conflicts(leaf->flags[slot], a->flags)) {
-        leaf->flags[slot] |= QCOW2_REF_ALIAS;
-    }
-    leaf->flags[slot] |= a->flags;
-    if (a->overflow && (count > a->cap || a->times > a->cap - count)) {
-        a->overflow(leaf->index * QCOW2_REF_LEAF + slot, a->opaque);
-    }
-    set_count(leaf, slot, MIN(count + MIN(a->times, UINT32_MAX), UINT32_MAX));
-}
-
-static void add_to_shard(Shard *shard, uint64_t first, uint64_t n, const Addition *a)
-{
-    unsigned slot = first % QCOW2_REF_LEAF;
-    QB_GUARD(&shard->lock);
-    size_t used = shard->used;
-    Qcow2RefLeaf *leaf = make_leaf(shard, first / QCOW2_REF_LEAF);
-    if (shard->used > used && a->times == 1) { /* a fresh leaf: all of it in two strokes */
-        memset(leaf->narrow + slot, 1, n);
-        memset(leaf->flags + slot, (int)a->flags, n);
-        return;
-    }
-    for (uint64_t i = 0; i < n; i++) {
-        add_one(leaf, slot + i, a);
-    }
+    uint64_t count = r->count;
+    r->flags |= change->flags | (conflicts(r->flags, change->flags) ? QCOW2_REF_ALIAS : 0);
+    r->count = (uint32_t)MIN(count + MIN(change->times, UINT32_MAX), UINT32_MAX);
+    return change->overflow && (count > change->cap || change->times > change->cap - count);
 }
 
 void qcow2_refmap_add(Qcow2RefMap *map, uint64_t first, uint64_t n, uint64_t times, unsigned flags,
                       void (*overflow)(uint64_t cluster, void *opaque), void *opaque)
 {
     assert(times > 0 && (flags & QCOW2_REF_KINDS));
-    Addition a = {.times = times, .cap = map->cap, .flags = flags, .overflow = overflow,
-                  .opaque = opaque};
-    while (n > 0) {
-        uint64_t part = MIN(n, QCOW2_REF_LEAF - first % QCOW2_REF_LEAF);
-        add_to_shard(shard_of(map, first / QCOW2_REF_LEAF), first, part, &a);
-        first += part;
-        n -= part;
+    Change change = {.fn = join, .times = times, .cap = map->cap, .flags = flags,
+                     .overflow = overflow, .opaque = opaque};
+    change_all(map, first, n, &change);
+}
+
+static bool leave(Refs *r, const Change *change)
+{
+    assert(r->count > 0);
+    if (r->count < UINT32_MAX) { /* invariant 2: it may be any */
+        r->count = r->count > change->times ? r->count - (uint32_t)change->times : 0;
+        r->flags = r->count ? r->flags : 0;
     }
+    return false;
 }
 
 void qcow2_refmap_sub(Qcow2RefMap *map, uint64_t first, uint64_t n, uint64_t times)
 {
-    for (uint64_t c = first; c < first + n; c++) {
-        Qcow2RefLeaf *leaf = make_leaf(shard_of(map, c / QCOW2_REF_LEAF), c / QCOW2_REF_LEAF);
-        unsigned slot = c % QCOW2_REF_LEAF;
-        uint32_t count = qcow2_refleaf_count(leaf, slot);
-        assert(count > 0);
-        if (count == UINT32_MAX) {
-            continue; /* invariant 2: it may be any */
-        }
-        count = count > times ? count - times : 0;
-        set_count(leaf, slot, count);
-        if (!count) {
-            leaf->flags[slot] = 0;
-        }
+    change_all(map, first, n, &(Change){.fn = leave, .times = times});
+}
+
+static bool clear_kind(Refs *r, const Change *change)
+{
+    r->flags &= ~change->flags;
+    unsigned kinds = r->flags & QCOW2_REF_KINDS;
+    bool twice = kinds == QCOW2_REF_META && r->count > 1;
+    if ((kinds & (kinds - 1)) == 0 && !twice) {
+        r->flags &= ~QCOW2_REF_ALIAS;
     }
+    return false;
 }
 
 void qcow2_refmap_clear_kind(Qcow2RefMap *map, uint64_t first, uint64_t n, unsigned kind)
 {
-    for (uint64_t c = first; c < first + n; c++) {
-        Qcow2RefLeaf *leaf = make_leaf(shard_of(map, c / QCOW2_REF_LEAF), c / QCOW2_REF_LEAF);
-        uint8_t *flags = &leaf->flags[c % QCOW2_REF_LEAF];
-        *flags &= ~kind;
-        unsigned kinds = *flags & QCOW2_REF_KINDS;
-        bool twice = kinds == QCOW2_REF_META && qcow2_refleaf_count(leaf, c % QCOW2_REF_LEAF) > 1;
-        if ((kinds & (kinds - 1)) == 0 && !twice) {
-            *flags &= ~QCOW2_REF_ALIAS;
-        }
-    }
+    change_all(map, first, n, &(Change){.fn = clear_kind, .flags = kind});
 }
 
 uint32_t qcow2_refmap_count(const Qcow2RefMap *map, uint64_t cluster)
@@ -282,30 +375,37 @@ uint32_t qcow2_refmap_count(const Qcow2RefMap *map, uint64_t cluster)
 unsigned qcow2_refmap_flags(const Qcow2RefMap *map, uint64_t cluster)
 {
     const Qcow2RefLeaf *leaf = qcow2_refmap_leaf(map, cluster);
-    return leaf ? leaf->flags[cluster % QCOW2_REF_LEAF] : 0;
+    return leaf ? qcow2_refleaf_flags(leaf, cluster % QCOW2_REF_LEAF) : 0;
 }
 
 /* ---------------------------------------------------------------- all leaves */
+
+typedef struct LeafIter {
+    const Qcow2RefMap *map;
+    size_t shard, in_slab;
+    guint slab;
+} LeafIter;
+
+/* The next of all leaves, in no order; NULL: that was the last one. */
+static Qcow2RefLeaf *next_leaf(LeafIter *it)
+{
+    for (; it->shard < SHARDS; it->shard++, it->slab = 0) {
+        const Slabs *leaves = &it->map->shards[it->shard].leaves;
+        for (; it->slab < leaves->slabs->len; it->slab++, it->in_slab = 0) {
+            size_t n;
+            Qcow2RefLeaf *slab = slabs_get(leaves, it->slab, &n);
+            if (it->in_slab < n) {
+                return &slab[it->in_slab++];
+            }
+        }
+    }
+    return NULL;
+}
 
 typedef struct LeafKey {
     uint64_t index;
     Qcow2RefLeaf *leaf;
 } LeafKey;
-
-static LeafKey *collect_leaves(const Qcow2RefMap *map, size_t *ret_n)
-{
-    LeafKey *keys = g_new(LeafKey, qcow2_refmap_leaves(map) + 1);
-    size_t n = 0;
-    for (size_t i = 0; i < SHARDS; i++) {
-        const Shard *shard = &map->shards[i];
-        for (size_t k = 0; k < shard->used; k++) {
-            Qcow2RefLeaf *slab = shard->slabs->pdata[k / SLAB_LEAVES];
-            keys[n++] = (LeafKey){slab[k % SLAB_LEAVES].index, &slab[k % SLAB_LEAVES]};
-        }
-    }
-    *ret_n = n;
-    return keys;
-}
 
 /* Sorts by the RADIX_BITS bits from @shift on, keeping the order of what is equal there. */
 static void radix_pass(const LeafKey *from, LeafKey *to, size_t n, unsigned shift)
@@ -323,16 +423,16 @@ static void radix_pass(const LeafKey *from, LeafKey *to, size_t n, unsigned shif
     }
 }
 
-static GPtrArray *sort_leaves(const Qcow2RefMap *map)
+/* For leaves that lie far from another. */
+static GPtrArray *sort_sparse(const Qcow2RefMap *map, size_t n, uint64_t highest)
 {
-    size_t n;
-    g_autofree LeafKey *keys = collect_leaves(map, &n);
-    g_autofree LeafKey *other = g_new(LeafKey, n + 1);
-    uint64_t all = 0;
+    LeafKey *keys = g_new(LeafKey, n), *other = g_new(LeafKey, n);
+    LeafIter it = {.map = map};
     for (size_t i = 0; i < n; i++) {
-        all |= keys[i].index;
+        Qcow2RefLeaf *leaf = next_leaf(&it);
+        keys[i] = (LeafKey){leaf->index, leaf};
     }
-    for (unsigned shift = 0; shift < 64 && all >> shift; shift += RADIX_BITS) {
+    for (unsigned shift = 0; shift < 64 && highest >> shift; shift += RADIX_BITS) {
         radix_pass(keys, other, n, shift);
         LeafKey *sorted = other;
         other = keys;
@@ -342,7 +442,41 @@ static GPtrArray *sort_leaves(const Qcow2RefMap *map)
     for (size_t i = 0; i < n; i++) {
         g_ptr_array_add(leaves, keys[i].leaf);
     }
+    g_free(keys);
+    g_free(other);
     return leaves;
+}
+
+/* For leaves that lie close together: each goes to its index, then all move up. */
+static GPtrArray *sort_dense(const Qcow2RefMap *map, uint64_t highest)
+{
+    GPtrArray *leaves = g_ptr_array_new();
+    LeafIter it = {.map = map};
+    guint n = 0;
+    g_ptr_array_set_size(leaves, (gint)highest + 1);
+    for (Qcow2RefLeaf *leaf; (leaf = next_leaf(&it));) {
+        leaves->pdata[leaf->index] = leaf;
+    }
+    for (guint i = 0; i <= highest; i++) {
+        if (leaves->pdata[i]) {
+            leaves->pdata[n++] = leaves->pdata[i];
+        }
+    }
+    g_ptr_array_set_size(leaves, (gint)n);
+    return leaves;
+}
+
+static GPtrArray *sort_leaves(const Qcow2RefMap *map)
+{
+    enum { MAX_DENSE = 1 << 28 };
+    uint64_t highest = 0;
+    size_t n = 0;
+    LeafIter it = {.map = map};
+    for (const Qcow2RefLeaf *leaf; (leaf = next_leaf(&it)); n++) {
+        highest = MAX(highest, leaf->index);
+    }
+    bool dense = highest / 4 < n && highest < MAX_DENSE;
+    return dense ? sort_dense(map, highest) : sort_sparse(map, n, highest);
 }
 
 /* Leaves come and stay, at their places: as long as there are no more, the order is the same. */
@@ -355,10 +489,23 @@ GPtrArray *qcow2_refmap_sorted(Qcow2RefMap *map)
     return g_ptr_array_ref(map->sorted);
 }
 
+unsigned qcow2_refleaf_any_flags(const Qcow2RefLeaf *leaf)
+{
+    unsigned any = 0;
+    for (unsigned i = 0; leaf->body && i < QCOW2_REF_LEAF; i++) {
+        any |= leaf->body->flags[i];
+    }
+    return leaf->body ? any : leaf->flags;
+}
+
 unsigned qcow2_refleaf_run(const Qcow2RefLeaf *leaf, unsigned slot)
 {
+    const Qcow2RefBody *body = leaf->body;
     unsigned end = slot + 1;
-    if (!leaf->wide && slot == 0 && !memcmp(leaf->narrow, leaf->narrow + 1, QCOW2_REF_LEAF - 1)) {
+    if (!body) {
+        return QCOW2_REF_LEAF - slot;
+    }
+    if (!body->wide && slot == 0 && !memcmp(body->narrow, body->narrow + 1, QCOW2_REF_LEAF - 1)) {
         return QCOW2_REF_LEAF;
     }
     while (end < QCOW2_REF_LEAF &&
@@ -368,30 +515,26 @@ unsigned qcow2_refleaf_run(const Qcow2RefLeaf *leaf, unsigned slot)
     return end - slot;
 }
 
-static uint64_t leaf_end(const Qcow2RefLeaf *leaf)
+unsigned qcow2_refleaf_end(const Qcow2RefLeaf *leaf)
 {
     unsigned slot = QCOW2_REF_LEAF;
+    if (!leaf->body) {
+        return leaf->count ? QCOW2_REF_LEAF : 0;
+    }
     while (slot > 0 && !qcow2_refleaf_count(leaf, slot - 1)) {
         slot--;
     }
-    return slot ? leaf->index * QCOW2_REF_LEAF + slot : 0;
-}
-
-static uint64_t shard_end(const Shard *shard, uint64_t end)
-{
-    for (size_t i = 0; i < shard->nslots; i++) {
-        if (shard->slots[i] && (shard->slots[i]->index + 1) * QCOW2_REF_LEAF > end) {
-            end = MAX(end, leaf_end(shard->slots[i]));
-        }
-    }
-    return end;
+    return slot;
 }
 
 uint64_t qcow2_refmap_end(const Qcow2RefMap *map)
 {
     uint64_t end = 0;
-    for (size_t i = 0; i < SHARDS; i++) {
-        end = shard_end(&map->shards[i], end);
+    LeafIter it = {.map = map};
+    for (const Qcow2RefLeaf *leaf; (leaf = next_leaf(&it));) {
+        uint64_t first = leaf->index * QCOW2_REF_LEAF;
+        unsigned used = first + QCOW2_REF_LEAF > end ? qcow2_refleaf_end(leaf) : 0;
+        end = used ? MAX(end, first + used) : end;
     }
     return end;
 }

@@ -27,11 +27,12 @@
 
 #include <inttypes.h>
 #include "block/locks.h"
+#include "block/qcow2-io-int.h"
 #include "util/pool.h"
 
 enum {
-    CHUNK_BYTES = 4 << 20,
-    MAX_CHUNK_TABLES = 1024,
+    CHUNK_BYTES = 4 << 20, /* at least */
+    THREAD_CHUNKS = 8,     /* per thread, unless they get too small or too large */
     MAX_THREADS = 16,
 };
 
@@ -119,28 +120,12 @@ static bool add_data(TableScan *x, uint64_t entry, uint64_t clusters)
     return qcow2_check_is_inside(x->c, offset, bytes);
 }
 
-/* How many entries from @i on are those of clusters in a row, alike in everything else. */
-static uint32_t run_length(const BDRVQcow2State *s, const uint64_t *be, uint32_t i)
-{
-    size_t words = s->l2_entry_size / sizeof(uint64_t);
-    const uint64_t *first = be + i * words, *at = first + words;
-    uint64_t next = be64toh(*first);
-    uint32_t end = i + 1;
-    while (end < s->l2_entries && be64toh(*at) == (next += s->cluster_size)
-           && (words == 1 || at[1] == first[1])) {
-        at += words;
-        end++;
-    }
-    return end - i;
-}
-
 /* The entries from @i on that make one run; *ret_n: how many. False: something is odd. */
 static bool scan_entries(TableScan *x, uint32_t i, uint32_t *ret_n)
 {
     const BDRVQcow2State *s = x->c->s;
-    unsigned words = s->l2_entry_size / sizeof(uint64_t);
-    uint64_t entry = be64toh(x->be[(size_t)i * words]);
-    uint64_t bitmap = words > 1 ? be64toh(x->be[(size_t)i * words + 1]) : 0;
+    const uint64_t *raw = x->be + (size_t)i * (s->l2_entry_size / sizeof(uint64_t));
+    uint64_t entry = be64toh(raw[0]), bitmap = s->has_subclusters ? be64toh(raw[1]) : 0;
     *ret_n = 1;
     if (entry & QCOW2_ENTRY_COMPRESSED) {
         return add_compressed(x, entry, bitmap);
@@ -148,22 +133,14 @@ static bool scan_entries(TableScan *x, uint32_t i, uint32_t *ret_n)
     if (!is_plain(s, entry, bitmap)) {
         return false;
     }
-    if (!(entry & QCOW2_ENTRY_OFFSET_MASK)) {
-        return true;
-    }
-    *ret_n = run_length(s, x->be, i);
-    return add_data(x, entry, *ret_n);
+    *ret_n = qcow2_entries_alike(s, raw, s->l2_entries - i);
+    return !(entry & QCOW2_ENTRY_OFFSET_MASK) || add_data(x, entry, *ret_n);
 }
 
 static bool scan_entries_of(TableScan *x)
 {
     const BDRVQcow2State *s = x->c->s;
-    bool small = s->l2_entry_size == sizeof(uint64_t);
     for (uint32_t i = 0, n; i < s->l2_entries; i += n) {
-        n = 1;
-        if (small && !x->be[i]) {
-            continue;
-        }
         if (!scan_entries(x, i, &n)) {
             return false;
         }
@@ -281,10 +258,12 @@ uint8_t *qcow2_check_scan_tables(Qcow2Check *c)
     guint n = c->tables->len;
     Scan scan = {.c = c, .odd = g_malloc(MAX(n, 1))};
     memset(scan.odd, true, MAX(n, 1));
-    scan.chunk = CLAMP(CHUNK_BYTES >> c->s->cluster_bits, 1, MAX_CHUNK_TABLES);
+    unsigned threads = MIN(qb_cpu_count(), MAX_THREADS);
+    guint least = CLAMP(CHUNK_BYTES >> c->s->cluster_bits, 1, QCOW2_CHECK_WALK);
+    scan.chunk = CLAMP(n / (threads * THREAD_CHUNKS), least, QCOW2_CHECK_WALK);
     guint chunks = n / scan.chunk + (n % scan.chunk != 0);
     if (n && !c->s->has_data_file) {
-        run_tasks(&scan, MIN(MIN(qb_cpu_count(), MAX_THREADS), chunks));
+        run_tasks(&scan, MIN(threads, chunks));
     }
     return scan.odd;
 }

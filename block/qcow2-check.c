@@ -129,12 +129,12 @@ int qcow2_check_barrier(Qcow2Check *c)
     return ret;
 }
 
-/* Sparse files let a hostile image name terabytes of tables; asking is dearer than reading when
- * they are tiny. */
-bool qcow2_check_is_hole(const Qcow2Check *c, uint64_t offset)
+/* Sparse files let a hostile image name terabytes of tables. Asking is dearer than reading when
+ * they are tiny, and idle when all of them together are no more than the file takes. */
+bool qcow2_check_is_hole(const Qcow2Check *c, uint64_t offset, uint64_t n)
 {
     BdrvStatus status;
-    if (c->s->cluster_size < 4096) {
+    if (c->s->cluster_size < 4096 || n <= c->file_allocated >> c->s->cluster_bits) {
         return false;
     }
     int ret = bdrv_block_status(c->bs->file->bs, (int64_t)offset, c->s->cluster_size, &status);
@@ -193,6 +193,7 @@ static bool begin(Qcow2Check *c, GError **errp)
         qcow2_cache_reset(s->cache); /* the repair writes behind it */
     }
     c->file_bytes = c->counted_bytes = (uint64_t)file_bytes;
+    c->file_allocated = (uint64_t)MAX(bdrv_get_allocated_file_size(c->bs->file->bs), 0);
     c->nb_clusters = qcow2_size_to_clusters(s, c->file_bytes);
     c->map = qcow2_refmap_new(s->refcount_max);
     c->be_l1 = qcow2_l1_dup_be(s, &c->l1_size);

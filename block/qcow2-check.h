@@ -26,11 +26,18 @@ typedef enum Qcow2RefFlag {
 /* Clusters per leaf; divides the number of counts in any refcount block. */
 #define QCOW2_REF_LEAF 64
 
-typedef struct Qcow2RefLeaf {
-    uint64_t index;     /* of the leaf: first cluster / QCOW2_REF_LEAF */
-    uint32_t *wide;     /* NULL, or the counts when one of them passed 255 */
+/* Counts and flags of clusters that differ. */
+typedef struct Qcow2RefBody {
+    uint32_t *wide; /* NULL, or the counts when one of them passed 255 */
     uint8_t narrow[QCOW2_REF_LEAF];
     uint8_t flags[QCOW2_REF_LEAF];
+} Qcow2RefBody;
+
+typedef struct Qcow2RefLeaf {
+    uint64_t index;     /* of the leaf: first cluster / QCOW2_REF_LEAF */
+    Qcow2RefBody *body; /* NULL: all clusters are alike, as the rest says */
+    uint32_t count;
+    uint8_t flags;
 } Qcow2RefLeaf;
 
 typedef struct Qcow2RefMap Qcow2RefMap;
@@ -59,10 +66,22 @@ unsigned qcow2_refmap_flags(const Qcow2RefMap *map, uint64_t cluster);
 const Qcow2RefLeaf *qcow2_refmap_leaf(const Qcow2RefMap *map, uint64_t cluster);
 static inline uint32_t qcow2_refleaf_count(const Qcow2RefLeaf *leaf, unsigned slot)
 {
-    return leaf->wide ? leaf->wide[slot] : leaf->narrow[slot];
+    const Qcow2RefBody *body = leaf->body;
+    if (!body) {
+        return leaf->count;
+    }
+    return body->wide ? body->wide[slot] : body->narrow[slot];
 }
+static inline unsigned qcow2_refleaf_flags(const Qcow2RefLeaf *leaf, unsigned slot)
+{
+    return leaf->body ? leaf->body->flags[slot] : leaf->flags;
+}
+/* The flags that any of its clusters has. */
+unsigned qcow2_refleaf_any_flags(const Qcow2RefLeaf *leaf);
 /* How many clusters from @slot on, at least 1, have the same count. */
 unsigned qcow2_refleaf_run(const Qcow2RefLeaf *leaf, unsigned slot);
+/* One past the last slot with a count; 0 for none. */
+unsigned qcow2_refleaf_end(const Qcow2RefLeaf *leaf);
 /* All leaves by index; borrowed until the next add. Not to be changed; give it back with
  * g_ptr_array_unref(). */
 GPtrArray *qcow2_refmap_sorted(Qcow2RefMap *map);
@@ -139,6 +158,7 @@ typedef struct Qcow2Check {
     unsigned fix;            /* BdrvCheckFix */
     bool give_up;            /* what is lost may be told to be */
     uint64_t file_bytes, nb_clusters;
+    uint64_t file_allocated; /* bytes that the file takes; 0: not known */
     uint64_t counted_bytes;  /* the first of them before a repair made the file longer */
     bool incomplete;         /* something was not read: there may be more references */
     bool lost;               /* an L1 entry, a snapshot or a bitmap leads nowhere */
@@ -196,8 +216,9 @@ int qcow2_check_barrier(Qcow2Check *c);
 /* Counts all that stays when the active L1 goes, with its tables and their data: header, snapshots,
  * LUKS area, bitmaps. NULL when that cannot be said for sure. Flushes; whole node held. */
 Qcow2RefMap *qcow2_check_count_kept(BlockDriverState *bs);
-/* Is the cluster at @offset a hole of the file? Then it reads as zeroes. */
-bool qcow2_check_is_hole(const Qcow2Check *c, uint64_t offset);
+/* Is the cluster at @offset known to be a hole of the file? Then it reads as zeroes. Nobody asks
+ * when all @n clusters that are to be read together are no more than the file takes. */
+bool qcow2_check_is_hole(const Qcow2Check *c, uint64_t offset, uint64_t n);
 /* Is every byte of [offset, +bytes) in clusters that belong to one owner of @kind only? */
 bool qcow2_check_exclusive(const Qcow2Check *c, uint64_t offset, uint64_t bytes, unsigned kind);
 

@@ -201,16 +201,6 @@ static int plan_block(Qcow2Check *c, uint64_t index)
     return 1;
 }
 
-static bool leaf_in_use(const Qcow2RefLeaf *leaf)
-{
-    for (unsigned i = 0; i < QCOW2_REF_LEAF; i++) {
-        if (qcow2_refleaf_count(leaf, i)) {
-            return true;
-        }
-    }
-    return false;
-}
-
 /* Every range with references gets a block; the blocks themselves are references. 0 or -errno. */
 static int plan_blocks(Qcow2Check *c)
 {
@@ -220,7 +210,7 @@ static int plan_blocks(Qcow2Check *c)
         again = 0;
         for (guint i = 0; i < leaves->len; i++) {
             const Qcow2RefLeaf *leaf = g_ptr_array_index(leaves, i);
-            if (!leaf_in_use(leaf)) {
+            if (!qcow2_refleaf_end(leaf)) {
                 continue;
             }
             int ret = plan_block(c, block_of(c, leaf->index * QCOW2_REF_LEAF));
@@ -315,7 +305,7 @@ static bool correct_block(Qcow2Check *c, uint64_t index, uint8_t *data, unsigned
         uint64_t count = 0;
         if (leaf) {
             uint32_t refs = qcow2_refleaf_count(leaf, in_leaf);
-            count = wanted(c, leaf->flags[in_leaf], refs, disk);
+            count = wanted(c, qcow2_refleaf_flags(leaf, in_leaf), refs, disk);
         }
         if (todo == QCOW2_BLOCK_RAISE ? disk >= count : disk <= count) {
             continue;

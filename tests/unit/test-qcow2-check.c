@@ -94,9 +94,9 @@ static void test_widening(void)
 {
     Qcow2RefMap *map = qcow2_refmap_new(UINT64_MAX);
     add(map, 0, 64, 200, QCOW2_REF_L2);
-    g_assert_null(qcow2_refmap_leaf(map, 0)->wide);
+    g_assert_null(qcow2_refmap_leaf(map, 0)->body);
     add(map, 3, 1, 100, QCOW2_REF_L2);
-    g_assert_nonnull(qcow2_refmap_leaf(map, 0)->wide);
+    g_assert_nonnull(qcow2_refmap_leaf(map, 0)->body->wide);
     g_assert_cmpuint(qcow2_refmap_count(map, 2), ==, 200);
     g_assert_cmpuint(qcow2_refmap_count(map, 3), ==, 300);
     add(map, 3, 1, UINT64_MAX, QCOW2_REF_L2);
@@ -186,26 +186,220 @@ static void test_taking_back(void)
     qcow2_refmap_free(map);
 }
 
-static void test_against_oracle(void)
+/* ---------------------------------------------------------------- against a plain array */
+
+enum {
+    CLUSTERS = 1500,       /* some leaves, and a part of one */
+    BASE = 4096 - 600,     /* they lie in two rows */
+    CAP = 700,
+};
+
+typedef struct Cluster {
+    uint64_t count;
+    unsigned flags;
+} Cluster;
+
+typedef struct Model {
+    Qcow2RefMap *map;
+    Cluster clusters[CLUSTERS];
+    GArray *overflows; /* uint64_t: to be told, and in this order */
+    guint told;
+    GRand *rand;
+} Model;
+
+static void expect_overflow(uint64_t cluster, void *opaque)
 {
-    enum { CLUSTERS = 5000, STEPS = 20000 };
-    g_autofree uint32_t *oracle = g_new0(uint32_t, CLUSTERS);
-    Qcow2RefMap *map = qcow2_refmap_new(1000);
-    GRand *rand = g_rand_new_with_seed(20260811);
-    for (unsigned step = 0; step < STEPS; step++) {
-        uint32_t first = g_rand_int_range(rand, 0, CLUSTERS - 200);
-        uint32_t n = g_rand_int_range(rand, 1, 200);
-        uint32_t times = g_rand_int_range(rand, 1, 40);
-        add(map, first, n, times, QCOW2_REF_DATA);
-        for (uint32_t i = first; i < first + n; i++) {
-            oracle[i] += times;
+    Model *m = opaque;
+    g_assert_cmpuint(m->told, <, m->overflows->len);
+    g_assert_cmpuint(g_array_index(m->overflows, uint64_t, m->told++), ==, cluster);
+}
+
+/* What the map may know of two owners (invariant 3 of the map), said once more. */
+static bool model_conflict(unsigned a, unsigned b)
+{
+    unsigned both = (a | b) & QCOW2_REF_KINDS;
+    if (!(a & QCOW2_REF_KINDS)) {
+        return false;
+    }
+    if (both == QCOW2_REF_DATA) {
+        return (a & QCOW2_REF_ACTIVE) && (b & QCOW2_REF_ACTIVE);
+    }
+    return both != QCOW2_REF_L2 && both != QCOW2_REF_COMP;
+}
+
+static void model_add(Model *m, unsigned first, unsigned n)
+{
+    static const unsigned kinds[] = {
+        QCOW2_REF_META, QCOW2_REF_L2, QCOW2_REF_DATA, QCOW2_REF_COMP,
+        QCOW2_REF_DATA | QCOW2_REF_ACTIVE | QCOW2_REF_COPIED,
+        QCOW2_REF_DATA | QCOW2_REF_ACTIVE | QCOW2_REF_SHARED,
+    };
+    static const uint64_t times[] = {1, 1, 1, 1, 2, 54, 255, 300, CAP, UINT32_MAX, UINT64_MAX};
+    unsigned flags = kinds[g_rand_int_range(m->rand, 0, G_N_ELEMENTS(kinds))];
+    uint64_t t = times[g_rand_int_range(m->rand, 0, G_N_ELEMENTS(times))];
+    t = g_rand_int_range(m->rand, 0, 20) ? MIN(t, CAP) : t;
+    g_array_set_size(m->overflows, 0);
+    m->told = 0;
+    for (unsigned i = first; i < first + n; i++) {
+        Cluster *c = &m->clusters[i];
+        bool alias = model_conflict(c->flags, flags);
+        c->flags |= flags | (alias ? QCOW2_REF_ALIAS : 0);
+        c->count = MIN(c->count + MIN(t, UINT32_MAX), UINT32_MAX);
+        if (c->count > CAP) {
+            uint64_t cluster = BASE + i;
+            g_array_append_val(m->overflows, cluster);
         }
     }
-    g_rand_free(rand);
-    for (uint32_t i = 0; i < CLUSTERS; i++) {
-        g_assert_cmpuint(qcow2_refmap_count(map, i), ==, oracle[i]);
+    qcow2_refmap_add(m->map, BASE + first, n, t, flags, expect_overflow, m);
+    g_assert_cmpuint(m->told, ==, m->overflows->len);
+}
+
+/* Only of those that have some. */
+static void model_sub(Model *m, unsigned first, unsigned n)
+{
+    uint64_t times = g_rand_boolean(m->rand) ? 1 : (uint64_t)g_rand_int_range(m->rand, 1, 1000);
+    for (unsigned i = 0; i < n; i++) {
+        n = m->clusters[first + i].count ? n : i;
     }
+    for (unsigned i = first; i < first + n; i++) {
+        Cluster *c = &m->clusters[i];
+        if (c->count < UINT32_MAX) {
+            c->count -= MIN(times, c->count);
+            c->flags = c->count ? c->flags : 0;
+        }
+    }
+    qcow2_refmap_sub(m->map, BASE + first, n, times);
+}
+
+static void model_clear_kind(Model *m, unsigned first, unsigned n)
+{
+    unsigned kind = (1u << g_rand_int_range(m->rand, 0, 5)) & QCOW2_REF_KINDS; /* 0, too */
+    for (unsigned i = first; i < first + n; i++) {
+        Cluster *c = &m->clusters[i];
+        c->flags &= ~kind;
+        unsigned kinds = c->flags & QCOW2_REF_KINDS;
+        bool one = !kinds || kinds == QCOW2_REF_META || kinds == QCOW2_REF_L2 ||
+                   kinds == QCOW2_REF_DATA || kinds == QCOW2_REF_COMP;
+        if (one && (kinds != QCOW2_REF_META || c->count < 2)) {
+            c->flags &= ~QCOW2_REF_ALIAS;
+        }
+    }
+    qcow2_refmap_clear_kind(m->map, BASE + first, n, kind);
+}
+
+/* Whole leaves as often as parts of them. */
+static void model_step(Model *m)
+{
+    static void (*const steps[])(Model *, unsigned, unsigned) = {
+        model_add, model_add, model_add, model_sub, model_sub, model_clear_kind,
+    };
+    unsigned first = g_rand_int_range(m->rand, 0, CLUSTERS);
+    unsigned n = g_rand_int_range(m->rand, 1, g_rand_boolean(m->rand) ? 10 : CLUSTERS);
+    if (g_rand_boolean(m->rand)) {
+        first -= MIN(first, (BASE + first) % QCOW2_REF_LEAF);
+        n = (n + QCOW2_REF_LEAF - 1) / QCOW2_REF_LEAF * QCOW2_REF_LEAF;
+    }
+    steps[g_rand_int_range(m->rand, 0, G_N_ELEMENTS(steps))](m, first, MIN(n, CLUSTERS - first));
+}
+
+/* What is said of a leaf as a whole is what its clusters say. */
+static void compare_leaf(const Model *m, const Qcow2RefLeaf *leaf)
+{
+    unsigned any = 0, end = 0, same = 1;
+    for (unsigned slot = QCOW2_REF_LEAF; slot-- > 0;) {
+        uint64_t i = leaf->index * QCOW2_REF_LEAF + slot - BASE; /* wraps before it */
+        Cluster c = i < CLUSTERS ? m->clusters[i] : (Cluster){0};
+        bool follows = slot + 1 < QCOW2_REF_LEAF &&
+                       qcow2_refleaf_count(leaf, slot) == qcow2_refleaf_count(leaf, slot + 1);
+        g_assert_cmpuint(qcow2_refleaf_count(leaf, slot), ==, c.count);
+        g_assert_cmpuint(qcow2_refleaf_flags(leaf, slot), ==, c.flags);
+        same = follows ? same + 1 : 1;
+        g_assert_cmpuint(qcow2_refleaf_run(leaf, slot), ==, same);
+        any |= c.flags;
+        end = end || !c.count ? end : slot + 1;
+    }
+    g_assert_cmpuint(qcow2_refleaf_any_flags(leaf), ==, any);
+    g_assert_cmpuint(qcow2_refleaf_end(leaf), ==, end);
+}
+
+static void compare_model(const Model *m)
+{
+    g_autoptr(GPtrArray) sorted = qcow2_refmap_sorted(m->map);
+    uint64_t end = 0;
+    for (unsigned i = 0; i < CLUSTERS; i++) {
+        g_assert_cmpuint(qcow2_refmap_count(m->map, BASE + i), ==, m->clusters[i].count);
+        g_assert_cmpuint(qcow2_refmap_flags(m->map, BASE + i), ==, m->clusters[i].flags);
+        end = m->clusters[i].count ? BASE + i + 1 : end;
+    }
+    g_assert_cmpuint(qcow2_refmap_end(m->map), ==, end);
+    g_assert_cmpuint(sorted->len, ==, qcow2_refmap_leaves(m->map));
+    for (guint i = 0; i < sorted->len; i++) {
+        const Qcow2RefLeaf *leaf = g_ptr_array_index(sorted, i);
+        g_assert_true(i == 0 || leaf->index > ((Qcow2RefLeaf *)sorted->pdata[i - 1])->index);
+        compare_leaf(m, leaf);
+    }
+}
+
+static void test_against_model(void)
+{
+    enum { ROUNDS = 40, STEPS = 60 };
+    guint32 seed = g_test_rand_int();
+    g_test_message("seed %u", seed); /* again: --seed with what the first line of output says */
+    g_autoptr(GRand) rand = g_rand_new_with_seed(seed);
+    for (unsigned round = 0; round < ROUNDS; round++) {
+        Model m = {.map = qcow2_refmap_new(CAP), .rand = rand,
+                   .overflows = g_array_new(false, false, sizeof(uint64_t))};
+        for (unsigned step = 0; step < STEPS; step++) {
+            model_step(&m);
+            compare_model(&m);
+        }
+        g_array_unref(m.overflows);
+        qcow2_refmap_free(m.map);
+    }
+}
+
+/* ---------------------------------------------------------------- */
+
+/* Clusters that are alike share what is known of them, however it came about and whatever it is. */
+static void test_whole_leaves(void)
+{
+    static const uint64_t times[] = {1, 7, 300, UINT32_MAX};
+    Qcow2RefMap *map = qcow2_refmap_new(65535);
+    for (size_t i = 0; i < G_N_ELEMENTS(times); i++) {
+        add(map, 10, 10 * 64, times[i], QCOW2_REF_DATA);
+    }
+    for (unsigned leaf = 1; leaf < 10; leaf++) {
+        g_assert_null(qcow2_refmap_leaf(map, leaf * 64)->body);
+        g_assert_cmpuint(qcow2_refmap_count(map, leaf * 64), ==, UINT32_MAX);
+    }
+    g_assert_nonnull(qcow2_refmap_leaf(map, 0)->body);
+    g_assert_nonnull(qcow2_refmap_leaf(map, 640)->body);
+    qcow2_refmap_sub(map, 64, 64, 1);
+    qcow2_refmap_clear_kind(map, 130, 10, QCOW2_REF_L2); /* changes nothing */
+    g_assert_null(qcow2_refmap_leaf(map, 64)->body);
+    g_assert_null(qcow2_refmap_leaf(map, 130)->body);
+    add(map, 200, 1, 1, QCOW2_REF_META);
+    g_assert_nonnull(qcow2_refmap_leaf(map, 200)->body);
     qcow2_refmap_free(map);
+}
+
+/* Few leaves and far apart, or many and close: one order. */
+static void test_sorting_both_ways(void)
+{
+    static const uint64_t strides[] = {1, 3, 5, 1000, UINT64_C(1) << 30};
+    for (size_t i = 0; i < G_N_ELEMENTS(strides); i++) {
+        enum { LEAVES = 3000 };
+        Qcow2RefMap *map = qcow2_refmap_new(1);
+        for (uint64_t k = 0; k < LEAVES; k++) {
+            add(map, (k * 7 % LEAVES) * strides[i] * QCOW2_REF_LEAF, 1, 1, QCOW2_REF_DATA);
+        }
+        g_autoptr(GPtrArray) sorted = qcow2_refmap_sorted(map);
+        g_assert_cmpuint(sorted->len, ==, LEAVES);
+        for (uint64_t k = 0; k < LEAVES; k++) {
+            g_assert_cmpuint(((Qcow2RefLeaf *)sorted->pdata[k])->index, ==, k * strides[i]);
+        }
+        qcow2_refmap_free(map);
+    }
 }
 
 enum { ADDERS = 4, SHARED_CLUSTERS = 20000 };
@@ -248,7 +442,9 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-check/map/cap", test_cap);
     g_test_add_func("/qcow2-check/map/alias", test_alias);
     g_test_add_func("/qcow2-check/map/taking-back", test_taking_back);
-    g_test_add_func("/qcow2-check/map/against-oracle", test_against_oracle);
+    g_test_add_func("/qcow2-check/map/against-model", test_against_model);
+    g_test_add_func("/qcow2-check/map/whole-leaves", test_whole_leaves);
+    g_test_add_func("/qcow2-check/map/sorting-both-ways", test_sorting_both_ways);
     g_test_add_func("/qcow2-check/map/threads", test_threads);
     return g_test_run();
 }
