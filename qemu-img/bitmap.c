@@ -148,7 +148,7 @@ static int run_actions(const BitmapTarget *t, const BitmapArgs *args)
 static int open_and_run(BitmapTarget *t, const char *file, const BitmapArgs *args)
 {
     ImgOpen how = {.format = args->format, .image_opts = args->image_opts,
-                   .flags = BDRV_O_RDWR | BDRV_O_NO_BACKING};
+                   .flags = BDRV_O_RDWR | BDRV_O_NO_BACKING | BDRV_O_NO_IO};
     ImgOpen source_how = {.format = args->source_format,
                           .flags = BDRV_O_NO_BACKING | BDRV_O_NO_IO};
     BlockBackend *blk = img_open(file, &how);
