@@ -56,6 +56,8 @@ const Kind kinds[] = {
      KIND_BACKING | KIND_PARTS},
     {"backing-snapshot", "cluster_size=2k", 4, SECTORS(512), KIND_BACKING | KIND_SNAPSHOT},
     {"backing-compressed", "cluster_size=4k", 8, SECTORS(512), KIND_BACKING | KIND_COMPRESSED},
+    {"backing-data-file", "cluster_size=2k", 4, SECTORS(512), KIND_BACKING | KIND_DATA_FILE},
+    {"backing-short", "cluster_size=2k", 4, SECTORS(512), KIND_BACKING | KIND_SHORT_BASE},
 };
 
 const unsigned nb_kinds = G_N_ELEMENTS(kinds);

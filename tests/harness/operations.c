@@ -576,7 +576,7 @@ static bool run_make_empty(World *w)
     if (!world_open(w)) {
         return false;
     }
-    world_mark_merge(w, VIEW_TOP, VIEW_BASE);
+    world_mark_shows_base(w);
     bool ok = blk_make_empty(w->blk, false, &err);
     world_note(w, ok, "make_empty", err);
     world_mark_done(w, VIEW_TOP, ok);

@@ -142,6 +142,15 @@ void world_mark_resize(World *w, ViewId view, unsigned sectors)
     mark(w, (Mark){.change = MARK_RESIZE, .view = view, .n = sectors});
 }
 
+void world_mark_shows_base(World *w)
+{
+    const Oracle *base = &w->view[VIEW_BASE].oracle;
+    for (unsigned i = 0; i < base->sectors; i++) {
+        world_mark_write(w, VIEW_TOP, i, 1, base->now[i]);
+    }
+    world_mark_write(w, VIEW_TOP, base->sectors, w->kind->sectors - base->sectors, 0);
+}
+
 void world_mark_appear(World *w, ViewId view, ViewId from)
 {
     mark(w, (Mark){.change = MARK_APPEAR, .view = view, .from = from});
@@ -473,6 +482,16 @@ static void must(World *w, bool ok)
     }
 }
 
+/* The arguments of "create" that name the base. */
+static const char *base_arguments(const World *w)
+{
+    if (!(w->kind->flags & KIND_BACKING)) {
+        return "";
+    }
+    return w->kind->flags & KIND_RAW_BASE ? "-b test-disk:base -F raw"
+                                          : "-b test-disk:base -F qcow2";
+}
+
 /* The data file's name in the header stays plain, hence files in a directory that goes away. */
 static void create_with_data_file(World *w)
 {
@@ -481,8 +500,8 @@ static void create_with_data_file(World *w)
     g_autofree char *top = g_build_filename(dir, "top", NULL);
     g_autofree char *data = g_build_filename(dir, "data", NULL);
     g_autofree char *command =
-        g_strdup_printf("create -q -f qcow2 -o %s,data_file=%s %s %u", w->kind->create, data, top,
-                        w->kind->sectors * ORACLE_SECTOR);
+        g_strdup_printf("create -q -f qcow2 %s -o %s,data_file=%s %s %u", base_arguments(w),
+                        w->kind->create, data, top, w->kind->sectors * ORACLE_SECTOR);
     must(w, world_verb(w, command));
     must(w, disk_import(disk_number("top"), top) && disk_import(disk_number("data"), data));
     g_unlink(top);
@@ -493,14 +512,15 @@ static void create_with_data_file(World *w)
 static void create_base(World *w)
 {
     const char *format = format_of(w, VIEW_BASE);
+    unsigned sectors = w->view[VIEW_BASE].oracle.sectors;
     g_autofree char *command =
         g_strdup_printf("create -q -f %s %s test-disk:base %u", format,
                         !strcmp(format, "qcow2") ? "-o cluster_size=4k" : "",
-                        w->kind->sectors * ORACLE_SECTOR);
+                        sectors * ORACLE_SECTOR);
     must(w, world_verb(w, command));
     g_autofree char *why = NULL;
-    g_autofree uint8_t *buf = g_malloc((size_t)w->kind->sectors * ORACLE_SECTOR);
-    unsigned n = w->kind->sectors / 4 * 3;
+    unsigned n = sectors / 4 * 3;
+    g_autofree uint8_t *buf = g_malloc((size_t)n * ORACLE_SECTOR);
     g_autoptr(BlockBackend) blk = world_open_view(w, VIEW_BASE, BDRV_O_RDWR, &why);
     must(w, blk != NULL);
     w->value = 1;
@@ -513,11 +533,9 @@ static void create_base(World *w)
 
 static void create_top(World *w)
 {
-    bool over = w->kind->flags & KIND_BACKING;
     g_autofree char *command =
-        g_strdup_printf("create -q -f %s %s%s -o %s test-disk:top %u", format_of(w, VIEW_TOP),
-                        over ? "-b test-disk:base -F " : "", over ? format_of(w, VIEW_BASE) : "",
-                        w->kind->create, w->kind->sectors * ORACLE_SECTOR);
+        g_strdup_printf("create -q -f %s %s -o %s test-disk:top %u", format_of(w, VIEW_TOP),
+                        base_arguments(w), w->kind->create, w->kind->sectors * ORACLE_SECTOR);
     must(w, world_verb(w, command));
 }
 
@@ -608,6 +626,9 @@ static void init_views(World *w)
     for (ViewId view = VIEW_TOP; view < VIEWS; view++) {
         oracle_init(&w->view[view].oracle, w->kind->sectors);
     }
+    if (w->kind->flags & KIND_SHORT_BASE) {
+        oracle_init(&w->view[VIEW_BASE].oracle, w->kind->sectors / 2 + 1);
+    }
     w->view[VIEW_TOP].presence = VIEW_PRESENT;
     w->bitmaps = w->kind->flags & KIND_BITMAPS ? bitmaps_new() : NULL;
 }
@@ -620,7 +641,7 @@ World *world_new(const Kind *kind)
     init_views(w);
     if (kind->flags & KIND_BACKING) {
         create_base(w);
-        world_mark_merge(w, VIEW_TOP, VIEW_BASE);
+        world_mark_shows_base(w);
         world_mark_done(w, VIEW_TOP, true);
     }
     if (kind->flags & KIND_DATA_FILE) {

@@ -38,6 +38,7 @@ typedef enum KindFlags {
     KIND_BIG = 1 << 12,       /* takes long: for the operations of group bitmap only */
     KIND_TIGHT = 1 << 13,     /* counts are full: for operations that need just that */
     KIND_PARTS = 1 << 14,     /* extended L2 entries, with subclusters of one sector */
+    KIND_SHORT_BASE = 1 << 15, /* the base is shorter than the image */
 } KindFlags;
 
 typedef struct Kind {
@@ -124,6 +125,8 @@ bool world_verb(World *w, const char *command);
 void world_mark_write(World *w, ViewId view, unsigned first, unsigned n, unsigned value);
 /* @view becomes as @from is. */
 void world_mark_merge(World *w, ViewId view, ViewId from);
+/* The top becomes as its base is, with zeroes behind a short one. */
+void world_mark_shows_base(World *w);
 void world_mark_resize(World *w, ViewId view, unsigned sectors);
 /* It comes into being, as a copy of @from; it goes away. */
 void world_mark_appear(World *w, ViewId view, ViewId from);
