@@ -43,6 +43,7 @@ struct Qcow2Table {
     bool poisoned, unlinked;
     uint64_t *dirty;          /* bit per sector */
     unsigned nb_dirty;        /* bits set */
+    uint64_t *zero;           /* bit per part: zeroes in the file, and not stored to; NULL: none */
     GList dirty_link;
     GQueue held, dirty_parts; /* of Part */
     unsigned nb_there;
@@ -69,7 +70,7 @@ void qcow2_table_set_dirty_locked(Qcow2Table *t, size_t pos, size_t len);
 void qcow2_table_set_clean_locked(Qcow2Table *t);
 /* The last one may free a table that is poisoned, or has nothing in memory. */
 void qcow2_table_unpin_locked(Qcow2Table *t);
-/* Copies bytes whose parts are in memory. */
+/* Copies bytes whose parts are in memory or known to be zeroes. */
 void qcow2_table_copy_out_locked(const Qcow2Table *t, size_t pos, size_t len, uint8_t *out);
 
 #endif

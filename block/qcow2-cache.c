@@ -8,7 +8,8 @@
  *
  * A part is what is loaded, counted and dropped: a refcount block as a whole, an L2 table whole or
  * in slices (l2-cache-entry-size; never less than a sector of the file).  Tables keep the size of
- * parts that they were entered with.
+ * parts that they were entered with: those entered as zeroes have small ones, so that memory is
+ * touched only for what gets entries.
  *
  * Where a part is:   loading (in no list) --> held by its table, while that is pinned
  *                    held --last put--> LRU list --used--> held
@@ -28,6 +29,9 @@
  * 5. load() and store() of bytes are atomic against one another: both hold the shard's lock.
  * 6. A part that was asked for, stored to or collected under a pin stays until the last pin of its
  *    table goes; others may be dropped under it.
+ * 7. A part with a "zero" bit is zeroes in the file, and nothing was stored to it in memory.  It
+ *    needs neither memory nor I/O to be read, and no I/O to be there for a store, which takes the
+ *    bit away.
  *
  * Each kind has a limit for the bytes of its parts in one image; beside it a process-wide limit (an
  * eighth of the memory, at most 1 GiB) makes every cache trim when all together are over it.
@@ -46,6 +50,7 @@
 
 #define MAX_PROCESS_BYTES (UINT64_C(1) << 30)
 #define SHORT_LIFE_NS UINT64_C(1000000000)
+#define ZEROED_PART 4096 /* bytes */
 
 static _Atomic(uint64_t) process_bytes;
 
@@ -122,6 +127,34 @@ static void part_hold_locked(Part *p)
     }
 }
 
+/* Invariant 7. */
+static bool is_zero_locked(const Qcow2Table *t, unsigned index)
+{
+    return t->zero && (t->zero[index / 64] & (UINT64_C(1) << (index % 64)));
+}
+
+static bool is_known_locked(const Qcow2Table *t, unsigned index)
+{
+    return is_zero_locked(t, index) || (t->parts[index] && !t->parts[index]->loading);
+}
+
+/* Those of the parts [first, end) that are known to be zeroes come into memory as if they had been
+ * used just now.  Where there is none they stay away. */
+static void fill_zeroes_locked(Qcow2Table *t, unsigned first, unsigned end)
+{
+    unsigned tick = atomic_load_explicit(&t->cache->tick, memory_order_relaxed);
+
+    for (unsigned i = first; i < end; i++) {
+        if (t->parts[i] || !is_zero_locked(t, i) || !part_new_locked(t, i)) {
+            continue;
+        }
+        memset(t->parts[i]->data, 0, t->part_bytes);
+        t->parts[i]->loading = false;
+        t->parts[i]->left_at = tick;
+        part_move_locked(t->parts[i], &t->shard->lru[t->kind]);
+    }
+}
+
 /* ---- tables ---- */
 
 static Shard *shard_of(Qcow2Cache *c, uint64_t offset)
@@ -129,9 +162,13 @@ static Shard *shard_of(Qcow2Cache *c, uint64_t offset)
     return &c->shards[(offset / c->table_bytes * UINT64_C(0x9E3779B97F4A7C15)) >> 60];
 }
 
-static Qcow2Table *table_new(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset)
+static size_t usual_part(const Qcow2Cache *c, Qcow2TableKind kind)
 {
-    size_t part = kind == QCOW2_TABLE_L2 ? atomic_load(&c->l2_part) : c->table_bytes;
+    return kind == QCOW2_TABLE_L2 ? atomic_load(&c->l2_part) : c->table_bytes;
+}
+
+static Qcow2Table *table_new(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset, size_t part)
+{
     unsigned n = (unsigned)(c->table_bytes / part);
     Qcow2Table *t = g_malloc0(sizeof(*t) + n * sizeof(t->parts[0]));
 
@@ -157,6 +194,7 @@ static void table_free_locked(Qcow2Table *t)
     }
     atomic_fetch_sub(&t->cache->nb_tables, 1);
     g_free(t->dirty);
+    g_free(t->zero);
     g_free(t);
 }
 
@@ -192,6 +230,9 @@ void qcow2_table_set_dirty_locked(Qcow2Table *t, size_t pos, size_t len)
     }
     for (size_t i = pos / t->part_bytes; i <= (pos + len - 1) / t->part_bytes; i++) {
         assert(t->parts[i] && !t->parts[i]->loading);
+        if (t->zero) {
+            t->zero[i / 64] &= ~(UINT64_C(1) << (i % 64));
+        }
         if (t->parts[i]->list != &t->dirty_parts) {
             part_move_locked(t->parts[i], &t->dirty_parts);
             atomic_fetch_add(&t->cache->dirty_bytes[t->kind], t->part_bytes);
@@ -252,7 +293,7 @@ void qcow2_table_unpin_locked(Qcow2Table *t)
     }
     if (t->poisoned) {
         table_free_locked(t);
-    } else if (!t->nb_there) { /* nothing could be loaded */
+    } else if (!t->nb_there) { /* nothing could be loaded, or nobody wanted any of the zeroes */
         forget_locked(t);
     } else {
         release_held_locked(t);
@@ -500,8 +541,9 @@ static void finish_run(Qcow2Table *t, unsigned first, unsigned n, int ret)
     qb_cond_broadcast(&shard->loaded);
 }
 
-/* Holds the part @first, if others have loaded it or do so now: *ret_mine is 0 then.  Else enters
- * it and those missing behind it, *ret_mine in all, for this thread to load.  -ENOMEM. */
+/* Holds the part @first, if others have loaded it or do so now, or it is zeroes: *ret_mine is 0
+ * then.  Else enters it and those missing behind it, *ret_mine in all, for this thread to load.
+ * -ENOMEM. */
 static int claim_run(Qcow2Table *t, unsigned first, unsigned end, unsigned *ret_mine)
 {
     Shard *shard = t->shard;
@@ -511,6 +553,7 @@ static int claim_run(Qcow2Table *t, unsigned first, unsigned end, unsigned *ret_
     while (t->parts[first] && t->parts[first]->loading) {
         qb_cond_wait(&shard->loaded, &shard->lock);
     }
+    fill_zeroes_locked(t, first, end);
     if (t->parts[first]) {
         part_hold_locked(t->parts[first]);
         return 0;
@@ -549,9 +592,10 @@ static void range_of(const Qcow2Table *t, const Qcow2TableRange *r, unsigned *fi
     *end = (unsigned)((r->pos + r->len - 1) / t->part_bytes) + 1;
 }
 
-/* Holds the parts of a pinned table, if all of them are there. */
+/* Holds the parts of a table about to be pinned, if all of them are there or can be without I/O. */
 static bool hold_range_locked(Qcow2Table *t, unsigned first, unsigned end)
 {
+    fill_zeroes_locked(t, first, end);
     for (unsigned i = first; i < end; i++) {
         if (!t->parts[i] || t->parts[i]->loading) {
             return false;
@@ -560,6 +604,7 @@ static bool hold_range_locked(Qcow2Table *t, unsigned first, unsigned end)
     for (unsigned i = first; i < end; i++) {
         part_hold_locked(t->parts[i]);
     }
+    trim_shard_locked(t->cache, t->shard);
     return true;
 }
 
@@ -570,7 +615,7 @@ static Qcow2Table *find_or_enter_locked(Qcow2Cache *c, Shard *shard, Qcow2TableK
     Qcow2Table *t = g_hash_table_lookup(shard->tables, &offset);
 
     if (!t) {
-        t = table_new(c, kind, offset);
+        t = table_new(c, kind, offset, usual_part(c, kind));
         g_hash_table_insert(shard->tables, &t->offset, t);
     }
     t->pins++;
@@ -665,10 +710,12 @@ bool qcow2_cache_copy_part(Qcow2Cache *c, const Qcow2TableRange *r, void *out)
     }
     range_of(t, r, &first, &end);
     for (unsigned i = first; i < end; i++) {
-        if (!t->parts[i] || t->parts[i]->loading) {
+        if (!is_known_locked(t, i)) {
             return false;
         }
-        part_touch_locked(t->parts[i]);
+        if (t->parts[i]) {
+            part_touch_locked(t->parts[i]);
+        }
     }
     qcow2_table_copy_out_locked(t, r->pos, r->len, out);
     return true;
@@ -712,9 +759,21 @@ static bool fill_new(Qcow2Table *t, const uint8_t *init)
     return true;
 }
 
+/* Pins a new table, which takes the place of one that may be left of the cluster's former life. */
+static void enter_new_locked(Qcow2Table *t)
+{
+    Qcow2Table *old = g_hash_table_lookup(t->shard->tables, &t->offset);
+
+    if (old) {
+        forget_locked(old);
+    }
+    g_hash_table_insert(t->shard->tables, &t->offset, t);
+    t->pins++;
+}
+
 Qcow2Table *qcow2_cache_add(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset, const void *init)
 {
-    Qcow2Table *t = table_new(c, kind, offset), *old;
+    Qcow2Table *t = table_new(c, kind, offset, usual_part(c, kind));
     bool filled = fill_new(t, init);
 
     QB_GUARD(&t->shard->lock);
@@ -722,15 +781,23 @@ Qcow2Table *qcow2_cache_add(Qcow2Cache *c, Qcow2TableKind kind, uint64_t offset,
         table_free_locked(t);
         return NULL;
     }
-    old = g_hash_table_lookup(t->shard->tables, &offset);
-    if (old) {
-        forget_locked(old);
-    }
     t->unlinked = true;
-    g_hash_table_insert(t->shard->tables, &t->offset, t);
-    t->pins++;
+    enter_new_locked(t);
     qcow2_table_set_dirty_locked(t, 0, c->table_bytes);
     trim_shard_locked(c, t->shard);
+    return t;
+}
+
+Qcow2Table *qcow2_cache_add_zeroed(Qcow2Cache *c, uint64_t offset)
+{
+    size_t part = MIN(usual_part(c, QCOW2_TABLE_L2), MAX(c->sector, ZEROED_PART));
+    Qcow2Table *t = table_new(c, QCOW2_TABLE_L2, offset, part);
+    size_t bytes = (t->nb_parts + 63) / 64 * sizeof(uint64_t);
+
+    t->zero = g_malloc(bytes);
+    memset(t->zero, 0xff, bytes);
+    QB_GUARD(&t->shard->lock);
+    enter_new_locked(t);
     return t;
 }
 
@@ -820,15 +887,16 @@ uint64_t qcow2_table_offset(const Qcow2Table *t)
 
 /* ---- content ---- */
 
-/* Where the byte @pos of the table is in memory, and how many of the @len from there on. */
+/* Where the byte @pos of the table is in memory, and how many of the @len from there on. NULL: they
+ * are zeroes without memory. */
 static uint8_t *bytes_at_locked(const Qcow2Table *t, size_t pos, size_t len, size_t *ret_n)
 {
-    const Part *p = t->parts[pos / t->part_bytes];
+    unsigned index = (unsigned)(pos / t->part_bytes);
     size_t into = pos % t->part_bytes;
 
-    assert(p && !p->loading);
+    assert(is_known_locked(t, index));
     *ret_n = MIN(len, t->part_bytes - into);
-    return p->data + into;
+    return t->parts[index] && !t->parts[index]->loading ? t->parts[index]->data + into : NULL;
 }
 
 void qcow2_table_copy_out_locked(const Qcow2Table *t, size_t pos, size_t len, uint8_t *out)
@@ -836,7 +904,11 @@ void qcow2_table_copy_out_locked(const Qcow2Table *t, size_t pos, size_t len, ui
     assert(pos + len <= t->cache->table_bytes);
     for (size_t n; len; pos += n, out += n, len -= n) {
         const uint8_t *from = bytes_at_locked(t, pos, len, &n);
-        memcpy(out, from, n);
+        if (from) {
+            memcpy(out, from, n);
+        } else {
+            memset(out, 0, n);
+        }
     }
 }
 
@@ -854,8 +926,8 @@ bool qcow2_table_load_present(const Qcow2Table *t, void *out)
 
     for (unsigned i = 0; i < t->nb_parts; i++) {
         size_t pos = i * t->part_bytes;
-        if (t->parts[i] && !t->parts[i]->loading) {
-            memcpy((uint8_t *)out + pos, t->parts[i]->data, t->part_bytes);
+        if (is_known_locked(t, i)) {
+            qcow2_table_copy_out_locked(t, pos, t->part_bytes, (uint8_t *)out + pos);
         } else {
             all = false;
         }
@@ -871,6 +943,7 @@ void qcow2_table_store(Qcow2Table *t, size_t pos, size_t len, const void *in)
     assert(pos + len <= t->cache->table_bytes);
     for (size_t done = 0, n; done < len; done += n) {
         uint8_t *to = bytes_at_locked(t, pos + done, len - done, &n);
+        assert(to); /* asked for under the pin */
         memcpy(to, from + done, n);
     }
     qcow2_table_set_dirty_locked(t, pos, len);

@@ -5,20 +5,23 @@
  *                              copy dirty L2 sectors and the L1
  *     and the alloc lock too   copy dirty refcount blocks, refcount table; the generation ends
  *   ------------------------------------------------------------------------------------------
- *   phase 1   new L2 tables, all refcount blocks, a refcount table or L1 at a new place
+ *   phase 1   L2 tables copied to a new place, all refcount blocks, a refcount table or L1 at a new
+ *             place
  *             BARRIER (covers guest data too; an external data file's comes first)
  *   phase 1b  only for new refcount blocks: refcount table entries, or the header's switch to the
  *             new table
  *             BARRIER
- *   phase 2   sectors of existing L2 tables, of the L1, or the header's switch to the new L1;
- *             sectors of bitmap tables, while these are being stored
+ *   phase 2   sectors of other L2 tables, of the L1, or the header's switch to the new L1; sectors
+ *             of bitmap tables, while these are being stored
  *             BARRIER
  *   then      release quarantine up to the generation that ended
  *
  * Why that is enough.  What phase 2 links was written (data) or copied (tables, counts) before the
  * first barrier, so a stable pointer points to stable content (invariants 0, 2) with a stable count
  * (1): an allocation raises the count in memory before anything can link it, and counts go down
- * only after the unlink is stable.  What is linked after the copy waits for the next flush.
+ * only after the unlink is stable.  What is linked after the copy waits for the next flush.  L2
+ * tables that began empty were zeroes in the file before the L1 named them in memory, so the first
+ * barrier covers these as it does data, and nothing is left to be written in phase 1.
  *
  * Invariants
  * 1. One flush at a time.  Callers that arrive while one runs share the next one: they joined a

@@ -23,6 +23,12 @@
  *     is made.
  *  6. A table has its space in the file before L1 names it, so that on a full file system the
  *     request fails that needs the table, and not each flush after it.
+ *  7. That space is reserved with zeroes, and a table that begins empty is these.  They were written
+ *     before L1 named it in memory; a flush that writes this L1 entry copied it later, and writes it
+ *     behind a barrier issued later still: a stable L1 entry names stable zeroes (invariant 0 of the
+ *     driver).  So entries of the table go with those of tables that are linked: after the barrier
+ *     that makes stable what they refer to, and beside the L1 entry.  Which of the two a crash
+ *     spares does not matter.
  *
  * Tables that a request clears as a whole are dropped at once (qcow2_drop_table()); those that
  * became all zero bit by bit, by the next flush (qcow2-prune.c).
@@ -43,7 +49,8 @@ static bool is_writable_entry(uint64_t l1_entry)
     return (l1_entry & QCOW2_ENTRY_OFFSET_MASK) && (l1_entry & QCOW2_ENTRY_COPIED);
 }
 
-/* Invariant 6: the file may be sparse. Nobody names the cluster yet. */
+/* Invariants 6 and 7: the file may be sparse, or hold what is left of the cluster's former life.
+ * Nobody names the cluster yet. */
 static int reserve_table(BlockDriverState *bs, uint64_t offset)
 {
     BDRVQcow2State *s = qcow2_state(bs);
@@ -76,34 +83,40 @@ static int64_t alloc_table(BlockDriverState *bs)
     return offset;
 }
 
-/* Puts a table at @offset, a copy of @old or empty, into L1. QCOW2_STALE: L1 has changed. */
+/* A table in memory with the content of @old; NULL: no memory. */
+static Qcow2Table *copy_table_locked(BDRVQcow2State *s, const Qcow2Table *old, uint64_t offset)
+    QB_REQUIRES(s->lock)
+{
+    g_autofree uint8_t *content = g_try_malloc(s->cluster_size);
+    qb_mutex_assert_held(&s->lock);
+    if (!content) {
+        return NULL;
+    }
+    qcow2_table_load(old, 0, s->cluster_size, content);
+    return qcow2_cache_add(s->cache, QCOW2_TABLE_L2, offset, content);
+}
+
+/* Puts a table at @offset, a copy of @old or the zeroes that are there, into L1, and pins it.
+ * QCOW2_STALE: L1 has changed. */
 static int install_table_locked(BDRVQcow2State *s, uint64_t l1_index, uint64_t l1_entry,
-                                const Qcow2Table *old, uint64_t offset)
+                                const Qcow2Table *old, uint64_t offset, Qcow2Table **ret)
     QB_REQUIRES(s->lock)
 {
     qb_mutex_assert_held(&s->lock);
     if (qcow2_l1_get(s, l1_index) != l1_entry || (old && qcow2_table_poisoned(old))) {
         return QCOW2_STALE;
     }
-    g_autofree uint8_t *content = NULL;
-    if (old) {
-        content = g_try_malloc(s->cluster_size);
-        if (!content) {
-            return -ENOMEM;
-        }
-        qcow2_table_load(old, 0, s->cluster_size, content);
-    }
-    g_autoptr(Qcow2Table) t = qcow2_cache_add(s->cache, QCOW2_TABLE_L2, offset, content);
-    if (!t) {
+    *ret = old ? copy_table_locked(s, old, offset) : qcow2_cache_add_zeroed(s->cache, offset);
+    if (!*ret) {
         return -ENOMEM;
     }
     qcow2_l1_set_locked(s, l1_index, offset | QCOW2_ENTRY_COPIED);
     return 0;
 }
 
-/* Replaces the table @old that @l1_entry names (NULL: none) by one of our own. */
+/* Replaces the table @old that @l1_entry names (NULL: none) by one of our own, pinned. */
 static int replace_table(BlockDriverState *bs, uint64_t l1_index, uint64_t l1_entry,
-                         const Qcow2Table *old)
+                         const Qcow2Table *old, Qcow2Table **ret_new)
 {
     BDRVQcow2State *s = qcow2_state(bs);
     int64_t offset = alloc_table(bs);
@@ -115,7 +128,7 @@ static int replace_table(BlockDriverState *bs, uint64_t l1_index, uint64_t l1_en
     }
     bdrv_debug_event(bs->file, "l2_alloc_write");
     qb_mutex_lock(&s->lock);
-    int ret = install_table_locked(s, l1_index, l1_entry, old, (uint64_t)offset);
+    int ret = install_table_locked(s, l1_index, l1_entry, old, (uint64_t)offset, ret_new);
     qb_mutex_unlock(&s->lock);
     if (ret != 0) {
         qcow2_alloc_undo(bs, (uint64_t)offset, s->cluster_size);
@@ -157,6 +170,7 @@ static int get_writable_table(BlockDriverState *bs, uint64_t l1_index, Qcow2Entr
 {
     BDRVQcow2State *s = qcow2_state(bs);
     Qcow2EntryRange all = {0, s->l2_entries};
+    g_autoptr(Qcow2Table) new = NULL; /* stays in memory until its entries are asked for */
     for (;;) {
         uint64_t l1_entry;
         g_autoptr(Qcow2Table) t = NULL;
@@ -175,7 +189,8 @@ static int get_writable_table(BlockDriverState *bs, uint64_t l1_index, Qcow2Entr
         if (l1_index >= qcow2_l1_size(s)) {
             return -EIO; /* nothing that is written lies there: L1 covers the disk */
         }
-        err = replace_table(bs, l1_index, l1_entry, t);
+        g_clear_pointer(&new, qcow2_cache_put);
+        err = replace_table(bs, l1_index, l1_entry, t, &new);
         if (err < 0) {
             return err;
         }
@@ -472,7 +487,7 @@ int qcow2_move_table(BlockDriverState *bs, uint64_t l1_index, uint64_t from, uin
 {
     BDRVQcow2State *s = qcow2_state(bs);
     uint64_t l1_entry;
-    g_autoptr(Qcow2Table) t = NULL;
+    g_autoptr(Qcow2Table) t = NULL, new = NULL;
     int ret = qcow2_get_active_table(bs, l1_index, &l1_entry, &t);
     if (ret < 0) {
         return ret;
@@ -481,7 +496,7 @@ int qcow2_move_table(BlockDriverState *bs, uint64_t l1_index, uint64_t from, uin
         return QCOW2_STALE;
     }
     qb_mutex_lock(&s->lock);
-    ret = install_table_locked(s, l1_index, l1_entry, t, to);
+    ret = install_table_locked(s, l1_index, l1_entry, t, to, &new);
     qb_mutex_unlock(&s->lock);
     if (ret == 0) {
         qcow2_free_run(bs, from, s->cluster_size, type);

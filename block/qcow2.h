@@ -408,6 +408,10 @@ bool qcow2_cache_has(Qcow2Cache *cache, uint64_t offset, Qcow2TableKind *ret_kin
  * pointer names it yet, so the next flush writes it before the pointer. NULL: no memory. */
 Qcow2Table *qcow2_cache_add(Qcow2Cache *cache, Qcow2TableKind kind, uint64_t offset,
                             const void *init);
+/* An L2 table for such a cluster, whose zeroes have been written to the file: nothing of it is dirty
+ * or in memory before it is asked for.  Like that of a table that L1 names its content goes to the
+ * disk behind the first barrier of a flush, which covers the zeroes. Pinned. */
+Qcow2Table *qcow2_cache_add_zeroed(Qcow2Cache *cache, uint64_t offset);
 void qcow2_cache_put(Qcow2Table *t); /* NULL is fine */
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(Qcow2Table, qcow2_cache_put)
 /* Host clusters [offset, +bytes) no longer hold tables: their entries, dirty, loading or pinned, are
@@ -422,7 +426,7 @@ uint64_t qcow2_table_offset(const Qcow2Table *t);
  * the caller holds the lock that owns the kind (metadata lock for L2, alloc lock for refcount blocks). */
 void qcow2_table_load(const Qcow2Table *t, size_t pos, size_t len, void *out);
 void qcow2_table_store(Qcow2Table *t, size_t pos, size_t len, const void *in);
-/* Copies of the whole table what is in memory, each to its place in @out. True: that was all. */
+/* Copies of the whole table what needs no I/O, each to its place in @out. True: that was all. */
 bool qcow2_table_load_present(const Qcow2Table *t, void *out);
 /* Direct view of a refcount block; alloc lock held throughout. After changing bytes call mark_dirty. */
 uint8_t *qcow2_refblock_data(Qcow2Table *t);
@@ -597,7 +601,7 @@ Qcow2Flusher *qcow2_flusher_new(void);
 void qcow2_flusher_free(Qcow2Flusher *f);
 /*
  * Makes stable all that was done before the call.  Under the metadata and alloc lock: copy dirty
- * sectors.  Write new tables and refcount blocks; barrier (covers data; a data file's comes first);
+ * sectors.  Write copied tables and refcount blocks; barrier (covers data; a data file's comes first);
  * [new refcount blocks: hook up; barrier]; L2 sectors, L1, header switch; barrier; release quarantine.
  * Flushes are shared: one that arrives during a flush joins the next.  Caller not announced, no lock held.
  */

@@ -47,6 +47,7 @@ static const Case cases[] = {
     {"copied-flags-follow-counts/snapshot-apply/version-2", "snapshot-apply", "snapshot-v2"},
     {"counts-are-stable-before-they-are-needed/block", "new-refcount-block", "512"},
     {"counts-are-stable-before-they-are-needed/table", "grow-refcount-table", "512"},
+    {"table-is-empty-before-l1-names-it", "new-table-on-remains", "v3"},
     {"table-is-stable-before-the-header-names-it/l1", "grow-l1-table", "512"},
     {"table-is-stable-before-the-header-names-it/empty", "make-empty", "backing"},
     {"table-is-stable-before-the-header-names-it/width", "amend-width", "v3"},

@@ -160,6 +160,19 @@ static bool run_discard_all(World *w)
     return world_close(w);
 }
 
+/* Clusters that are free are not empty: an operation that was interrupted wrote to them. */
+static void leave_remains(World *w)
+{
+    unsigned top = disk_number("top");
+    size_t bytes = 32 * w->kind->cluster * ORACLE_SECTOR;
+    DiskImage image = disk_save(top);
+    image.data = g_realloc(image.data, image.length + bytes);
+    memset(image.data + image.length, 0xa5, bytes);
+    image.length += bytes;
+    disk_load(top, &image);
+    disk_image_clear(&image);
+}
+
 /* Compressed clusters come, are overwritten in part and whole, and their space is used again. */
 static bool run_compressed(World *w)
 {
@@ -789,6 +802,8 @@ const Operation operations[] = {
     {"discard", "guest", NULL, run_discard, 0, 0, 0, NULL},
     {"discard-parts", "guest", NULL, run_discard_parts, KIND_PARTS, 0, 0, NULL},
     {"discard-all", "guest", NULL, run_discard_all, 0, 0, 0, NULL},
+    {"new-table-on-remains", "guest", leave_remains, run_discard_all, 0, 0, 0,
+     " v3 512 64k ext data-file snapshot backing "},
     {"compressed-write", "guest", NULL, run_compressed, 0, NO_COMPRESSION, 0, NULL},
     {"random-1", "guest", NULL, run_random1, 0, 0, 0, NULL},
     {"random-2", "guest", NULL, run_random2, 0, 0, 0, NULL},

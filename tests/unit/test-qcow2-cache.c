@@ -453,6 +453,69 @@ static void test_unlinked(Fixture *x, const void *data)
     g_assert_true(has(x, place(6)));
 }
 
+static bool reads_zero(Fixture *x, unsigned i, size_t pos, size_t len)
+{
+    static const uint8_t zeroes[CLUSTER];
+    const Qcow2TableRange range = {QCOW2_TABLE_L2, place(i), pos, len};
+    uint8_t out[CLUSTER];
+    return qcow2_cache_copy_part(x->c, &range, out) && !memcmp(out, zeroes, len);
+}
+
+/* Zeroes of the file, where the test has other bytes to see who reads it: they are known without
+ * I/O, in memory when asked for to be stored to, and dirty is only what was. */
+static void test_zeroed(Fixture *x, const void *data)
+{
+    slices(x);
+    Qcow2Table *t = qcow2_cache_add_zeroed(x->c, place(9));
+    uint8_t out[CLUSTER] = {1};
+    g_assert_cmpuint(qcow2_cache_dirty_bytes(x->c), ==, 0);
+    g_assert_true(reads_zero(x, 9, 0, CLUSTER));
+    g_assert_true(qcow2_table_load_present(t, out));
+    g_assert_cmpuint(out[0], ==, 0);
+    g_assert_cmpuint(qcow2_cache_bytes(x->c), ==, 0);
+    const Qcow2TableRange range = {QCOW2_TABLE_L2, place(9), 3 * SLICE, 16};
+    g_assert_true(qcow2_cache_peek_part(x->c, &range) == t);
+    g_assert_cmpuint(qcow2_cache_bytes(x->c), ==, SLICE);
+    store(t, 3 * SLICE, 7);
+    g_assert_cmpuint(qcow2_cache_dirty_bytes(x->c), ==, SLICE);
+    g_assert_cmpuint(byte_at(t, 3 * SLICE), ==, 7);
+    g_assert_cmpuint(byte_at(t, 4 * SLICE), ==, 0);
+    qcow2_cache_put(t);
+    qcow2_cache_put(t);
+    GArray *p = collect(x);
+    g_assert_cmpuint(p->len, ==, 1);
+    g_assert_cmpuint(piece(p, 0)->offset, ==, place(9) + 3 * SLICE);
+    g_assert_cmpuint(piece(p, 0)->bytes, ==, SLICE);
+    g_assert_false(piece(p, 0)->unlinked); /* the L1 that names it may be stable */
+    give_back(x, p, false, false);
+    t = qcow2_cache_add_zeroed(x->c, place(10)); /* what nobody wants anything of goes at once */
+    qcow2_cache_put(t);
+    g_assert_false(has(x, place(10)));
+}
+
+/* What was stored is not zero any more when it was written and dropped; the rest is. */
+static void test_zeroed_trimmed(Fixture *x, const void *data)
+{
+    slices(x);
+    Qcow2Table *t = qcow2_cache_add_zeroed(x->c, place(9));
+    qcow2_cache_put(get_part(x, 9, 0, SLICE));
+    qcow2_cache_put(get_part(x, 9, 2 * SLICE, SLICE));
+    store(t, 0, 7);
+    give_back(x, collect(x), false, false);
+    qcow2_cache_put(get_part(x, 9, SLICE, SLICE));
+    store(t, SLICE, 7); /* dirty: keeps the table */
+    qcow2_cache_put(t);
+    configure(x, 0, 0, SLICE);
+    g_assert_cmpuint(qcow2_cache_bytes(x->c), ==, SLICE);
+    g_assert_false(reads_zero(x, 9, 0, SLICE));
+    g_assert_true(reads_zero(x, 9, 2 * SLICE, CLUSTER - 2 * SLICE));
+    t = get(x, 9);
+    g_assert_cmpuint(byte_at(t, 0), ==, 9); /* from the file */
+    g_assert_cmpuint(byte_at(t, SLICE), ==, 7);
+    g_assert_cmpuint(byte_at(t, 2 * SLICE), ==, 0);
+    qcow2_cache_put(t);
+}
+
 /* Poisoned while it is being written: it does not come back when that failed. */
 static void test_poison_collected(Fixture *x, const void *data)
 {
@@ -486,6 +549,9 @@ static void brawl_once(Brawler *b)
         break;
     case 2:
         give_back(b->x, collect(b->x), g_rand_boolean(b->rand), true);
+        break;
+    case 3:
+        qcow2_cache_put(qcow2_cache_add_zeroed(b->x->c, place(0)));
         break;
     default: {
         size_t pos = (size_t)g_rand_int_range(b->rand, 0, CLUSTER);
@@ -556,6 +622,8 @@ int main(int argc, char **argv)
     add("other-parts", test_other_parts);
     add("collect", test_collect);
     add("unlinked", test_unlinked);
+    add("zeroed", test_zeroed);
+    add("zeroed-trimmed", test_zeroed_trimmed);
     add("poison-collected", test_poison_collected);
     add("brawl", test_brawl);
     int ret = g_test_run();
