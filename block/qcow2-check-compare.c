@@ -27,7 +27,7 @@
 
 #include <inttypes.h>
 
-#define BATCH_BYTES ((size_t)8 << 20)
+#define BATCH_BYTES ((size_t)2 << 20) /* what the caches of a core hold */
 
 static uint64_t counts_per_block(const Qcow2Check *c)
 {

@@ -1,24 +1,24 @@
 /*
  * The reference map of a check: how often is each host cluster referenced, and by whom.
  *
- *      shards, by leaf index: 64 neighbours in one shard, the next 64 in the next one
- *        hash table of leaves (open addressing, by leaf index), and the slabs they lie in
- *          [ . | o | . | o | o | . ]
- *                |       |   |
- *              leaf    leaf  leaf     64 clusters each: all alike, their count and flags are here
+ *      rows: 64 leaves with neighbouring indices; neighbouring rows are in different shards
+ *      shard: hash table of rows (open addressing), and the slabs that leaves and bodies lie in
+ *          [ . | row | . | row | row | . ]
+ *                 |
+ *              bitmap of leaves that exist, pointers to them
+ *                 |   |
+ *              leaf  leaf             64 clusters each: all alike, their count and flags are here
  *                |
  *              body                   or they differ: 64 counts of 8 bits, 64 bytes of flags;
  *                                     a count beyond 255 turns the counts into 32 bits
  *
  * A leaf exists only where something is referenced, a body only where neighbours differ.  So the
  * map costs what metadata really refers to: 160 bytes for a lonely reference (which took 8 bytes of
- * metadata), 0.4 bytes per cluster where a run covers whole leaves, 2.5 bytes where none does, and
- * nothing for a long file or for what a header claims.  Pointers in the hash table come on top: two
- * to four for a leaf.
+ * metadata) and 32 to 64 for its row, half a byte per cluster where a run covers whole leaves, 2.5
+ * bytes where none does, and nothing for a long file or for what a header claims.
  *
- * References come in runs, one thread's mostly far from another's: a lock per shard, taken once for
- * the 64 leaves of a row, is hardly ever waited for.  Only changes take it; all else happens when
- * nobody adds.
+ * References come in runs, one thread's mostly far from another's: a lock per shard, taken once per
+ * row, is hardly ever waited for.  Only changes take it; all else happens when nobody adds.
  *
  * Invariants
  *   1. A cluster without a leaf has count 0 and no flags.
@@ -37,7 +37,9 @@
 
 enum {
     SHARDS = 64, /* power of two */
-    ROW = QCOW2_REF_LEAF * QCOW2_REF_LEAF, /* clusters whose leaves share a shard */
+    ROW_LEAVES = 64,
+    ROW_CLUSTERS = ROW_LEAVES * QCOW2_REF_LEAF,
+    FEW_LEAVES = 8, /* pointers that a row has room for once it has several */
     FIRST_SLAB = 4,           /* items; each slab has twice as many as the one before, */
     MAX_SLAB_BYTES = 96 << 10, /* up to that: what malloc does not get from the system singly */
     RADIX_BITS = 11,
@@ -50,13 +52,21 @@ typedef struct Slabs {
     size_t used, size; /* items of the last of them */
 } Slabs;
 
+typedef struct Row {
+    uint64_t number;  /* index of its first leaf / ROW_LEAVES */
+    uint64_t present; /* by leaf: it exists; 0: no row, a free slot of the table */
+    union {
+        Qcow2RefLeaf *one;   /* the only one */
+        Qcow2RefLeaf **many; /* all there are, by index */
+    } leaves;
+} Row;
+
 typedef struct Shard {
     QbMutex lock; /* taken by those who change something */
-    Qcow2RefLeaf **slots;
-    size_t nslots; /* power of two; 0: nothing yet */
-    size_t used;
+    Row *rows;
+    size_t nrows; /* power of two; 0: nothing yet */
+    size_t used_rows, used_leaves;
     Slabs leaves, bodies;
-    Qcow2RefLeaf *last; /* of the last look-up */
 } Shard;
 
 struct Qcow2RefMap {
@@ -111,6 +121,11 @@ Qcow2RefMap *qcow2_refmap_new(uint64_t cap)
     return map;
 }
 
+static bool has_many(const Row *row)
+{
+    return row->present & (row->present - 1);
+}
+
 static void free_shard(Shard *shard)
 {
     for (guint i = 0; i < shard->bodies.slabs->len; i++) {
@@ -120,7 +135,12 @@ static void free_shard(Shard *shard)
             g_free(bodies[k].wide);
         }
     }
-    g_free(shard->slots);
+    for (size_t i = 0; i < shard->nrows; i++) {
+        if (has_many(&shard->rows[i])) {
+            g_free(shard->rows[i].leaves.many);
+        }
+    }
+    g_free(shard->rows);
     g_ptr_array_unref(shard->leaves.slabs);
     g_ptr_array_unref(shard->bodies.slabs);
     qb_mutex_destroy(&shard->lock);
@@ -139,68 +159,97 @@ void qcow2_refmap_free(Qcow2RefMap *map)
 
 /* ---------------------------------------------------------------- leaves */
 
-static Shard *shard_of(Qcow2RefMap *map, uint64_t index)
+static Shard *shard_of(Qcow2RefMap *map, uint64_t number)
 {
-    return &map->shards[(index / QCOW2_REF_LEAF) % SHARDS];
+    return &map->shards[number % SHARDS];
 }
 
-/* The slot that holds leaf @index, or the free one where it would go. */
-static size_t find_slot(const Shard *shard, uint64_t index)
+/* The slot that holds row @number, or the free one where it would go. */
+static Row *find_row(const Shard *shard, uint64_t number)
 {
-    size_t mask = shard->nslots - 1;
-    size_t i = (index * UINT64_C(0x9e3779b97f4a7c15)) >> 20 & mask;
-    while (shard->slots[i] && shard->slots[i]->index != index) {
+    size_t mask = shard->nrows - 1;
+    size_t i = (number * UINT64_C(0x9e3779b97f4a7c15)) >> 20 & mask;
+    while (shard->rows[i].present && shard->rows[i].number != number) {
         i = (i + 1) & mask;
     }
-    return i;
+    return &shard->rows[i];
 }
 
 static void grow(Shard *shard)
 {
-    Qcow2RefLeaf **old = shard->slots;
-    size_t n = shard->nslots;
-    shard->nslots = n ? n * 2 : 16;
-    shard->slots = g_new0(Qcow2RefLeaf *, shard->nslots);
+    Row *old = shard->rows;
+    size_t n = shard->nrows;
+    shard->nrows = n ? n * 2 : 4;
+    shard->rows = g_new0(Row, shard->nrows);
     for (size_t i = 0; i < n; i++) {
-        if (old[i]) {
-            shard->slots[find_slot(shard, old[i]->index)] = old[i];
+        if (old[i].present) {
+            *find_row(shard, old[i].number) = old[i];
         }
     }
     g_free(old);
 }
 
-static Qcow2RefLeaf *new_leaf(Shard *shard, uint64_t index)
+/* The row, which may still have to be given its first leaf. */
+static Row *make_row(Shard *shard, uint64_t number)
 {
-    Qcow2RefLeaf *leaf = slabs_take(&shard->leaves);
-    leaf->index = index;
-    shard->used++;
-    return leaf;
-}
-
-static Qcow2RefLeaf *make_leaf(Shard *shard, uint64_t index)
-{
-    if (shard->last && shard->last->index == index) {
-        return shard->last;
-    }
-    if (shard->used >= shard->nslots / 2) {
+    if (shard->used_rows >= shard->nrows / 4 * 3) {
         grow(shard);
     }
-    size_t i = find_slot(shard, index);
-    if (!shard->slots[i]) {
-        shard->slots[i] = new_leaf(shard, index);
+    Row *row = find_row(shard, number);
+    shard->used_rows += !row->present;
+    row->number = number;
+    return row;
+}
+
+/* Where the pointer to leaf @k is, or would be. */
+static unsigned position(const Row *row, unsigned k)
+{
+    return (unsigned)__builtin_popcountll(row->present & ((UINT64_C(1) << k) - 1));
+}
+
+static Qcow2RefLeaf *find_leaf(const Row *row, unsigned k)
+{
+    if (!(row->present >> k & 1)) {
+        return NULL;
     }
-    shard->last = shard->slots[i];
-    return shard->last;
+    return has_many(row) ? row->leaves.many[position(row, k)] : row->leaves.one;
+}
+
+/* Makes room for a pointer more than the @n there are. */
+static void extend_row(Row *row, unsigned n)
+{
+    if (n == 1) {
+        Qcow2RefLeaf *one = row->leaves.one;
+        row->leaves.many = g_new(Qcow2RefLeaf *, FEW_LEAVES);
+        row->leaves.many[0] = one;
+    } else if (n == FEW_LEAVES) {
+        row->leaves.many = g_renew(Qcow2RefLeaf *, row->leaves.many, ROW_LEAVES);
+    }
+}
+
+static Qcow2RefLeaf *new_leaf(Shard *shard, Row *row, unsigned k)
+{
+    unsigned n = (unsigned)__builtin_popcountll(row->present), at = position(row, k);
+    Qcow2RefLeaf *leaf = slabs_take(&shard->leaves);
+    leaf->index = row->number * ROW_LEAVES + k;
+    shard->used_leaves++;
+    extend_row(row, n);
+    if (n == 0) {
+        row->leaves.one = leaf;
+    } else {
+        Qcow2RefLeaf **many = row->leaves.many;
+        memmove(many + at + 1, many + at, (n - at) * sizeof(*many));
+        many[at] = leaf;
+    }
+    row->present |= UINT64_C(1) << k;
+    return leaf;
 }
 
 const Qcow2RefLeaf *qcow2_refmap_leaf(const Qcow2RefMap *map, uint64_t cluster)
 {
-    uint64_t index = cluster / QCOW2_REF_LEAF;
-    const Shard *shard = &map->shards[(index / QCOW2_REF_LEAF) % SHARDS];
-    if (shard->last && shard->last->index == index) {
-        return shard->last;
-    }
-    return shard->nslots ? shard->slots[find_slot(shard, index)] : NULL;
+    uint64_t index = cluster / QCOW2_REF_LEAF, number = index / ROW_LEAVES;
+    const Shard *shard = &map->shards[number % SHARDS];
+    return shard->nrows ? find_leaf(find_row(shard, number), index % ROW_LEAVES) : NULL;
 }
 
 /* ---------------------------------------------------------------- clusters of a leaf */
@@ -273,35 +322,41 @@ typedef struct Change {
     void *opaque;
 } Change;
 
-static void change_leaf(Shard *shard, uint64_t first, unsigned n, const Change *change)
+static void change_leaf(Shard *shard, Qcow2RefLeaf *leaf, unsigned slot, unsigned end,
+                        const Change *change)
 {
-    Qcow2RefLeaf *leaf = make_leaf(shard, first / QCOW2_REF_LEAF);
-    unsigned slot = first % QCOW2_REF_LEAF, end = slot + n;
-    for (unsigned alike; slot < end; slot += alike, first += alike) {
+    for (unsigned alike; slot < end; slot += alike) {
         Refs r = {qcow2_refleaf_count(leaf, slot), qcow2_refleaf_flags(leaf, slot)};
         alike = refs_run(leaf, slot, end - slot);
         bool overflow = change->fn(&r, change);
         set_refs(shard, leaf, slot, alike, r);
-        for (unsigned i = 0; overflow && i < alike; i++) {
-            change->overflow(first + i, change->opaque);
+        for (unsigned i = slot; overflow && i < slot + alike; i++) {
+            change->overflow(leaf->index * QCOW2_REF_LEAF + i, change->opaque);
         }
     }
 }
 
-static void change_row(Shard *shard, uint64_t first, uint64_t end, const Change *change)
+/* Changes [@first, @end) of row @number. */
+static void change_row(Shard *shard, uint64_t number, unsigned first, unsigned end,
+                       const Change *change)
 {
     QB_GUARD(&shard->lock);
-    for (uint64_t n; first < end; first += n) {
-        n = MIN(end - first, QCOW2_REF_LEAF - first % QCOW2_REF_LEAF);
-        change_leaf(shard, first, (unsigned)n, change);
+    Row *row = make_row(shard, number);
+    for (unsigned n; first < end; first += n) {
+        unsigned k = first / QCOW2_REF_LEAF, slot = first % QCOW2_REF_LEAF;
+        Qcow2RefLeaf *leaf = find_leaf(row, k);
+        n = MIN(end - first, QCOW2_REF_LEAF - slot);
+        change_leaf(shard, leaf ? leaf : new_leaf(shard, row, k), slot, slot + n, change);
     }
 }
 
 static void change_all(Qcow2RefMap *map, uint64_t first, uint64_t n, const Change *change)
 {
     for (uint64_t part; n > 0; first += part, n -= part) {
-        part = MIN(n, ROW - first % ROW);
-        change_row(shard_of(map, first / QCOW2_REF_LEAF), first, first + part, change);
+        uint64_t number = first / ROW_CLUSTERS;
+        unsigned at = first % ROW_CLUSTERS;
+        part = MIN(n, ROW_CLUSTERS - at);
+        change_row(shard_of(map, number), number, at, at + (unsigned)part, change);
     }
 }
 
@@ -402,81 +457,78 @@ static Qcow2RefLeaf *next_leaf(LeafIter *it)
     return NULL;
 }
 
-typedef struct LeafKey {
-    uint64_t index;
-    Qcow2RefLeaf *leaf;
-} LeafKey;
+/* Rows, to be sorted. */
+typedef struct RowKey {
+    uint64_t number;
+    const Row *row;
+} RowKey;
+
+static RowKey *collect_rows(const Qcow2RefMap *map, size_t n)
+{
+    RowKey *keys = g_new(RowKey, n);
+    size_t pos = 0;
+    for (size_t i = 0; i < SHARDS; i++) {
+        const Shard *shard = &map->shards[i];
+        for (size_t k = 0; k < shard->nrows; k++) {
+            if (shard->rows[k].present) {
+                keys[pos++] = (RowKey){shard->rows[k].number, &shard->rows[k]};
+            }
+        }
+    }
+    assert(pos == n);
+    return keys;
+}
 
 /* Sorts by the RADIX_BITS bits from @shift on, keeping the order of what is equal there. */
-static void radix_pass(const LeafKey *from, LeafKey *to, size_t n, unsigned shift)
+static void radix_pass(const RowKey *from, RowKey *to, size_t n, unsigned shift)
 {
     enum { BUCKETS = 1 << RADIX_BITS };
     size_t starts[BUCKETS + 1] = {0};
     for (size_t i = 0; i < n; i++) {
-        starts[(from[i].index >> shift) % BUCKETS + 1]++;
+        starts[(from[i].number >> shift) % BUCKETS + 1]++;
     }
     for (size_t b = 1; b < BUCKETS; b++) {
         starts[b] += starts[b - 1];
     }
     for (size_t i = 0; i < n; i++) {
-        to[starts[(from[i].index >> shift) % BUCKETS]++] = from[i];
+        to[starts[(from[i].number >> shift) % BUCKETS]++] = from[i];
     }
 }
 
-/* For leaves that lie far from another. */
-static GPtrArray *sort_sparse(const Qcow2RefMap *map, size_t n, uint64_t highest)
+static RowKey *sort_rows(const Qcow2RefMap *map, size_t n)
 {
-    LeafKey *keys = g_new(LeafKey, n), *other = g_new(LeafKey, n);
-    LeafIter it = {.map = map};
+    RowKey *keys = collect_rows(map, n), *other = g_new(RowKey, n);
+    uint64_t all = 0;
     for (size_t i = 0; i < n; i++) {
-        Qcow2RefLeaf *leaf = next_leaf(&it);
-        keys[i] = (LeafKey){leaf->index, leaf};
+        all |= keys[i].number;
     }
-    for (unsigned shift = 0; shift < 64 && highest >> shift; shift += RADIX_BITS) {
+    for (unsigned shift = 0; shift < 64 && all >> shift; shift += RADIX_BITS) {
         radix_pass(keys, other, n, shift);
-        LeafKey *sorted = other;
+        RowKey *sorted = other;
         other = keys;
         keys = sorted;
     }
-    GPtrArray *leaves = g_ptr_array_sized_new((guint)n);
-    for (size_t i = 0; i < n; i++) {
-        g_ptr_array_add(leaves, keys[i].leaf);
-    }
-    g_free(keys);
     g_free(other);
-    return leaves;
-}
-
-/* For leaves that lie close together: each goes to its index, then all move up. */
-static GPtrArray *sort_dense(const Qcow2RefMap *map, uint64_t highest)
-{
-    GPtrArray *leaves = g_ptr_array_new();
-    LeafIter it = {.map = map};
-    guint n = 0;
-    g_ptr_array_set_size(leaves, (gint)highest + 1);
-    for (Qcow2RefLeaf *leaf; (leaf = next_leaf(&it));) {
-        leaves->pdata[leaf->index] = leaf;
-    }
-    for (guint i = 0; i <= highest; i++) {
-        if (leaves->pdata[i]) {
-            leaves->pdata[n++] = leaves->pdata[i];
-        }
-    }
-    g_ptr_array_set_size(leaves, (gint)n);
-    return leaves;
+    return keys;
 }
 
 static GPtrArray *sort_leaves(const Qcow2RefMap *map)
 {
-    enum { MAX_DENSE = 1 << 28 };
-    uint64_t highest = 0;
-    size_t n = 0;
-    LeafIter it = {.map = map};
-    for (const Qcow2RefLeaf *leaf; (leaf = next_leaf(&it)); n++) {
-        highest = MAX(highest, leaf->index);
+    size_t n = 0, pos = 0;
+    for (size_t i = 0; i < SHARDS; i++) {
+        n += map->shards[i].used_rows;
     }
-    bool dense = highest / 4 < n && highest < MAX_DENSE;
-    return dense ? sort_dense(map, highest) : sort_sparse(map, n, highest);
+    g_autofree RowKey *keys = sort_rows(map, n);
+    GPtrArray *leaves = g_ptr_array_new();
+    g_ptr_array_set_size(leaves, (gint)qcow2_refmap_leaves(map));
+    for (size_t i = 0; i < n; i++) {
+        const Row *row = keys[i].row;
+        size_t in_row = (size_t)__builtin_popcountll(row->present);
+        const void *from = in_row > 1 ? (const void *)row->leaves.many : &row->leaves.one;
+        memcpy(leaves->pdata + pos, from, in_row * sizeof(gpointer));
+        pos += in_row;
+    }
+    return leaves;
 }
 
 /* Leaves come and stay, at their places: as long as there are no more, the order is the same. */
@@ -543,7 +595,7 @@ size_t qcow2_refmap_leaves(const Qcow2RefMap *map)
 {
     size_t n = 0;
     for (size_t i = 0; i < SHARDS; i++) {
-        n += map->shards[i].used;
+        n += map->shards[i].used_leaves;
     }
     return n;
 }

@@ -32,7 +32,7 @@
 
 enum {
     CHUNK_BYTES = 4 << 20, /* at least */
-    THREAD_CHUNKS = 8,     /* per thread, unless they get too small or too large */
+    THREAD_CHUNKS = 4,     /* per thread, unless they get too small or too large */
     MAX_THREADS = 16,
 };
 
