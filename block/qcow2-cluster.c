@@ -134,44 +134,83 @@ static bool is_uniform(Qcow2L2Entry e)
     return (alloc == 0 || alloc == UINT32_MAX) && (zero == 0 || zero == UINT32_MAX);
 }
 
-/* Are the @n words at @at, each @size bytes behind the one before, @first, @first + @step, ...? */
-static bool words_follow(const uint8_t *at, size_t size, unsigned n, uint64_t first, uint64_t step)
+/* A stretch of entries, the first of which is @e, in look for those that continue it. */
+typedef struct Alike {
+    const BDRVQcow2State *s;
+    const uint8_t *raw;
+    Qcow2L2Entry e;
+    uint64_t step; /* from one to the next */
+} Alike;
+
+/* The end of those from @n on that continue what is before them; at most @max. */
+static inline unsigned follow_singly(const Alike *a, unsigned n, unsigned max)
 {
-    uint64_t differs = 0;
-    for (unsigned i = 0; i < n; i++, at += size, first += step) {
-        differs |= qb_ldbe64(at) ^ first;
+    uint64_t expected = a->e.entry + n * a->step;
+    for (; n < max; n++, expected += a->step) {
+        const uint8_t *at = a->raw + (size_t)n * a->s->l2_entry_size;
+        if (qb_ldbe64(at) != expected ||
+            (a->s->has_subclusters && qb_ldbe64(at + 8) != a->e.bitmap)) {
+            break;
+        }
     }
-    return differs == 0;
+    return n;
 }
 
-/* Are the @n entries at @at @e and those that continue it? */
-static inline bool entries_follow(const BDRVQcow2State *s, const uint8_t *at, unsigned n,
-                                  Qcow2L2Entry e, uint64_t step)
+enum { SPAN = 16 }; /* entries for one look */
+
+/* A pair of words as they stand in a table: an entry and its bitmap, or two entries. */
+typedef uint64_t WordPair __attribute__((vector_size(16)));
+
+static inline bool pairs_follow(const uint8_t *at, unsigned n, WordPair first,
+                                const WordPair *steps)
 {
-    if (!s->has_subclusters) {
-        return words_follow(at, 8, n, e.entry, step);
+    WordPair differs = {0};
+    for (unsigned i = 0; i < n; i++) {
+        WordPair words;
+        memcpy(&words, at + i * sizeof(words), sizeof(words));
+        differs |= words ^ first ^ steps[i];
     }
-    return words_follow(at, 16, n, e.entry, step) && words_follow(at + 8, 16, n, e.bitmap, 0);
+    return !(differs[0] | differs[1]);
+}
+
+/*
+ * Same, by spans as long as all of one is alike. Where the first host cluster of a span is a
+ * multiple of SPAN, the places of the others differ from it in bits that it has not set: so what
+ * the disk has is compared as it is, without a sum or a swap for each.
+ */
+static unsigned follow_by_spans(const Alike *a, unsigned n, unsigned max)
+{
+    bool wide = a->s->has_subclusters;
+    unsigned pairs = wide ? SPAN : SPAN / 2;
+    WordPair steps[SPAN];
+    for (unsigned i = 0; i < pairs; i++) {
+        steps[i][0] = htobe64((wide ? i : i * 2) * a->step);
+        steps[i][1] = wide ? 0 : htobe64((i * 2 + 1) * a->step);
+    }
+    for (; max - n >= SPAN; n += SPAN) {
+        uint64_t entry = htobe64(a->e.entry + n * a->step);
+        WordPair first = {entry, wide ? htobe64(a->e.bitmap) : entry};
+        if (!pairs_follow(a->raw + (size_t)n * a->s->l2_entry_size, pairs, first, steps)) {
+            break;
+        }
+    }
+    return n;
 }
 
 unsigned qcow2_entries_alike(const BDRVQcow2State *s, const void *raw, unsigned max)
 {
-    enum { SPAN = 16 }; /* one look for that many */
-    Qcow2L2Entry e = qcow2_entry_decode(s, raw), next = e;
-    const uint8_t *at = raw;
-    unsigned n = 0;
+    Qcow2L2Entry e = qcow2_entry_decode(s, raw);
     if (qcow2_entry_is_compressed(e) || (s->has_subclusters && !is_uniform(e))) {
         return 1;
     }
-    uint64_t step = qcow2_entry_has_host(s, e) ? s->cluster_size : 0;
-    uint64_t room = (QCOW2_ENTRY_OFFSET_MASK - qcow2_entry_host(e)) >> s->cluster_bits;
+    uint64_t cluster = qcow2_entry_host(e) >> s->cluster_bits;
+    uint64_t room = (QCOW2_ENTRY_OFFSET_MASK >> s->cluster_bits) - cluster;
     max = (unsigned)MIN(max, room + 1); /* offsets do not run over into the bits above them */
-    for (unsigned span = SPAN; span > 0; span = span > 1 ? 1 : 0) {
-        while (max - n >= span && entries_follow(s, at, span, next, step)) {
-            n += span;
-            at += (size_t)span * s->l2_entry_size;
-            next.entry += span * step;
-        }
+    Alike a = {s, raw, e, qcow2_entry_has_host(s, e) ? s->cluster_size : 0};
+    unsigned whole = a.step ? (unsigned)(-cluster % SPAN) : 0; /* where spans may begin */
+    unsigned n = follow_singly(&a, 1, MIN(MAX(whole, 1), max));
+    if (n >= whole && n < max) {
+        n = follow_singly(&a, follow_by_spans(&a, whole, max), max);
     }
     return n;
 }

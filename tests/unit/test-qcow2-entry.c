@@ -148,6 +148,66 @@ static void test_runs(void)
     }
 }
 
+/* Where the alike ones end, entry by entry. */
+static unsigned count_alike(const BDRVQcow2State *s, const uint8_t *table, unsigned i, unsigned end)
+{
+    Qcow2L2Entry e = qcow2_entry_decode(s, table + i * s->l2_entry_size);
+    uint64_t step = qcow2_entry_host(e) || s->has_data_file ? s->cluster_size : 0;
+    unsigned n = 1;
+    for (; i + n < end; n++) {
+        Qcow2L2Entry next = qcow2_entry_decode(s, table + (i + n) * s->l2_entry_size);
+        if (next.entry != e.entry + n * step || next.bitmap != e.bitmap) {
+            break;
+        }
+    }
+    return n;
+}
+
+/* Tables of runs of all lengths, from hosts that are and are not multiples of many clusters. */
+static void check_alike(const BDRVQcow2State *s)
+{
+    enum { ENTRIES = 512 };
+    uint8_t table[ENTRIES * 16];
+    static const uint64_t bitmaps[] = {0, ALL, ZERO_ALL};
+    for (unsigned i = 0, n; i < ENTRIES; i += n) {
+        bool host = s->has_data_file || g_test_rand_bit();
+        uint64_t cluster = host ? (uint64_t)g_test_rand_int_range(1, 200) : 0;
+        uint64_t bitmap = s->has_subclusters ? bitmaps[g_test_rand_int_range(0, 3)] : 0;
+        n = MIN((unsigned)g_test_rand_int_range(1, 100), ENTRIES - i);
+        for (unsigned k = i; k < i + n; k++, cluster += host) {
+            uint64_t e = cluster << s->cluster_bits | (host ? QCOW2_ENTRY_COPIED : 0);
+            qcow2_entry_encode(s, entry(e, bitmap), table + k * s->l2_entry_size);
+        }
+    }
+    for (unsigned i = 0; i < ENTRIES; i++) {
+        unsigned end = (unsigned)g_test_rand_int_range((int)i + 1, ENTRIES + 1);
+        g_assert_cmpuint(qcow2_entries_alike(s, table + i * s->l2_entry_size, end - i), ==,
+                         count_alike(s, table, i, end));
+    }
+}
+
+static void test_alike(void)
+{
+    for (unsigned round = 0; round < 200; round++) {
+        unsigned bits = (unsigned)g_test_rand_int_range(9, 22);
+        BDRVQcow2State s = state(3, bits, bits >= 14 && g_test_rand_bit(), g_test_rand_bit());
+        check_alike(&s);
+    }
+}
+
+/* Behind the last host offset there is none that would continue a run. */
+static void test_alike_at_the_end_of_offsets(void)
+{
+    BDRVQcow2State s = state(3, 16, false, false);
+    uint64_t last = QCOW2_ENTRY_OFFSET_MASK & ~UINT64_C(0xffff);
+    uint8_t table[64 * 8];
+    for (unsigned i = 0; i < 64; i++) {
+        qcow2_entry_encode(&s, entry(last + ((uint64_t)i << 16) - (40 << 16), 0), table + i * 8);
+    }
+    g_assert_cmpuint(qcow2_entries_alike(&s, table, 64), ==, 41);
+    g_assert_cmpuint(qcow2_entries_alike(&s, table + 40 * 8, 24), ==, 1);
+}
+
 static void test_mapping(void)
 {
     BDRVQcow2State s = state(3, 16, true, false);
@@ -237,6 +297,8 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-entry/copied", test_copied);
     g_test_add_func("/qcow2-entry/extended-types", test_extended_types);
     g_test_add_func("/qcow2-entry/runs", test_runs);
+    g_test_add_func("/qcow2-entry/alike", test_alike);
+    g_test_add_func("/qcow2-entry/alike-at-the-end-of-offsets", test_alike_at_the_end_of_offsets);
     g_test_add_func("/qcow2-entry/mapping", test_mapping);
     g_test_add_func("/qcow2-entry/extend", test_extend);
     g_test_add_func("/qcow2-entry/known-descriptors", test_known_descriptors);
