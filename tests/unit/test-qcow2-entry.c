@@ -173,7 +173,8 @@ static void check_alike(const BDRVQcow2State *s)
         bool host = s->has_data_file || g_test_rand_bit();
         uint64_t cluster = host ? (uint64_t)g_test_rand_int_range(1, 200) : 0;
         uint64_t bitmap = s->has_subclusters ? bitmaps[g_test_rand_int_range(0, 3)] : 0;
-        n = MIN((unsigned)g_test_rand_int_range(1, 100), ENTRIES - i);
+        n = (unsigned)g_test_rand_int_range(1, 100);
+        n = MIN(n, ENTRIES - i);
         for (unsigned k = i; k < i + n; k++, cluster += host) {
             uint64_t e = cluster << s->cluster_bits | (host ? QCOW2_ENTRY_COPIED : 0);
             qcow2_entry_encode(s, entry(e, bitmap), table + k * s->l2_entry_size);
@@ -192,6 +193,21 @@ static void test_alike(void)
         unsigned bits = (unsigned)g_test_rand_int_range(9, 22);
         BDRVQcow2State s = state(3, bits, bits >= 14 && g_test_rand_bit(), g_test_rand_bit());
         check_alike(&s);
+    }
+}
+
+/* Hosts that differ in the bits in which those in a row would, and are not in a row. */
+static void test_alike_but_for_the_carry(void)
+{
+    for (unsigned wide = 0; wide < 2; wide++) {
+        BDRVQcow2State s = state(3, 16, wide, false);
+        for (uint64_t base = 0x100; base < 0x120; base++) {
+            uint8_t table[64 * 16];
+            for (unsigned k = 0; k < 64; k++) {
+                qcow2_entry_encode(&s, entry((base ^ k) << 16, 0), table + k * s.l2_entry_size);
+            }
+            g_assert_cmpuint(qcow2_entries_alike(&s, table, 64), ==, count_alike(&s, table, 0, 64));
+        }
     }
 }
 
@@ -298,6 +314,7 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-entry/extended-types", test_extended_types);
     g_test_add_func("/qcow2-entry/runs", test_runs);
     g_test_add_func("/qcow2-entry/alike", test_alike);
+    g_test_add_func("/qcow2-entry/alike-but-for-the-carry", test_alike_but_for_the_carry);
     g_test_add_func("/qcow2-entry/alike-at-the-end-of-offsets", test_alike_at_the_end_of_offsets);
     g_test_add_func("/qcow2-entry/mapping", test_mapping);
     g_test_add_func("/qcow2-entry/extend", test_extend);
