@@ -690,7 +690,7 @@ void qcow2_alloc_undo(BlockDriverState *bs, uint64_t offset, uint64_t bytes)
 
     /* Tables that were made in it are dropped; a count that cannot be lowered leaks the cluster. No
      * stream is packed behind one that is gone: it could be the last live one of its cluster. */
-    qcow2_alloc_leave(qcow2_state(bs), offset, bytes);
+    qcow2_alloc_leave(qcow2_state(bs), &run, 1);
     qcow2_cache_poison(qcow2_state(bs)->cache, offset, bytes);
     qcow2_update_refcounts(bs, &run, 1, -1);
 }
@@ -769,15 +769,17 @@ static int alloc_behind(BlockDriverState *bs, uint32_t size, uint64_t *ret_offse
     return (int)MIN(more, 0);
 }
 
-void qcow2_alloc_leave(BDRVQcow2State *s, uint64_t offset, uint64_t bytes)
+void qcow2_alloc_leave(BDRVQcow2State *s, const Qcow2HostRun *runs, size_t n)
 {
     QB_GUARD(&s->alloc_lock);
-    uint64_t start = qcow2_start_of_cluster(s, offset);
-    /* to the end of the cluster: it may point right behind the run */
-    uint64_t end = qb_align_up(offset + bytes, s->cluster_size);
 
-    if (s->compressed_next >= start && s->compressed_next < end) {
-        s->compressed_next = 0;
+    for (size_t i = 0; i < n && s->compressed_next; i++) {
+        uint64_t start = qcow2_start_of_cluster(s, runs[i].offset);
+        /* to the end of the cluster: it may point right behind the run */
+        uint64_t end = qb_align_up(runs[i].offset + runs[i].bytes, s->cluster_size);
+        if (s->compressed_next >= start && s->compressed_next < end) {
+            s->compressed_next = 0;
+        }
     }
 }
 

@@ -866,6 +866,35 @@ void qcow2_cache_poison(Qcow2Cache *c, uint64_t offset, uint64_t bytes)
     }
 }
 
+static bool touches_any(const Qcow2Cache *c, uint64_t offset, const Qcow2HostRun *runs, size_t n)
+{
+    bool found = false;
+
+    for (size_t i = 0; i < n; i++) {
+        found |= qb_ranges_overlap(offset, c->table_bytes, runs[i].offset, runs[i].bytes);
+    }
+    return found;
+}
+
+void qcow2_cache_poison_list(Qcow2Cache *c, const Qcow2HostRun *runs, size_t n)
+{
+    if (atomic_load(&c->nb_tables) >= n / 8) { /* comparing is some times cheaper than looking up */
+        for (size_t i = 0; i < n; i++) {
+            qcow2_cache_poison(c, runs[i].offset, runs[i].bytes);
+        }
+        return;
+    }
+    for (int i = 0; i < NB_SHARDS; i++) {
+        g_autoptr(GArray) offsets = offsets_between(&c->shards[i], 0, UINT64_MAX);
+        for (guint j = 0; j < offsets->len; j++) {
+            uint64_t offset = g_array_index(offsets, uint64_t, j);
+            if (touches_any(c, offset, runs, n)) {
+                poison_one(c, offset);
+            }
+        }
+    }
+}
+
 bool qcow2_table_poisoned(const Qcow2Table *t)
 {
     QB_GUARD(&t->shard->lock);

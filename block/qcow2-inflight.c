@@ -110,6 +110,13 @@ uint64_t qcow2_inflight_seq(BDRVQcow2State *s)
     return s->inflight->next_seq;
 }
 
+uint64_t qcow2_inflight_oldest(BDRVQcow2State *s)
+{
+    QB_GUARD(&s->inflight->lock);
+
+    return s->inflight->first ? s->inflight->first->seq : s->inflight->next_seq;
+}
+
 static bool is_on(const Qcow2User *u, uint64_t host, uint64_t bytes)
 {
     uint64_t pinned = atomic_load(&u->bytes);

@@ -41,6 +41,8 @@
 
 #define CHUNK_ENTRIES 128
 #define CHUNK_BYTES (CHUNK_ENTRIES * 16)
+#define FREED_AT_ONCE 128
+#define DROP_BYTES 8192
 
 /* --- a table that may be stored to --- */
 
@@ -334,34 +336,47 @@ static int link_part(BlockDriverState *bs, Part p)
 
 /* --- freeing --- */
 
+/* What the entry refers to; no bytes: nothing. */
+static Qcow2HostRun referred_run(const BDRVQcow2State *s, Qcow2L2Entry e)
+{
+    Qcow2HostRun run = {0};
+    if (qcow2_entry_is_compressed(e)) {
+        uint32_t bytes;
+        qcow2_parse_compressed(s, e.entry, &run.offset, &bytes);
+        run.bytes = bytes;
+    } else if (qcow2_entry_has_host(s, e)) {
+        run = (Qcow2HostRun){qcow2_entry_host(e), s->cluster_size};
+    }
+    return run;
+}
+
+/* Whole clusters that touch are put together; streams are not: several may be in one cluster. */
+static bool continues(const BDRVQcow2State *s, const Qcow2HostRun *last, const Qcow2HostRun *run)
+{
+    return last->offset + last->bytes == run->offset &&
+           qb_is_aligned(last->offset | last->bytes | run->bytes, s->cluster_size);
+}
+
 void qcow2_free_entries(BlockDriverState *bs, const Qcow2L2Entry *e, size_t n,
                         Qcow2DiscardType type)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    uint64_t offset = 0, bytes = 0;
-    if (s->has_data_file) {
-        return; /* its clusters are not counted */
+    Qcow2HostRun runs[FREED_AT_ONCE];
+    size_t len = 0;
+    for (size_t i = 0; i < n && !s->has_data_file; i++) { /* whose clusters are not counted */
+        Qcow2HostRun run = referred_run(s, e[i]);
+        if (len && continues(s, &runs[len - 1], &run)) {
+            runs[len - 1].bytes += run.bytes;
+        } else if (run.bytes) {
+            runs[len++] = run;
+        }
+        if (len == FREED_AT_ONCE) {
+            qcow2_free_list(bs, runs, len, type);
+            len = 0;
+        }
     }
-    for (size_t i = 0; i < n; i++) {
-        if (qcow2_entry_is_compressed(e[i])) {
-            qcow2_free_entry(bs, e[i].entry, type);
-            continue;
-        }
-        if (!qcow2_entry_has_host(s, e[i])) {
-            continue;
-        }
-        if (bytes && qcow2_entry_host(e[i]) == offset + bytes) {
-            bytes += s->cluster_size;
-            continue;
-        }
-        if (bytes) {
-            qcow2_free_run(bs, offset, bytes, type);
-        }
-        offset = qcow2_entry_host(e[i]);
-        bytes = s->cluster_size;
-    }
-    if (bytes) {
-        qcow2_free_run(bs, offset, bytes, type);
+    if (len) {
+        qcow2_free_list(bs, runs, len, type);
     }
 }
 
@@ -417,68 +432,109 @@ int qcow2_link(BlockDriverState *bs, const Qcow2Change *c, size_t *ret_done)
 
 /* --- whole tables --- */
 
-/* Copies the table to @ret and takes it out of L1. QCOW2_STALE: it is no longer the one in L1. */
+/* Takes the table out of L1. QCOW2_STALE: it is no longer the one there. */
 static int unhook_table(BDRVQcow2State *s, uint64_t l1_index, uint64_t l1_entry,
-                        const Qcow2Table *t, uint8_t *ret)
+                        const Qcow2Table *t)
 {
     QB_GUARD(&s->lock);
     if (qcow2_l1_get(s, l1_index) != l1_entry || qcow2_table_poisoned(t)) {
         return QCOW2_STALE;
     }
-    qcow2_table_load(t, 0, s->cluster_size, ret);
     qcow2_l1_set_locked(s, l1_index, 0);
     return 0;
+}
+
+/* A table that is out of L1, pinned: its content stays as it was. */
+typedef struct Dropped {
+    BlockDriverState *bs;
+    BDRVQcow2State *s;
+    Qcow2Table *table;
+    uint64_t guest;
+    Qcow2DiscardType type;
+    Qcow2L2Entry e[FREED_AT_ONCE]; /* to be freed */
+    size_t n;
+} Dropped;
+
+static void free_found(Dropped *d)
+{
+    qcow2_free_entries(d->bs, d->e, d->n, d->type);
+    d->n = 0;
+}
+
+/* The first entry from @i on in the same 64 bytes, or in later ones that are not all zero. */
+static unsigned skip_empty(const BDRVQcow2State *s, const uint8_t *raw, unsigned i, unsigned n)
+{
+    uint64_t words[8];
+    unsigned entries = s->has_subclusters ? 4 : 8;
+    for (; (i & (entries - 1)) == 0 && i < n; i += entries) {
+        memcpy(words, raw + (size_t)i * s->l2_entry_size, sizeof(words));
+        if (words[0] | words[1] | words[2] | words[3] | words[4] | words[5] | words[6] | words[7]) {
+            break;
+        }
+    }
+    return i;
 }
 
 /* Entries that are impossible keep what they may refer to: a leak, where freeing could take away
  * somebody else's cluster. The image is marked corrupt.  Most of a table may be empty: such entries
  * are not looked at any closer. */
-static int free_table_content(BlockDriverState *bs, uint64_t l1_index, uint64_t l2_offset,
-                              const uint8_t *raw, Qcow2DiscardType type)
+static int free_piece(Dropped *d, unsigned first, const uint8_t *raw, unsigned n)
 {
-    BDRVQcow2State *s = qcow2_state(bs);
-    uint64_t guest = l1_index << (s->cluster_bits + s->l2_bits);
-    g_autofree Qcow2L2Entry *e = g_new(Qcow2L2Entry, s->l2_entries);
-    size_t n = 0;
+    const BDRVQcow2State *s = d->s;
     int ret = 0;
-    for (unsigned i = 0; i < s->l2_entries; i++) {
-        e[n] = qcow2_entry_decode(s, raw + (size_t)i * s->l2_entry_size);
-        if (qcow2_entry_equal(e[n], (Qcow2L2Entry){0})) {
+    for (unsigned i = 0; (i = skip_empty(s, raw, i, n)) < n; i++) {
+        Qcow2L2Entry e = qcow2_entry_decode(s, raw + (size_t)i * s->l2_entry_size);
+        if (qcow2_entry_equal(e, (Qcow2L2Entry){0})) {
             continue;
         }
-        int err = qcow2_entry_judge(bs, e[n], guest + ((uint64_t)i << s->cluster_bits), l2_offset,
-                                    i);
-        n += err == 0;
+        uint64_t guest = d->guest + ((uint64_t)(first + i) << s->cluster_bits);
+        int err = qcow2_entry_judge(d->bs, e, guest, qcow2_table_offset(d->table), first + i);
+        if (err < 0) {
+            ret = err;
+            continue;
+        }
+        d->e[d->n++] = e;
+        if (d->n == FREED_AT_ONCE) {
+            free_found(d);
+        }
+    }
+    return ret;
+}
+
+static int free_table_content(Dropped *d)
+{
+    const BDRVQcow2State *s = d->s;
+    uint8_t raw[DROP_BYTES];
+    size_t bytes = MIN(sizeof(raw), s->cluster_size);
+    int ret = 0;
+    for (size_t pos = 0; pos < s->cluster_size; pos += bytes) {
+        qcow2_table_load(d->table, pos, bytes, raw);
+        int err = free_piece(d, (unsigned)(pos / s->l2_entry_size), raw,
+                             (unsigned)(bytes / s->l2_entry_size));
         ret = err < 0 ? err : ret;
     }
-    qcow2_free_entries(bs, e, n, type);
+    free_found(d);
     return ret;
 }
 
 int qcow2_drop_table(BlockDriverState *bs, uint64_t l1_index, Qcow2DiscardType type)
 {
     BDRVQcow2State *s = qcow2_state(bs);
-    g_autofree uint8_t *raw = g_try_malloc(s->cluster_size);
-    uint64_t offset;
+    g_autoptr(Qcow2Table) t = NULL;
+    uint64_t l1_entry = 0;
     int ret;
-    if (!raw) {
-        return -ENOMEM;
-    }
     do {
-        uint64_t l1_entry;
-        g_autoptr(Qcow2Table) t = NULL;
+        g_clear_pointer(&t, qcow2_cache_put);
         ret = qcow2_get_active_table(bs, l1_index, &l1_entry, &t);
-        offset = l1_entry & QCOW2_ENTRY_OFFSET_MASK;
-        if (offset == 0 || ret < 0) {
+        if ((l1_entry & QCOW2_ENTRY_OFFSET_MASK) == 0 || ret < 0) {
             return ret;
         }
-        ret = unhook_table(s, l1_index, l1_entry, t, raw);
+        ret = unhook_table(s, l1_index, l1_entry, t);
     } while (ret == QCOW2_STALE);
-    if (ret < 0) {
-        return ret;
-    }
-    ret = free_table_content(bs, l1_index, offset, raw, type);
-    qcow2_free_run(bs, offset, s->cluster_size, type);
+    Dropped d = {.bs = bs, .s = s, .table = t, .type = type};
+    d.guest = l1_index << (s->cluster_bits + s->l2_bits);
+    ret = free_table_content(&d);
+    qcow2_free_run(bs, l1_entry & QCOW2_ENTRY_OFFSET_MASK, s->cluster_size, type);
     return ret;
 }
 

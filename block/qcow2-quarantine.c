@@ -38,6 +38,7 @@
 #define QUARANTINE_MIN (UINT64_C(1) << 20)
 #define MAX_RUNS (1u << 18) /* 10 MiB of FreedRun */
 #define MAX_SPARE (1u << 20)
+#define MAX_BITS 64 /* for each run to be ordered: less than sorting costs */
 #define NS_PER_MS UINT64_C(1000000)
 #define IDLE_MS 1000
 
@@ -58,12 +59,17 @@ struct Qcow2Quarantine {
     GArray *spare; /* FreedRun; NULL: nobody wants it */
 };
 
+static GArray *new_runs(void)
+{
+    return g_array_new(FALSE, FALSE, sizeof(FreedRun));
+}
+
 Qcow2Quarantine *qcow2_quarantine_new(void)
 {
     Qcow2Quarantine *q = g_new0(Qcow2Quarantine, 1);
 
     qb_mutex_init(&q->lock);
-    q->runs = g_array_new(FALSE, FALSE, sizeof(FreedRun));
+    q->runs = new_runs();
     return q;
 }
 
@@ -85,10 +91,10 @@ static bool merges(const BDRVQcow2State *s, const FreedRun *last, const FreedRun
            qb_is_aligned(last->offset | run->offset | run->bytes, s->cluster_size);
 }
 
-static void enter(BDRVQcow2State *s, const FreedRun *run)
+static void enter_locked(BDRVQcow2State *s, const FreedRun *run)
+    QB_REQUIRES(s->quarantine->lock)
 {
     Qcow2Quarantine *q = s->quarantine;
-    QB_GUARD(&q->lock);
     FreedRun *last = q->runs->len ? &g_array_index(q->runs, FreedRun, q->runs->len - 1) : NULL;
 
     if (last && merges(s, last, run)) {
@@ -99,41 +105,49 @@ static void enter(BDRVQcow2State *s, const FreedRun *run)
         atomic_fetch_add(&q->fresh, 1);
     }
     atomic_fetch_add(&q->bytes, run->bytes);
+}
+
+/* @run says what all of @runs have in common. */
+static void enter_all(BDRVQcow2State *s, const Qcow2HostRun *runs, size_t n, FreedRun run)
+{
+    Qcow2Quarantine *q = s->quarantine;
+    QB_GUARD(&q->lock);
+
+    for (size_t i = 0; i < n; i++) {
+        run.offset = runs[i].offset;
+        run.bytes = runs[i].bytes;
+        enter_locked(s, &run);
+    }
     atomic_store(&q->last_free, qb_now_ns());
+}
+
+static void free_all(BlockDriverState *bs, const Qcow2HostRun *runs, size_t n,
+                     Qcow2DiscardType type)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    FreedRun common = {.type = type, .generation = qcow2_flush_generation(s),
+                       .seq = qcow2_inflight_seq(s)};
+
+    qcow2_cache_poison_list(s->cache, runs, n);
+    enter_all(s, runs, n, common);
+    qcow2_background_arm(s, QCOW2_BG_RELEASE, IDLE_MS);
+}
+
+void qcow2_free_list(BlockDriverState *bs, const Qcow2HostRun *runs, size_t n,
+                     Qcow2DiscardType type)
+{
+    qcow2_alloc_leave(qcow2_state(bs), runs, n);
+    free_all(bs, runs, n, type);
 }
 
 void qcow2_free_run(BlockDriverState *bs, uint64_t offset, uint64_t bytes, Qcow2DiscardType type)
 {
-    qcow2_alloc_leave(qcow2_state(bs), offset, bytes);
-    qcow2_free_tables(bs, offset, bytes, type);
+    qcow2_free_list(bs, &(Qcow2HostRun){offset, bytes}, 1, type);
 }
 
 void qcow2_free_tables(BlockDriverState *bs, uint64_t offset, uint64_t bytes, Qcow2DiscardType type)
 {
-    BDRVQcow2State *s = qcow2_state(bs);
-    FreedRun run = {.offset = offset, .bytes = bytes, .type = type,
-                    .generation = qcow2_flush_generation(s), .seq = qcow2_inflight_seq(s)};
-
-    qcow2_cache_poison(s->cache, offset, bytes);
-    enter(s, &run);
-    qcow2_background_arm(s, QCOW2_BG_RELEASE, IDLE_MS);
-}
-
-void qcow2_free_entry(BlockDriverState *bs, uint64_t l2_entry, Qcow2DiscardType type)
-{
-    BDRVQcow2State *s = qcow2_state(bs);
-    uint64_t offset = l2_entry & QCOW2_ENTRY_OFFSET_MASK;
-
-    if (s->has_data_file) {
-        return;
-    }
-    if (l2_entry & QCOW2_ENTRY_COMPRESSED) {
-        uint32_t bytes;
-        qcow2_parse_compressed(s, l2_entry, &offset, &bytes);
-        qcow2_free_run(bs, offset, bytes, type);
-    } else if (offset) {
-        qcow2_free_run(bs, offset, s->cluster_size, type);
-    }
+    free_all(bs, &(Qcow2HostRun){offset, bytes}, 1, type);
 }
 
 uint64_t qcow2_quarantine_bytes(BDRVQcow2State *s)
@@ -205,46 +219,75 @@ static bool may_punch(const BDRVQcow2State *s, Qcow2DiscardType type)
     return false;
 }
 
-/* Where a run goes that is free to go. */
-static GArray *place_of(const Qcow2Quarantine *q, const FreedRun *run, GArray *ready)
+/* Takes out what is free to go, in its place in memory; the rest stays in its order. */
+static GArray *take_free_locked(BDRVQcow2State *s, uint64_t gen)
+    QB_REQUIRES(s->quarantine->lock)
 {
-    bool spare = q->spare && q->spare->len < MAX_SPARE && run->type == QCOW2_DISCARD_ALWAYS;
+    Qcow2Quarantine *q = s->quarantine;
+    GArray *runs = g_steal_pointer(&q->runs);
+    uint64_t oldest = qcow2_inflight_oldest(s), held = 0, taken = 0;
+    guint n = 0;
 
-    return spare ? q->spare : ready;
+    q->runs = new_runs();
+    for (guint i = 0; i < runs->len; i++) {
+        FreedRun run = g_array_index(runs, FreedRun, i);
+        bool stable = run.generation <= gen;
+        if (stable && (run.seq <= oldest ||
+                       !qcow2_inflight_busy(s, run.seq, run.offset, run.bytes))) {
+            g_array_index(runs, FreedRun, n++) = run;
+            taken += run.bytes;
+        } else {
+            held += stable ? run.bytes : 0;
+            g_array_append_val(q->runs, run);
+        }
+    }
+    g_array_set_size(runs, n);
+    atomic_fetch_sub(&q->bytes, taken);
+    atomic_store(&q->held, held);
+    atomic_store(&q->fresh, 0);
+    return runs;
 }
 
-/* Takes out what is free to go; the rest stays in its order. */
+static bool all_spare(const GArray *runs)
+{
+    bool spare = runs->len <= MAX_SPARE;
+
+    for (guint i = 0; i < runs->len && spare; i++) {
+        spare = g_array_index(runs, FreedRun, i).type == QCOW2_DISCARD_ALWAYS;
+    }
+    return spare;
+}
+
+/* Keeps of @runs what may be spare, and returns the others. */
+static GArray *keep_spare_locked(Qcow2Quarantine *q, GArray *runs) QB_REQUIRES(q->lock)
+{
+    guint n = 0;
+
+    if (q->spare->len == 0 && all_spare(runs)) { /* nearly always, and there may be many */
+        GArray *none = q->spare;
+        q->spare = runs;
+        return none;
+    }
+    for (guint i = 0; i < runs->len; i++) {
+        FreedRun run = g_array_index(runs, FreedRun, i);
+        if (q->spare->len < MAX_SPARE && run.type == QCOW2_DISCARD_ALWAYS) {
+            g_array_append_val(q->spare, run);
+        } else {
+            g_array_index(runs, FreedRun, n++) = run;
+        }
+    }
+    g_array_set_size(runs, n);
+    return runs;
+}
+
+/* What is to be released now. */
 static GArray *take_ready(BDRVQcow2State *s, uint64_t gen)
 {
     Qcow2Quarantine *q = s->quarantine;
     QB_GUARD(&q->lock);
-    GArray *ready = g_array_new(FALSE, FALSE, sizeof(FreedRun));
-    uint64_t held = 0;
-    guint kept = 0;
+    GArray *ready = take_free_locked(s, gen);
 
-    for (guint i = 0; i < q->runs->len; i++) {
-        FreedRun run = g_array_index(q->runs, FreedRun, i);
-        if (run.generation <= gen && !qcow2_inflight_busy(s, run.seq, run.offset, run.bytes)) {
-            g_array_append_vals(place_of(q, &run, ready), &run, 1);
-            atomic_fetch_sub(&q->bytes, run.bytes);
-        } else {
-            held += run.generation <= gen ? run.bytes : 0;
-            g_array_index(q->runs, FreedRun, kept++) = run;
-        }
-    }
-    g_array_set_size(q->runs, kept);
-    atomic_store(&q->held, held);
-    atomic_store(&q->fresh, 0);
-    return ready;
-}
-
-/* A reader that had seen the old L1 may have loaded a table again after it was freed. */
-static void poison_ready(BDRVQcow2State *s, const GArray *ready)
-{
-    for (guint i = 0; i < ready->len; i++) {
-        const FreedRun *run = &g_array_index(ready, FreedRun, i);
-        qcow2_cache_poison(s->cache, run->offset, run->bytes);
-    }
+    return q->spare ? keep_spare_locked(q, ready) : ready;
 }
 
 /* Where the references that go begin or end to cover clusters. */
@@ -317,8 +360,20 @@ static GArray *edges_of(const BDRVQcow2State *s, GArray *ready)
     return edges;
 }
 
+static void append_loss(GArray *losses, const Loss *loss)
+{
+    Loss *last = losses->len ? &g_array_index(losses, Loss, losses->len - 1) : NULL;
+
+    if (last && last->offset + last->bytes == loss->offset && last->times == loss->times &&
+        last->punch == loss->punch) {
+        last->bytes += loss->bytes;
+    } else {
+        g_array_append_vals(losses, loss, 1);
+    }
+}
+
 /* What goes from one edge to the next, in the order of the times. */
-static GArray *cluster_losses(const BDRVQcow2State *s, GArray *ready)
+static GArray *losses_by_edges(const BDRVQcow2State *s, GArray *ready)
 {
     g_autoptr(GArray) edges = edges_of(s, ready);
     GArray *losses = g_array_new(FALSE, FALSE, sizeof(Loss));
@@ -330,11 +385,110 @@ static GArray *cluster_losses(const BDRVQcow2State *s, GArray *ready)
         punchers += edge->punchers;
         if (refs > 0 && next->offset > edge->offset) {
             Loss loss = {edge->offset, next->offset - edge->offset, refs, punchers > 0};
-            g_array_append_val(losses, loss);
+            append_loss(losses, &loss);
         }
     }
     sort_array(losses, compare_losses);
     return losses;
+}
+
+/* Clusters from number @first up to @end, a bit for each. */
+typedef struct ClusterSet {
+    uint64_t first, end;
+    uint64_t *bits; /* owned */
+} ClusterSet;
+
+/* True: none of the clusters that the run touches was in the set. */
+static bool set_add(const BDRVQcow2State *s, ClusterSet *set, const FreedRun *run)
+{
+    uint64_t end = qcow2_size_to_clusters(s, run->offset + run->bytes) - set->first;
+    uint64_t seen = 0;
+
+    for (uint64_t i = (run->offset >> s->cluster_bits) - set->first; i < end; i++) {
+        uint64_t bit = UINT64_C(1) << i % 64;
+        seen |= set->bits[i / 64] & bit;
+        set->bits[i / 64] |= bit;
+    }
+    return !seen;
+}
+
+/* The first from @i on, counted from the first of the set, that is in it (@in) or is not; else its
+ * length. */
+static uint64_t set_next(const ClusterSet *set, uint64_t i, bool in)
+{
+    uint64_t n = set->end - set->first;
+
+    while (i < n) {
+        uint64_t bits = (in ? set->bits[i / 64] : ~set->bits[i / 64]) >> i % 64;
+        if (bits) {
+            return MIN(i + (uint64_t)__builtin_ctzll(bits), n);
+        }
+        i = (i / 64 + 1) * 64;
+    }
+    return n;
+}
+
+static GArray *losses_of_set(const BDRVQcow2State *s, const ClusterSet *set, bool punch)
+{
+    GArray *losses = g_array_new(FALSE, FALSE, sizeof(Loss));
+    uint64_t n = set->end - set->first;
+
+    for (uint64_t i = set_next(set, 0, true), end; i < n; i = set_next(set, end, true)) {
+        end = set_next(set, i, false);
+        Loss loss = {(set->first + i) << s->cluster_bits, (end - i) << s->cluster_bits, 1, punch};
+        g_array_append_val(losses, loss);
+    }
+    return losses;
+}
+
+/* The smallest set that all the runs fit into, empty; no bits: sorting them is cheaper, or they are
+ * not of one kind. */
+static ClusterSet set_for(const BDRVQcow2State *s, const GArray *runs)
+{
+    ClusterSet set = {.first = UINT64_MAX};
+    bool alike = true;
+
+    for (guint i = 0; i < runs->len; i++) {
+        const FreedRun *run = &g_array_index(runs, FreedRun, i);
+        set.first = MIN(set.first, run->offset >> s->cluster_bits);
+        set.end = MAX(set.end, qcow2_size_to_clusters(s, run->offset + run->bytes));
+        alike &= run->type == g_array_index(runs, FreedRun, 0).type;
+    }
+    if (alike && runs->len > 1 && set.end - set.first <= (uint64_t)runs->len * MAX_BITS) {
+        set.bits = g_new0(uint64_t, (set.end - set.first) / 64 + 1);
+    }
+    return set;
+}
+
+/* The usual case of many clusters that were freed in any order, each of them once: NULL if it is
+ * another one. */
+static GArray *losses_by_set(const BDRVQcow2State *s, const GArray *ready)
+{
+    ClusterSet set = set_for(s, ready);
+    g_autofree uint64_t *bits = set.bits;
+    bool once = bits != NULL;
+
+    for (guint i = 0; i < ready->len && once; i++) {
+        once = set_add(s, &set, &g_array_index(ready, FreedRun, i));
+    }
+    return once ? losses_of_set(s, &set, may_punch(s, g_array_index(ready, FreedRun, 0).type))
+                : NULL;
+}
+
+static GArray *cluster_losses(const BDRVQcow2State *s, GArray *ready)
+{
+    GArray *losses = losses_by_set(s, ready);
+
+    return losses ? losses : losses_by_edges(s, ready);
+}
+
+/* A reader that had seen the old L1 may have loaded a table again after it was freed. */
+static void poison_lost(BDRVQcow2State *s, const GArray *losses)
+{
+    for (guint i = 0; i < losses->len; i++) {
+        const Loss *loss = &g_array_index(losses, Loss, i);
+        qcow2_cache_poison(s->cache, loss->offset, loss->bytes);
+    }
 }
 
 static void append_run(GArray *runs, uint64_t offset, uint64_t bytes)
@@ -434,6 +588,7 @@ static int release_runs(BlockDriverState *bs, GArray *runs, GArray *spare)
     g_autoptr(GArray) losses = cluster_losses(qcow2_state(bs), runs);
     int result = 0;
 
+    poison_lost(qcow2_state(bs), losses);
     for (guint first = 0, end; first < losses->len; first = end) {
         const Loss *loss = &g_array_index(losses, Loss, first);
         int ret;
@@ -452,7 +607,6 @@ int qcow2_quarantine_release(BlockDriverState *bs, uint64_t gen)
     if (!ready->len) {
         return 0;
     }
-    poison_ready(qcow2_state(bs), ready);
     int ret = release_runs(bs, ready, NULL);
     bdrv_debug_event(bs->file, "cluster_free");
     return ret;
@@ -466,7 +620,7 @@ void qcow2_quarantine_hold(BDRVQcow2State *s)
     QB_GUARD(&q->lock);
 
     assert(!q->spare);
-    q->spare = g_array_new(FALSE, FALSE, sizeof(FreedRun));
+    q->spare = new_runs();
 }
 
 static GArray *end_hold(BDRVQcow2State *s)
@@ -488,7 +642,6 @@ int qcow2_quarantine_take(BlockDriverState *bs, GArray *ret)
 {
     g_autoptr(GArray) spare = end_hold(qcow2_state(bs));
 
-    poison_ready(qcow2_state(bs), spare);
     int err = release_runs(bs, spare, ret);
     sort_array(ret, compare_host_runs);
     return err;

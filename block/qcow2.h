@@ -417,6 +417,8 @@ G_DEFINE_AUTOPTR_CLEANUP_FUNC(Qcow2Table, qcow2_cache_put)
 /* Host clusters [offset, +bytes) no longer hold tables: their entries, dirty, loading or pinned, are
  * never written again and never found again. */
 void qcow2_cache_poison(Qcow2Cache *cache, uint64_t offset, uint64_t bytes);
+/* The same for each of @n runs of clusters, or of bytes in them. */
+void qcow2_cache_poison_list(Qcow2Cache *cache, const Qcow2HostRun *runs, size_t n);
 /* A poisoned table's content is stale: start again from L1. */
 bool qcow2_table_poisoned(const Qcow2Table *t);
 /* Has somebody else it pinned, too? */
@@ -525,6 +527,8 @@ void qcow2_user_resolve(BDRVQcow2State *s, Qcow2User *u, uint64_t host, uint64_t
 void qcow2_user_leave(BDRVQcow2State *s, Qcow2User *u);
 /* Everybody announced before this call has a sequence number below the result. */
 uint64_t qcow2_inflight_seq(BDRVQcow2State *s);
+/* Nobody who was announced before is left. */
+uint64_t qcow2_inflight_oldest(BDRVQcow2State *s);
 /* Is a user announced before @seq on the run (or unresolved)? */
 bool qcow2_inflight_busy(BDRVQcow2State *s, uint64_t seq, uint64_t host, uint64_t bytes);
 /* Waits past all users announced before @seq. Caller is not announced and holds no lock. */
@@ -547,8 +551,8 @@ void qcow2_free_run(BlockDriverState *bs, uint64_t offset, uint64_t bytes, Qcow2
 /* The same for whole clusters that never held compressed data; also under the alloc lock. */
 void qcow2_free_tables(BlockDriverState *bs, uint64_t offset, uint64_t bytes,
                        Qcow2DiscardType type);
-/* Frees what an L2 entry refers to, by its type; nothing for unallocated ones or a data file. */
-void qcow2_free_entry(BlockDriverState *bs, uint64_t l2_entry, Qcow2DiscardType type);
+/* qcow2_free_run() for each of @n runs, in one go. */
+void qcow2_free_list(BlockDriverState *bs, const Qcow2HostRun *runs, size_t n, Qcow2DiscardType t);
 /* Bytes waiting, and whether that is more than it should be (64 MiB or 1/16 of the file). */
 uint64_t qcow2_quarantine_bytes(BDRVQcow2State *s);
 bool qcow2_quarantine_full(BDRVQcow2State *s);
@@ -646,8 +650,8 @@ uint64_t qcow2_alloc_at(BlockDriverState *bs, uint64_t offset, uint64_t bytes);
 int64_t qcow2_alloc_run_nowait(BlockDriverState *bs, uint64_t want, uint64_t *bytes);
 /* @size bytes (< cluster_size) for a compressed cluster; packs them behind the previous ones. */
 int64_t qcow2_alloc_bytes(BlockDriverState *bs, uint32_t size);
-/* The run is being freed: no further stream is packed into its clusters. Takes the alloc lock. */
-void qcow2_alloc_leave(BDRVQcow2State *s, uint64_t offset, uint64_t bytes);
+/* @n runs are being freed: no further stream is packed into their clusters. Takes the alloc lock. */
+void qcow2_alloc_leave(BDRVQcow2State *s, const Qcow2HostRun *runs, size_t n);
 /* A step in the background: looks at refcount blocks that nobody has looked at. */
 uint64_t qcow2_look_step(BlockDriverState *bs);
 /*
