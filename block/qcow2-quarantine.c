@@ -91,10 +91,9 @@ static bool merges(const BDRVQcow2State *s, const FreedRun *last, const FreedRun
            qb_is_aligned(last->offset | run->offset | run->bytes, s->cluster_size);
 }
 
-static void enter_locked(BDRVQcow2State *s, const FreedRun *run)
-    QB_REQUIRES(s->quarantine->lock)
+static void enter_locked(const BDRVQcow2State *s, Qcow2Quarantine *q, const FreedRun *run)
+    QB_REQUIRES(q->lock)
 {
-    Qcow2Quarantine *q = s->quarantine;
     FreedRun *last = q->runs->len ? &g_array_index(q->runs, FreedRun, q->runs->len - 1) : NULL;
 
     if (last && merges(s, last, run)) {
@@ -116,7 +115,7 @@ static void enter_all(BDRVQcow2State *s, const Qcow2HostRun *runs, size_t n, Fre
     for (size_t i = 0; i < n; i++) {
         run.offset = runs[i].offset;
         run.bytes = runs[i].bytes;
-        enter_locked(s, &run);
+        enter_locked(s, q, &run);
     }
     atomic_store(&q->last_free, qb_now_ns());
 }
@@ -220,10 +219,9 @@ static bool may_punch(const BDRVQcow2State *s, Qcow2DiscardType type)
 }
 
 /* Takes out what is free to go, in its place in memory; the rest stays in its order. */
-static GArray *take_free_locked(BDRVQcow2State *s, uint64_t gen)
-    QB_REQUIRES(s->quarantine->lock)
+static GArray *take_free_locked(BDRVQcow2State *s, Qcow2Quarantine *q, uint64_t gen)
+    QB_REQUIRES(q->lock)
 {
-    Qcow2Quarantine *q = s->quarantine;
     GArray *runs = g_steal_pointer(&q->runs);
     uint64_t oldest = qcow2_inflight_oldest(s), held = 0, taken = 0;
     guint n = 0;
@@ -285,7 +283,7 @@ static GArray *take_ready(BDRVQcow2State *s, uint64_t gen)
 {
     Qcow2Quarantine *q = s->quarantine;
     QB_GUARD(&q->lock);
-    GArray *ready = take_free_locked(s, gen);
+    GArray *ready = take_free_locked(s, q, gen);
 
     return q->spare ? keep_spare_locked(q, ready) : ready;
 }
@@ -392,10 +390,10 @@ static GArray *losses_by_edges(const BDRVQcow2State *s, GArray *ready)
     return losses;
 }
 
-/* Clusters from number @first up to @end, a bit for each. */
+/* Clusters from number @first up to @end, a bit for each, and at least one more. */
 typedef struct ClusterSet {
     uint64_t first, end;
-    uint64_t *bits; /* owned */
+    uint64_t *bits; /* NULL: no set */
 } ClusterSet;
 
 /* True: none of the clusters that the run touches was in the set. */
@@ -421,7 +419,7 @@ static uint64_t set_next(const ClusterSet *set, uint64_t i, bool in)
     while (i < n) {
         uint64_t bits = (in ? set->bits[i / 64] : ~set->bits[i / 64]) >> i % 64;
         if (bits) {
-            return MIN(i + (uint64_t)__builtin_ctzll(bits), n);
+            return i + (uint64_t)__builtin_ctzll(bits);
         }
         i = (i / 64 + 1) * 64;
     }

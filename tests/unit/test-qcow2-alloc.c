@@ -558,6 +558,70 @@ static void test_quarantine_overlaps(void)
     world_free(w);
 }
 
+/* Pairs of clusters, and many in a row at the end, freed backwards in one go: counts and space go,
+ * others' stay. */
+static void test_quarantine_any_order(void)
+{
+    enum { N = 200, TAIL = 150 };
+    World *w = world_new("size=1M,cluster_size=512", CLUSTERS * 512);
+    int64_t a = qcow2_alloc_clusters(w->bs, N * 512);
+    Qcow2HostRun runs[N];
+    size_t n = 0;
+    g_autofree uint8_t *buf = g_malloc(N * 512);
+    memset(buf, 0x11, N * 512);
+    g_assert_cmpint(bdrv_pwrite(w->bs->file, a, N * 512, buf, 0), ==, 0);
+    for (int i = N - 1; i >= 0; i--) {
+        if (i % 6 == 2 || i % 6 == 3 || i >= TAIL) {
+            runs[n++] = (Qcow2HostRun){(uint64_t)a + (uint64_t)i * 512, 512};
+        }
+    }
+    qcow2_free_list(w->bs, runs, n, QCOW2_DISCARD_ALWAYS);
+    g_assert_cmpuint(qcow2_quarantine_bytes(w->s), ==, n * 512);
+    g_assert_cmpint(qcow2_flush(w->bs), ==, 0);
+    for (int i = 0; i < N; i++) {
+        bool gone = i % 6 == 2 || i % 6 == 3 || i >= TAIL;
+        g_assert_true(is_free(w, a + i * 512) == gone);
+        g_assert_cmpint(w->f->data[a + i * 512], ==, gone ? 0 : 0x11);
+    }
+    qcow2_free_run(w->bs, (uint64_t)a, 512, QCOW2_DISCARD_ALWAYS); /* of two kinds */
+    qcow2_free_run(w->bs, (uint64_t)a + 512, 512, QCOW2_DISCARD_NEVER);
+    g_assert_cmpint(qcow2_flush(w->bs), ==, 0);
+    g_assert_true(is_free(w, a) && is_free(w, a + 512));
+    g_assert_cmpint(w->f->data[a], ==, 0);
+    g_assert_cmpint(w->f->data[a + 512], ==, 0x11);
+    world_free(w);
+}
+
+/* What a shrink frees stays as it is, whichever flush it was ready at; what others free meanwhile, and
+ * clusters that somebody else has, do not. */
+static void test_quarantine_spare(void)
+{
+    World *w = world_new("size=1M,cluster_size=4k", CLUSTERS * 4096);
+    uint64_t a = (uint64_t)qcow2_alloc_clusters(w->bs, 8 * 4096);
+    Qcow2HostRun shared = {a + 4096, 4096};
+    g_autoptr(GArray) spare = g_array_new(false, false, sizeof(Qcow2HostRun));
+    g_assert_cmpint(qcow2_update_refcounts(w->bs, &shared, 1, 1), ==, 0);
+    qcow2_quarantine_hold(w->s);
+    for (int half = 0; half < 2; half++) {
+        Qcow2HostRun runs[] = {{a + 4096, 4096}, {a, 4096}};
+        Qcow2HostRun more[] = {{a + 6 * 4096, 4096}, {a + 3 * 4096, 4096}, {a + 5 * 4096, 4096}};
+        qcow2_free_list(w->bs, half ? more : runs, half ? 3 : 2, QCOW2_DISCARD_ALWAYS);
+        qcow2_free_run(w->bs, a + (half ? 7 : 2) * 4096, 4096, QCOW2_DISCARD_OTHER);
+        g_assert_cmpint(qcow2_flush(w->bs), ==, 0);
+    }
+    g_assert_cmpint(qcow2_quarantine_take(w->bs, spare), ==, 0);
+    const Qcow2HostRun expected[] = {{a, 4096}, {a + 3 * 4096, 4096}, {a + 5 * 4096, 2 * 4096}};
+    g_assert_cmpmem(spare->data, spare->len * sizeof(Qcow2HostRun), expected, sizeof(expected));
+    for (int i = 0; i < 8; i++) {
+        g_assert_true(is_free(w, (int64_t)a + i * 4096) == (i == 2 || i == 7));
+    }
+    g_assert_cmpint(qcow2_release_spare(w->bs, spare, UINT64_MAX), ==, 0);
+    for (int i = 0; i < 8; i++) { /* 1: the other's; 4: nobody freed it */
+        g_assert_true(is_free(w, (int64_t)a + i * 4096) == (i != 1 && i != 4));
+    }
+    world_free(w);
+}
+
 /* A guest that discards and writes without ever flushing: the driver flushes by itself. */
 static void test_bounded(void)
 {
@@ -772,6 +836,8 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-alloc/quarantine/users", test_quarantine_users);
     g_test_add_func("/qcow2-alloc/quarantine/merged", test_quarantine_merged);
     g_test_add_func("/qcow2-alloc/quarantine/overlaps", test_quarantine_overlaps);
+    g_test_add_func("/qcow2-alloc/quarantine/any-order", test_quarantine_any_order);
+    g_test_add_func("/qcow2-alloc/quarantine/spare", test_quarantine_spare);
     g_test_add_func("/qcow2-alloc/quarantine/bounded", test_bounded);
     g_test_add_func("/qcow2-alloc/no-space/device", test_device);
     g_test_add_func("/qcow2-alloc/no-space/full", test_full);

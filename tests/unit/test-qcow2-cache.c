@@ -183,6 +183,24 @@ static void test_poison_ranges(Fixture *x, const void *data)
     }
 }
 
+/* Many runs where few tables are in memory, and few of them where many are. */
+static void test_poison_list(Fixture *x, const void *data)
+{
+    Qcow2HostRun runs[200] = {{place(5) + 100, 1}, {place(8), 2 * CLUSTER}};
+    for (unsigned i = 2; i < G_N_ELEMENTS(runs); i++) {
+        runs[i] = (Qcow2HostRun){place(1000 + 2 * i), CLUSTER};
+    }
+    for (int many = 0; many < 2; many++) {
+        for (unsigned i = 0; i < 12; i++) {
+            qcow2_cache_put(get(x, i));
+        }
+        qcow2_cache_poison_list(x->c, runs, many ? G_N_ELEMENTS(runs) : 2);
+        for (unsigned i = 0; i < 12; i++) {
+            g_assert_true(has(x, place(i)) == (i != 5 && i != 8 && i != 9));
+        }
+    }
+}
+
 typedef struct Loader {
     Fixture *x;
     Qcow2Table *t;
@@ -613,6 +631,7 @@ int main(int argc, char **argv)
     add("two-kinds", test_two_kinds);
     add("poison-pinned", test_poison_pinned);
     add("poison-ranges", test_poison_ranges);
+    add("poison-list", test_poison_list);
     add("poison-loading", test_poison_loading);
     add("trim", test_trim);
     add("two-limits", test_two_limits);

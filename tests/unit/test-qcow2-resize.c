@@ -64,6 +64,28 @@ static void test_shrink_barriers(void)
     }
 }
 
+/* Tables with one entry each, at any place: it is found. */
+static void test_shrink_finds_lone_entries(void)
+{
+    static const char *const opts[] = {
+        "size=64M,cluster_size=4k", "size=256M,cluster_size=16k,extended_l2=on",
+    };
+    for (size_t i = 0; i < G_N_ELEMENTS(opts); i++) {
+        RecFile *f = rec_image_new("a", opts[i], CAPACITY);
+        BlockBackend *blk = rec_open_rw(f);
+        int64_t cluster = (int64_t)image_state(blk)->cluster_size, length = f->length + cluster;
+        int64_t table = (int64_t)image_state(blk)->l2_entries * cluster;
+        for (int64_t entry = 0; entry < 10; entry++) {
+            image_write(blk, (1 + entry) * table + entry * cluster, cluster, 1);
+        }
+        shrink(blk, 1 * MIB);
+        blk_unref(blk);
+        g_assert_cmpint(f->length, <, length);
+        rec_check(f, false);
+        rec_file_free(f);
+    }
+}
+
 /* A cluster with many references, which go one by one: what waits is bounded by its number, too. */
 static void test_shrink_is_bounded(void)
 {
@@ -508,6 +530,7 @@ int main(int argc, char **argv)
     g_test_init(&argc, &argv, NULL);
     rec_setup();
     g_test_add_func("/qcow2-resize/shrink-barriers", test_shrink_barriers);
+    g_test_add_func("/qcow2-resize/shrink-finds-lone-entries", test_shrink_finds_lone_entries);
     g_test_add_func("/qcow2-resize/shrink-is-bounded", test_shrink_is_bounded);
     g_test_add_func("/qcow2-resize/tells-progress", test_tells_progress);
     g_test_add_func("/qcow2-resize/shrink-writes-no-tables", test_shrink_writes_no_tables);
