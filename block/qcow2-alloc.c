@@ -20,7 +20,8 @@
  * 1. A cluster that is handed out has count 1 in memory before the alloc lock is let go; nothing on
  *    disk refers to it (invariant 1 of the driver: counts are raised before anything links).
  * 2. Cluster 0 is never handed out, whatever the counts say.
- * 3. No I/O under the alloc lock.  A block that must be loaded means that the search starts again.
+ * 3. No I/O under the alloc lock.  A block that must be loaded, or needs space in the file before
+ *    it is made, means that the search starts again.
  * 4. Whatever the cache may hold at the place of a new cluster is the past: it is poisoned.
  * 5. While the tail of the file is being cut off, or the refcount blocks for it, nothing in it is
  *    handed out: cut_at is an upper limit, looked at under the same hold of the lock in which counts
@@ -127,6 +128,7 @@ typedef struct Request {
     uint64_t min, max;   /* clusters */
     uint64_t limit;      /* clusters that the file can hold */
     uint64_t cluster, n; /* the result */
+    Qcow2HostRun reserved; /* for new blocks */
 } Request;
 
 /* Clusters from here on are not to be had: the file cannot hold them, or they are being cut off. */
@@ -244,8 +246,9 @@ static int try_want_locked(BDRVQcow2State *s, Request *r)
     return 0;
 }
 
-/* A range of clusters whose block is missing is free but for what the block itself takes. */
-static int make_missing_locked(BDRVQcow2State *s, uint64_t index, const Request *r)
+/* A range of clusters whose block is missing is free but for what the block itself takes. 0: it is
+ * there now, or the lock was let go. */
+static int make_missing_locked(BDRVQcow2State *s, uint64_t index, Request *r)
     QB_REQUIRES(s->alloc_lock)
 {
     int64_t ret;
@@ -253,7 +256,7 @@ static int make_missing_locked(BDRVQcow2State *s, uint64_t index, const Request 
     if (qcow2_block_offset_locked(s, index)) {
         return 0;
     }
-    ret = qcow2_append_blocks_locked(s, index, 0, limit_locked(s, r));
+    ret = qcow2_append_blocks_locked(s, index, 0, limit_locked(s, r), &r->reserved);
     return ret < 0 ? (int)ret : 0;
 }
 
@@ -269,11 +272,11 @@ static int try_index_locked(BDRVQcow2State *s, Request *r)
         g_autoptr(Qcow2Table) t = NULL;
         bool dropped = false;
         ret = make_missing_locked(s, index, r);
-        if (ret == 0) {
+        if (ret == 0 && qcow2_block_offset_locked(s, index)) {
             ret = qcow2_pin_block_locked(s, index, &t, &dropped);
         }
         /* the index may have changed while the lock was let go */
-        if (ret == 0 && (!dropped || qcow2_free_index_find(s->free_index, r->min) == index)) {
+        if (ret == 0 && t && (!dropped || qcow2_free_index_find(s->free_index, r->min) == index)) {
             ret = take_from_block_locked(s, t, index, r);
         }
     }
@@ -294,13 +297,14 @@ static int try_last_locked(BDRVQcow2State *s, Request *r)
     return ret < 0 ? ret : try_index_locked(s, r);
 }
 
+/* r->n stays 0 when the lock was let go. */
 static int append_locked(BDRVQcow2State *s, Request *r)
     QB_REQUIRES(s->alloc_lock)
 {
     int64_t offset = qcow2_append_blocks_locked(s, s->reftable.nb_blocks, r->min,
-                                                limit_locked(s, r));
+                                                limit_locked(s, r), &r->reserved);
 
-    if (offset < 0) {
+    if (offset <= 0) {
         return (int)offset;
     }
     r->cluster = (uint64_t)offset >> s->cluster_bits;
@@ -360,8 +364,11 @@ static int attempt(BDRVQcow2State *s, Request *r)
     QB_GUARD(&s->alloc_lock);
     int ret;
 
-    while ((ret = attempt_locked(s, r)) == -ENOSPC && s->cut_at < r->limit) {
-        qb_cond_wait(&s->cut_done, &s->alloc_lock);
+    while (((ret = attempt_locked(s, r)) == 0 && !r->n) ||
+           (ret == -ENOSPC && s->cut_at < r->limit)) {
+        if (ret < 0) {
+            qb_cond_wait(&s->alloc_wait, &s->alloc_lock);
+        }
     }
     if (ret == 0) {
         note_blind_growth_locked(s, r);
@@ -396,7 +403,7 @@ void qcow2_cut_end(BDRVQcow2State *s)
 
     assert(s->cut_at != UINT64_MAX);
     s->cut_at = UINT64_MAX;
-    qb_cond_broadcast(&s->cut_done);
+    qb_cond_broadcast(&s->alloc_wait);
 }
 
 /* ---- looking at blocks in the background ---- */
@@ -682,6 +689,23 @@ int64_t qcow2_alloc_run_nowait(BlockDriverState *bs, uint64_t want, uint64_t *by
     note_allocated(bs, &r);
     *bytes = r.n << s->cluster_bits;
     return (int64_t)(r.cluster << s->cluster_bits);
+}
+
+/* The file may be sparse there, or hold what is left of the clusters' former life. */
+int qcow2_reserve(BlockDriverState *bs, uint64_t offset, uint64_t bytes)
+{
+    const BDRVQcow2State *s = qcow2_state(bs);
+    QB_AUTO_FREE void *zeroes = qb_try_memalign(4096, MAX(s->cluster_size, 4096));
+    int ret = qcow2_check_overlap(bs, QCOW2_OL_NONE, offset, bytes);
+
+    if (!zeroes) {
+        return -ENOMEM;
+    }
+    memset(zeroes, 0, s->cluster_size);
+    for (uint64_t pos = 0; pos < bytes && ret >= 0; pos += s->cluster_size) {
+        ret = bdrv_pwrite(bs->file, (int64_t)(offset + pos), s->cluster_size, zeroes, 0);
+    }
+    return ret;
 }
 
 void qcow2_alloc_undo(BlockDriverState *bs, uint64_t offset, uint64_t bytes)

@@ -37,8 +37,6 @@
  */
 #include "block/qcow2-io-int.h"
 
-#include <string.h>
-
 #define CHUNK_ENTRIES 128
 #define CHUNK_BYTES (CHUNK_ENTRIES * 16)
 #define FREED_AT_ONCE 128
@@ -51,20 +49,7 @@ static bool is_writable_entry(uint64_t l1_entry)
     return (l1_entry & QCOW2_ENTRY_OFFSET_MASK) && (l1_entry & QCOW2_ENTRY_COPIED);
 }
 
-/* Invariants 6 and 7: the file may be sparse, or hold what is left of the cluster's former life.
- * Nobody names the cluster yet. */
-static int reserve_table(BlockDriverState *bs, uint64_t offset)
-{
-    BDRVQcow2State *s = qcow2_state(bs);
-    QB_AUTO_FREE void *zeroes = qb_try_memalign(4096, MAX(s->cluster_size, 4096));
-    if (!zeroes) {
-        return -ENOMEM;
-    }
-    memset(zeroes, 0, s->cluster_size);
-    return bdrv_pwrite(bs->file, (int64_t)offset, (int64_t)s->cluster_size, zeroes, 0);
-}
-
-/* A cluster for a table, with space in the file; offset or -errno. */
+/* A cluster for a table, zeroes in the file (invariants 6 and 7); offset or -errno. */
 static int64_t alloc_table(BlockDriverState *bs)
 {
     BDRVQcow2State *s = qcow2_state(bs);
@@ -76,8 +61,7 @@ static int64_t alloc_table(BlockDriverState *bs)
         return qcow2_signal_corruption(bs, true, -1,
                                        "Preventing invalid allocation of L2 table at offset 0");
     }
-    int ret = qcow2_check_overlap(bs, QCOW2_OL_NONE, (uint64_t)offset, s->cluster_size);
-    ret = ret < 0 ? ret : reserve_table(bs, (uint64_t)offset);
+    int ret = qcow2_reserve(bs, (uint64_t)offset, s->cluster_size);
     if (ret < 0) {
         qcow2_alloc_undo(bs, (uint64_t)offset, s->cluster_size);
         return ret;

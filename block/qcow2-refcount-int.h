@@ -38,10 +38,13 @@ int qcow2_pin_block_locked(BDRVQcow2State *s, uint64_t index, Qcow2Table **ret, 
  * Makes blocks for @blocks_from onwards, so that they cover themselves, a larger refcount table if
  * one is needed, and @clusters more; all that in one run of clusters none of which has a count. 
  * Counts of all of it become 1.  Host offset of the @clusters, or -errno with nothing changed:
- * -ENOSPC when it would not lie below host cluster @limit.
+ * -ENOSPC when it would not lie below host cluster @limit, or the file has no space for blocks and
+ * table.  0: the alloc lock was let go to reserve that, look for free clusters once more; @reserved,
+ * empty at first, tells the next call.
  */
 int64_t qcow2_append_blocks_locked(BDRVQcow2State *s, uint64_t blocks_from, uint64_t clusters,
-                                   uint64_t limit) QB_REQUIRES(s->alloc_lock);
+                                   uint64_t limit, Qcow2HostRun *reserved)
+    QB_REQUIRES(s->alloc_lock);
 
 /* ---- qcow2-refcount.c ---- */
 

@@ -20,6 +20,10 @@
  *    switched.
  * 4. The table never exceeds QCOW2_MAX_REFTABLE_BYTES, and no cluster lies beyond
  *    QCOW2_MAX_HOST_OFFSET.
+ * 5. Appended blocks and tables have their space in the file before they are made, so that on a
+ *    full file system the request fails that needs them, and not each flush after it.  Zeroes are
+ *    written there without the lock, while "reserving" keeps others from appending.  Nobody has a
+ *    cluster there: it takes a block to hand one out.
  *
  * SPDX-License-Identifier: MIT
  */
@@ -351,8 +355,32 @@ static int make_blocks(BDRVQcow2State *s, const Append *a, Qcow2Table **tables)
     return 0;
 }
 
+/* Invariant 5. 1: it is done. 0: the lock was let go. */
+static int reserve_append(BDRVQcow2State *s, const Append *a, Qcow2HostRun *reserved)
+    QB_REQUIRES(s->alloc_lock)
+{
+    uint64_t offset = append_offset(s, a, 0), bytes = (a->blocks + a->table) << s->cluster_bits;
+    int ret;
+
+    if (s->reftable.reserving) {
+        qb_cond_wait(&s->alloc_wait, &s->alloc_lock);
+        return 0;
+    }
+    if (reserved->offset == offset && reserved->bytes == bytes) {
+        return 1;
+    }
+    s->reftable.reserving = true;
+    qb_mutex_unlock(&s->alloc_lock);
+    ret = qcow2_reserve(s->bs, offset, bytes);
+    qb_mutex_lock(&s->alloc_lock);
+    s->reftable.reserving = false;
+    qb_cond_broadcast(&s->alloc_wait);
+    *reserved = (Qcow2HostRun){offset, bytes};
+    return MIN(ret, 0);
+}
+
 int64_t qcow2_append_blocks_locked(BDRVQcow2State *s, uint64_t blocks_from, uint64_t clusters,
-                                   uint64_t limit)
+                                   uint64_t limit, Qcow2HostRun *reserved)
 {
     Append a = {.first = blocks_from, .clusters = clusters, .limit = limit};
     g_autofree Qcow2Table **tables = NULL;
@@ -360,7 +388,8 @@ int64_t qcow2_append_blocks_locked(BDRVQcow2State *s, uint64_t blocks_from, uint
 
     qb_mutex_assert_held(&s->alloc_lock);
     assert(blocks_from > 0 && !qcow2_block_offset_locked(s, blocks_from));
-    if (ret < 0 || (ret = enlarge_entries(s, &a)) < 0) {
+    ret = ret < 0 ? ret : reserve_append(s, &a, reserved);
+    if (ret <= 0 || (ret = enlarge_entries(s, &a)) < 0) {
         return ret;
     }
     tables = g_new(Qcow2Table *, a.blocks);

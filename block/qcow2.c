@@ -51,7 +51,7 @@ static void teardown(BDRVQcow2State *s)
     g_clear_pointer(&s->guard, qcow2_guard_free);
     g_clear_pointer(&s->extensions, g_array_unref);
     g_clear_pointer(&s->header_tail, g_free);
-    qb_cond_destroy(&s->cut_done);
+    qb_cond_destroy(&s->alloc_wait);
     qb_mutex_destroy(&s->alloc_lock);
     qb_mutex_destroy(&s->lock);
     qb_mutex_destroy(&s->header_lock);
@@ -64,7 +64,7 @@ static void init_state(BlockDriverState *bs)
     qb_mutex_init(&s->header_lock);
     qb_mutex_init(&s->lock);
     qb_mutex_init(&s->alloc_lock);
-    qb_cond_init(&s->cut_done);
+    qb_cond_init(&s->alloc_wait);
     s->cut_at = UINT64_MAX;
 }
 

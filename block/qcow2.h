@@ -156,6 +156,7 @@ struct BDRVQcow2State {
         uint32_t clusters;
         uint64_t nb_blocks;  /* one more than the index of the last block there is */
         bool moved;          /* lies at a new place the header does not name yet */
+        bool reserving;      /* somebody writes zeroes where new blocks will be */
         GArray *dirty;       /* uint64_t: indices of entries to be written */
     } reftable;
     uint64_t compressed_next; /* byte offset where the next compressed cluster may go, 0: none */
@@ -173,7 +174,7 @@ struct BDRVQcow2State {
     bool shows_snapshot; /* read-only node whose L1 is a snapshot's (qcow2_snapshot_load_tmp) */
     uint64_t alloc_seq;  /* counts allocations; guarded by alloc_lock */
     uint64_t cut_at;     /* first cluster of a tail that is being cut off, UINT64_MAX: none; likewise */
-    QbCond cut_done;     /* with alloc_lock: cut_at has become UINT64_MAX */
+    QbCond alloc_wait;   /* with alloc_lock: cut_at became UINT64_MAX, or reserving false */
     uint64_t look_from;  /* the background has looked at all blocks below; UINT64_MAX: all; alloc_lock */
     uint64_t blind_growth; /* bytes that the file grew past blocks not looked at; alloc_lock */
     struct Qcow2Background *background; /* NULL before the image is open and after it is closing */
@@ -408,9 +409,8 @@ bool qcow2_cache_has(Qcow2Cache *cache, uint64_t offset, Qcow2TableKind *ret_kin
  * pointer names it yet, so the next flush writes it before the pointer. NULL: no memory. */
 Qcow2Table *qcow2_cache_add(Qcow2Cache *cache, Qcow2TableKind kind, uint64_t offset,
                             const void *init);
-/* An L2 table for such a cluster, whose zeroes have been written to the file: nothing of it is dirty
- * or in memory before it is asked for.  Like that of a table that L1 names its content goes to the
- * disk behind the first barrier of a flush, which covers the zeroes. Pinned. */
+/* An L2 table for such a cluster after qcow2_reserve(): nothing is dirty, or in memory before it is
+ * asked for.  What is stored to it goes behind the first barrier of a flush, which covers that. */
 Qcow2Table *qcow2_cache_add_zeroed(Qcow2Cache *cache, uint64_t offset);
 void qcow2_cache_put(Qcow2Table *t); /* NULL is fine */
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(Qcow2Table, qcow2_cache_put)
@@ -629,8 +629,7 @@ bool qcow2_refcount_init(BlockDriverState *bs, GError **errp);
 void qcow2_refcount_close(BlockDriverState *bs);
 /* Forgets what is in memory and reads again (after repair or rebuild). Node quiesced. */
 bool qcow2_refcount_reload(BlockDriverState *bs, GError **errp);
-/* The same without reading: @entries (stolen, host order) is the table that the header names since
- * just now. Cannot fail. */
+/* The same from memory: @entries (stolen, host order) is what the header names now. Cannot fail. */
 void qcow2_refcount_adopt(BlockDriverState *bs, uint64_t *entries);
 
 /*
@@ -643,8 +642,7 @@ int64_t qcow2_alloc_clusters(BlockDriverState *bs, uint64_t bytes);
 /* Up to *bytes (cluster multiple) in one run, at @want if that is free (0: anywhere); *bytes becomes
  * what was given, at least one cluster. */
 int64_t qcow2_alloc_run(BlockDriverState *bs, uint64_t want, uint64_t *bytes);
-/* Those of [offset, +bytes) that are free, up to the first that is not; their number in bytes. Makes no
- * refcount blocks. May block as above. */
+/* Those of [offset, +bytes) that are free, up to the first that is not, in bytes; makes no blocks */
 uint64_t qcow2_alloc_at(BlockDriverState *bs, uint64_t offset, uint64_t bytes);
 /* qcow2_alloc_run() from what is in memory, without waiting or flushing: -EAGAIN otherwise. */
 int64_t qcow2_alloc_run_nowait(BlockDriverState *bs, uint64_t want, uint64_t *bytes);
@@ -662,6 +660,8 @@ uint64_t qcow2_look_step(BlockDriverState *bs);
 uint64_t qcow2_alloc_seq(BDRVQcow2State *s);
 bool qcow2_cut_begin(BDRVQcow2State *s, uint64_t end, uint64_t seq);
 void qcow2_cut_end(BDRVQcow2State *s);
+/* Zeroes for tables to come, written so that they have space in the file. Guarded; like alloc_*. */
+int qcow2_reserve(BlockDriverState *bs, uint64_t offset, uint64_t bytes);
 /* Gives back what alloc_* returned and nothing ever referred to. */
 void qcow2_alloc_undo(BlockDriverState *bs, uint64_t offset, uint64_t bytes);
 

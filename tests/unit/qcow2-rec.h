@@ -42,6 +42,7 @@ typedef struct RecFile {
     unsigned flush_us; /* what a flush takes */
     _Atomic(unsigned) read_us;
     void (*on_flush)(void *opaque); /* called once, by the next flush */
+    void (*on_write)(void *opaque); /* the same for writes, before the bytes are there */
     void *opaque;
     QbMutex lock;
     GArray *log; /* RecOp; NULL: nobody is interested */
@@ -260,6 +261,11 @@ static inline int rec_pwritev(BlockDriverState *bs, BdrvRequest *req, int64_t of
                               IoVector *qiov, size_t qiov_offset, int flags)
 {
     RecFile *f = rec_of(bs);
+    void (*hook)(void *opaque) = f->on_write;
+    if (hook) {
+        f->on_write = NULL;
+        hook(f->opaque);
+    }
     if (rec_fails(f, REC_WRITE)) {
         return f->error;
     }

@@ -814,6 +814,75 @@ static void test_threads(void)
     world_free(w);
 }
 
+/* --- two that need the next refcount block --- */
+
+typedef struct Racer {
+    World *w;
+    pthread_t thread;
+    QbMutex lock;
+    QbCond changed;
+    bool done;
+} Racer;
+
+static void *run_racer(void *opaque)
+{
+    Racer *r = opaque;
+    bdrv_graph_rdlock();
+    g_assert_cmpint(qcow2_alloc_clusters(r->w->bs, 512), >, 0);
+    g_assert_cmpint(qcow2_flush(r->w->bs), ==, 0);
+    bdrv_graph_rdunlock();
+    QB_GUARD(&r->lock);
+    r->done = true;
+    qb_cond_broadcast(&r->changed);
+    return NULL;
+}
+
+/* The racer has time to come as far as he can. */
+static void start_racer(void *opaque)
+{
+    Racer *r = opaque;
+    g_assert_true(qb_thread_start(&r->thread, "racer", run_racer, r));
+    QB_GUARD(&r->lock);
+    while (!r->done && qb_cond_timedwait(&r->changed, &r->lock, 50)) {
+    }
+}
+
+static unsigned writes_to(const RecFile *f, uint64_t offset)
+{
+    unsigned n = 0;
+    for (guint i = 0; i < f->log->len; i++) {
+        const RecOp *op = &g_array_index(f->log, RecOp, i);
+        n += op->kind == REC_WRITE && op->offset == offset;
+    }
+    return n;
+}
+
+/* While one writes zeroes where a block will be, nobody else does: they could end in the block. */
+static void test_reserve_race(void)
+{
+    World *w = world_new("size=1M,cluster_size=512,refcount_bits=64", CLUSTERS * 512);
+    Racer r = {.w = w};
+    uint64_t nb = w->s->reftable.nb_blocks, per_block = qcow2_counts_per_block(w->s);
+    int64_t last = 0;
+    qb_mutex_init(&r.lock);
+    qb_cond_init(&r.changed);
+    while ((uint64_t)last / 512 != nb * per_block - 1) {
+        last = qcow2_alloc_clusters(w->bs, 512);
+    }
+    rec_start(w->f);
+    w->f->opaque = &r;
+    w->f->on_write = start_racer;
+    g_assert_cmpint(qcow2_alloc_clusters(w->bs, 512), >, last);
+    g_assert_null(w->f->on_write);
+    pthread_join(r.thread, NULL);
+    g_assert_cmpuint(w->s->reftable.nb_blocks, ==, nb + 1);
+    g_assert_cmpuint(writes_to(w->f, w->s->reftable.entries[nb]), ==, 2); /* and the flush's */
+    g_assert_cmphex(qb_ldbe64(w->f->data + w->s->reftable.entries[nb]), ==, 1); /* its own count */
+    qb_cond_destroy(&r.changed);
+    qb_mutex_destroy(&r.lock);
+    world_free(w);
+}
+
 int main(int argc, char **argv)
 {
     static Width widths[21];
@@ -842,6 +911,7 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-alloc/no-space/device", test_device);
     g_test_add_func("/qcow2-alloc/no-space/full", test_full);
     g_test_add_func("/qcow2-alloc/threads", test_threads);
+    g_test_add_func("/qcow2-alloc/reserve-race", test_reserve_race);
     int ret = g_test_run();
     image_teardown();
     return ret;
