@@ -298,11 +298,6 @@ static bool may_become_writable(const BDRVQcow2State *s, GError **errp)
         qb_error_set(errp, EACCES, "qcow2: Image is corrupt; cannot be opened read/write");
         return false;
     }
-    if (s->header.incompatible & QCOW2_INCOMPAT_DIRTY) {
-        qb_error_set(errp, EACCES,
-                     "Image was not shut down cleanly; it is repaired when it is opened writable");
-        return false;
-    }
     return true;
 }
 

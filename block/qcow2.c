@@ -316,6 +316,21 @@ static bool repair_if_dirty(BlockDriverState *bs, int flags, GError **errp)
     return true;
 }
 
+/* The same for a node that was read-only until now. Its bitmaps are read again after it. */
+static bool qcow2_reopen_repair(BlockDriverState *bs, GError **errp)
+{
+    BDRVQcow2State *s = qcow2_state(bs);
+    if (!(s->header.incompatible & QCOW2_INCOMPAT_DIRTY)) {
+        return true;
+    }
+    g_clear_pointer(&s->bitmaps, qcow2_bitmaps_free);
+    s->bitmaps = qcow2_bitmaps_new();
+    bool ok = repair_if_dirty(bs, 0, errp);
+    ok = qcow2_bitmaps_load(bs, ok ? errp : NULL) && ok;
+    qcow2_set_autoclear_pending(s); /* the bitmaps are known again */
+    return ok;
+}
+
 static bool open_steps(BlockDriverState *bs, json_t *options, int flags, GError **errp)
 {
     BDRVQcow2State *s = qcow2_state(bs);
@@ -506,6 +521,7 @@ const BlockDriver bdrv_qcow2 = {
     .reopen_prepare = qcow2_reopen_prepare,
     .reopen_commit = qcow2_reopen_commit,
     .reopen_abort = qcow2_reopen_abort,
+    .reopen_repair = qcow2_reopen_repair,
     .refresh_limits = qcow2_refresh_limits,
 
     .create_opts = qcow2_create_opts,

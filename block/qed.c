@@ -160,11 +160,6 @@ static bool qed_reopen_prepare(BDRVReopenState *state, GError **errp)
     if (state->read_only == bs->read_only) {
         return true;
     }
-    if (!state->read_only && qed_needs_check(qed_state(bs))) {
-        qb_error_set(errp, EACCES,
-                     "Image was not shut down cleanly; it is repaired when it is opened writable");
-        return false;
-    }
     BDRV_GRAPH_GUARD();
     int ret = state->read_only ? write_back(bs) : 0;
     if (ret < 0) {
@@ -178,6 +173,11 @@ static void qed_reopen_commit(BDRVReopenState *state)
     if (!state->read_only) {
         set_autoclear_pending(qed_state(state->bs));
     }
+}
+
+static bool qed_reopen_repair(BlockDriverState *bs, GError **errp)
+{
+    return !qed_needs_check(qed_state(bs)) || repair(bs, errp);
 }
 
 /* ---------------------------------------------------------------- facts */
@@ -223,6 +223,7 @@ const BlockDriver bdrv_qed = {
     .close = qed_close,
     .reopen_prepare = qed_reopen_prepare,
     .reopen_commit = qed_reopen_commit,
+    .reopen_repair = qed_reopen_repair,
     .refresh_limits = qed_refresh_limits,
 
     .create_opts = qed_create_opts,

@@ -9,6 +9,7 @@
  *                              |                   |
  *                 one fails:  abort all that were prepared, old state
  *                                                  `-> commit, lowest nodes first -> old locks go
+ *                                                       -> repair what became writable
  *
  * Invariants
  *  1. Nothing that a reader of the node can see changes before every node is prepared and the
@@ -17,6 +18,8 @@
  *  3. An option that a driver does not take at prepare must be what it was.
  *  4. A child follows when it was opened for this parent; a node that was referenced by name has
  *     options of its own.
+ *  5. A node that became writable is repaired, where it has to be, before anybody else uses it; where
+ *     that fails the nodes become read-only again.
  *
  * Not done: children are not exchanged by reopen; bdrv_set_backing() does that.
  *
@@ -30,7 +33,7 @@ typedef struct Entry {
     BDRVReopenState state;
     json_t *explicit_options, *effective;
     BdrvNodeOptions node_options;
-    bool drained, prepared;
+    bool drained, prepared, was_read_only;
 } Entry;
 
 static void entry_free(gpointer opaque)
@@ -209,6 +212,7 @@ static bool prepare_state(Entry *e, GError **errp)
     if (!bdrv_take_node_options(left, &e->node_options, errp)) {
         return false;
     }
+    e->was_read_only = state->bs->read_only;
     state->read_only = e->node_options.read_only;
     state->flags = bdrv_node_flags(state->bs->open_flags, &e->node_options);
     state->options = json_copy(e->effective);
@@ -319,6 +323,20 @@ static void refresh_all(GPtrArray *queue)
     }
 }
 
+/* Invariant 5; lowest nodes first, too. */
+static bool repair_all(GPtrArray *queue, GError **errp)
+{
+    for (unsigned i = queue->len; i > 0; i--) {
+        const Entry *e = g_ptr_array_index(queue, i - 1);
+        BlockDriverState *bs = e->state.bs;
+        if (e->was_read_only && !bs->read_only && bs->drv->reopen_repair &&
+            !bs->drv->reopen_repair(bs, errp)) {
+            return false;
+        }
+    }
+    return true;
+}
+
 static bool reopen_drained(BlockDriverState *bs, GPtrArray *queue, json_t *options, bool keep_old,
                            GError **errp)
 {
@@ -338,6 +356,10 @@ static bool reopen_drained(BlockDriverState *bs, GPtrArray *queue, json_t *optio
         return false;
     }
     refresh_all(queue);
+    if (!repair_all(queue, errp)) {
+        (void)bdrv_reopen_set_read_only(bs, true, NULL);
+        return false;
+    }
     return true;
 }
 

@@ -176,6 +176,9 @@ struct BlockDriver {
     bool (*reopen_prepare)(BDRVReopenState *state, GError **errp);
     void (*reopen_commit)(BDRVReopenState *state);
     void (*reopen_abort)(BDRVReopenState *state);
+    /* A reopen has made the node writable; it is still drained. Repairs what open would repair.
+     * Where that fails the node becomes read-only again. Optional. */
+    bool (*reopen_repair)(BlockDriverState *bs, GError **errp);
     /* What the node needs of child @c given what its own parents do (@perm) and share (@shared).
      * NULL: the default by the child's role. */
     void (*child_perm)(BlockDriverState *bs, const BdrvChild *c, int role, unsigned perm,

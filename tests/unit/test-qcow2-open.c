@@ -348,10 +348,25 @@ static void test_reopen_of_dirty(void)
     make_image("");
     poke64(QCOW2_HDR_INCOMPATIBLE, QCOW2_INCOMPAT_DIRTY);
     g_autoptr(BlockBackend) blk = open_image(0);
+    assert_reads(blk); /* what it leaves in memory is not in the way */
+    g_autoptr(GError) err = NULL;
+    reopen_read_only(blk, false, &err);
+    g_assert_no_error(err);
+    g_assert_cmphex(peek64(QCOW2_HDR_INCOMPATIBLE), ==, 0);
+    assert_reads(blk);
+}
+
+static void test_reopen_of_beyond_repair(void)
+{
+    make_image("");
+    poke64(QCOW2_HDR_INCOMPATIBLE, QCOW2_INCOMPAT_DIRTY);
+    poke64(peek64(QCOW2_HDR_L1_OFFSET), UINT64_C(0x0034567812345600)); /* means no table */
+    g_autoptr(BlockBackend) blk = open_image(0);
     g_autoptr(GError) err = NULL;
     g_assert_false(bdrv_reopen_set_read_only(blk_bs(blk), false, &err));
-    g_assert_error(err, QB_ERROR, EACCES);
+    g_assert_error(err, QB_ERROR, EIO);
     g_assert_true(bdrv_is_read_only(blk_bs(blk)));
+    g_assert_cmphex(peek64(QCOW2_HDR_INCOMPATIBLE), ==, QCOW2_INCOMPAT_DIRTY);
 }
 
 static void test_failed_reopen_changes_nothing(void)
@@ -510,6 +525,7 @@ int main(int argc, char **argv)
         {"session/interrupted-shrink", test_interrupted_shrink},
         {"reopen/modes", test_reopen},
         {"reopen/dirty", test_reopen_of_dirty},
+        {"reopen/beyond-repair", test_reopen_of_beyond_repair},
         {"reopen/failed", test_failed_reopen_changes_nothing},
         {"corruption/fatal", test_signal_corruption},
         {"corruption/not-fatal", test_signal_not_fatal},
