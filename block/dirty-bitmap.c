@@ -209,9 +209,14 @@ static bool all_idle(BlockDriverState *bs, GError **errp)
     return true;
 }
 
-bool bdrv_dirty_before_resize(BlockDriverState *bs, GError **errp)
+static bool can_keep_all(BlockDriverState *bs, int64_t size, GError **errp)
 {
-    if (!all_idle(bs, errp)) {
+    return !bs->drv->bitmaps_check_size || bs->drv->bitmaps_check_size(bs, (uint64_t)size, errp);
+}
+
+bool bdrv_dirty_before_resize(BlockDriverState *bs, int64_t size, GError **errp)
+{
+    if (!all_idle(bs, errp) || !can_keep_all(bs, size, errp)) {
         return false;
     }
     for (guint i = 0; i < bs->dirty.all->len; i++) {

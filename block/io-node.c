@@ -89,7 +89,7 @@ static bool call_truncate(BlockDriverState *bs, const Truncation *tr, GError **e
 {
     BdrvResize how = *tr->how;
     how.zero_new |= backing_shows_through(bs, tr);
-    if (tr->length != tr->old_length && !bdrv_dirty_before_resize(bs, errp)) {
+    if (tr->length != tr->old_length && !bdrv_dirty_before_resize(bs, tr->length, errp)) {
         return false;
     }
     if (bs->drv->truncate) {

@@ -206,7 +206,7 @@ static bool amend_size(BlockDriverState *bs, const Amendment *a, GError **errp)
     if (!a->says_size || a->size == qcow2_state(bs)->header.size) {
         return true;
     }
-    if (!bdrv_dirty_before_resize(bs, errp)) {
+    if (!bdrv_dirty_before_resize(bs, (int64_t)a->size, errp)) {
         return false;
     }
     bool ok = qcow2_truncate(bs, (int64_t)a->size, false, PREALLOC_MODE_OFF, true, errp);

@@ -85,11 +85,30 @@ int qcow2_bitmaps_mark_in_use(BlockDriverState *bs, BdrvBitmapsWhich which, Bdrv
 
 /* ---------------------------------------------------------------- add */
 
+static bool is_too_large(const BDRVQcow2State *s, uint64_t size, unsigned granularity_bits)
+{
+    return qcow2_bitmap_entries(s, size, granularity_bits) > QCOW2_MAX_BITMAP_BYTES >> s->cluster_bits;
+}
+
+bool qcow2_bitmaps_check_size(BlockDriverState *bs, uint64_t size, GError **errp)
+{
+    const BDRVQcow2State *s = qcow2_state(bs);
+    for (guint i = 0; i < s->bitmaps->all->len; i++) {
+        const Qcow2Bitmap *q = g_ptr_array_index(s->bitmaps->all, i);
+        if (!q->bm->inconsistent && is_too_large(s, size, q->bm->granularity_bits)) {
+            qb_error_set(errp, EFBIG, "Bitmap '%s' would take too much space for a disk of that size",
+                         q->name);
+            qb_error_add_hint(errp, "Remove it first; another one may have a larger granularity");
+            return false;
+        }
+    }
+    return true;
+}
+
 static bool check_add(BDRVQcow2State *s, const BdrvDirtyParams *params, uint64_t entry_bytes,
                       GError **errp)
 {
     const Qcow2Bitmaps *b = s->bitmaps;
-    uint64_t entries = qcow2_bitmap_entries(s, params->size, params->granularity_bits);
     if (s->version < 3) {
         return fail(errp, ENOTSUP, "Cannot store dirty bitmaps in qcow2 v2 files");
     }
@@ -103,7 +122,7 @@ static bool check_add(BDRVQcow2State *s, const BdrvDirtyParams *params, uint64_t
                      1u << QCOW2_MAX_GRANULARITY_BITS);
         return false;
     }
-    if (entries > QCOW2_MAX_BITMAP_BYTES >> s->cluster_bits) {
+    if (is_too_large(s, params->size, params->granularity_bits)) {
         return fail(errp, EINVAL,
                     "Too much space will be occupied by the bitmap. Use larger granularity");
     }

@@ -35,6 +35,10 @@ struct Qcow2Bitmaps {
     GArray *tables; /* see qcow2_bitmaps_take_tables(); NULL: none */
 };
 
+/* --- qcow2-bitmap.c --- */
+/* The driver's bitmaps_check_size(). */
+bool qcow2_bitmaps_check_size(BlockDriverState *bs, uint64_t size, GError **errp);
+
 /* --- qcow2-bitmap-dir.c --- */
 /* Fields of the entry in the directory. */
 uint32_t qcow2_bitmap_flags(const Qcow2Bitmap *q);

@@ -26,6 +26,7 @@
  * SPDX-License-Identifier: MIT
  */
 #include "block/qcow2.h"
+#include "block/qcow2-bitmap.h"
 
 #include <inttypes.h>
 #include <string.h>
@@ -557,6 +558,7 @@ const BlockDriver bdrv_qcow2 = {
     .bitmap_add = qcow2_bitmap_add,
     .bitmap_remove = qcow2_bitmap_remove,
     .bitmaps_remove_all = qcow2_bitmaps_remove_all,
+    .bitmaps_check_size = qcow2_bitmaps_check_size,
     .bitmaps_mark_in_use = qcow2_bitmaps_mark_in_use,
     .bitmaps_store = qcow2_bitmaps_store,
     .save_vmstate = gated_save_vmstate,

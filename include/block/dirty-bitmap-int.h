@@ -70,8 +70,9 @@ void bdrv_dirty_after(BlockDriverState *bs, int64_t offset, int64_t bytes);
 bool bdrv_dirty_lane_is_open(BlockDriverState *bs, int64_t offset, int64_t bytes);
 /* False and an error while somebody uses the bitmap. */
 bool bdrv_dirty_check_idle(const BdrvDirtyBitmap *bm, GError **errp);
-/* Around a change of the node's size; the range from the smaller size on is taken. */
-bool bdrv_dirty_before_resize(BlockDriverState *bs, GError **errp);
+/* Around a change of the node's size; the range from the smaller size on is taken. False: a bitmap is
+ * busy, or cannot be kept for @size. */
+bool bdrv_dirty_before_resize(BlockDriverState *bs, int64_t size, GError **errp);
 void bdrv_dirty_after_resize(BlockDriverState *bs, int64_t size);
 bool bdrv_has_dirty_bitmaps(BlockDriverState *bs);
 /* bdrv_store_bitmaps() for a node that nobody uses any more; failures become warnings. */

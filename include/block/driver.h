@@ -261,6 +261,8 @@ struct BlockDriver {
     /* Takes it out of the image and frees it. */
     bool (*bitmap_remove)(BlockDriverState *bs, BdrvDirtyBitmap *bm, GError **errp);
     bool (*bitmaps_remove_all)(BlockDriverState *bs, GError **errp);
+    /* Can those that are stored be stored for a disk of @size? Optional. */
+    bool (*bitmaps_check_size)(BlockDriverState *bs, uint64_t size, GError **errp);
     /* Makes IN_USE of those bitmaps stable; @one with BDRV_BITMAPS_ONE. Many at once, inside requests
      * that have entered. 0 or -errno. */
     int (*bitmaps_mark_in_use)(BlockDriverState *bs, BdrvBitmapsWhich which, BdrvDirtyBitmap *one);
