@@ -7,6 +7,8 @@
  * Invariants
  * 1. Between collecting and returning, a table stays in memory: its pieces hold a pin each.
  * 2. All or nothing: when there is no memory for a copy, what was collected becomes dirty again.
+ * 3. Clean sectors of a table are what the disk has.  Few of them between dirty ones, if they are
+ *    known, are written again: a write of two pages costs less than two writes.
  *
  * The order in which pieces are written is qcow2-flush.c's business.
  *
@@ -17,6 +19,8 @@
 #include <stdlib.h>
 
 #include "util/iov.h"
+
+#define SMALL_GAP 4096 /* bytes */
 
 static bool sector_dirty(const Qcow2Table *t, unsigned i)
 {
@@ -39,6 +43,26 @@ static bool collect_run_locked(Qcow2Table *t, unsigned first, unsigned end, GArr
     return true;
 }
 
+static bool sector_known_locked(const Qcow2Table *t, unsigned i)
+{
+    return qcow2_table_known_locked(t, (unsigned)(i * t->cache->sector / t->part_bytes));
+}
+
+/* Where the run ends that begins with the dirty sector @first (invariant 3). */
+static unsigned run_end_locked(const Qcow2Table *t, unsigned first)
+{
+    unsigned end = first + 1, gap = (unsigned)(SMALL_GAP / t->cache->sector);
+
+    for (unsigned i = end; i < t->cache->nb_sectors && i <= end + gap; i++) {
+        if (sector_dirty(t, i)) {
+            end = i + 1;
+        } else if (!sector_known_locked(t, i)) {
+            break;
+        }
+    }
+    return end;
+}
+
 static bool collect_table_locked(Qcow2Table *t, GArray *pieces)
 {
     unsigned n = t->cache->nb_sectors;
@@ -48,9 +72,7 @@ static bool collect_table_locked(Qcow2Table *t, GArray *pieces)
         if (!sector_dirty(t, first)) {
             continue;
         }
-        while (end < n && sector_dirty(t, end)) {
-            end++;
-        }
+        end = run_end_locked(t, first);
         if (!collect_run_locked(t, first, end, pieces)) {
             return false;
         }
