@@ -694,16 +694,12 @@ int64_t qcow2_alloc_run_nowait(BlockDriverState *bs, uint64_t want, uint64_t *by
 /* The file may be sparse there, or hold what is left of the clusters' former life. */
 int qcow2_reserve(BlockDriverState *bs, uint64_t offset, uint64_t bytes)
 {
-    const BDRVQcow2State *s = qcow2_state(bs);
-    QB_AUTO_FREE void *zeroes = qb_try_memalign(4096, MAX(s->cluster_size, 4096));
+    static uint8_t zeroes[65536] __attribute__((aligned(4096))); /* never touched: takes no memory */
     int ret = qcow2_check_overlap(bs, QCOW2_OL_NONE, offset, bytes);
 
-    if (!zeroes) {
-        return -ENOMEM;
-    }
-    memset(zeroes, 0, s->cluster_size);
-    for (uint64_t pos = 0; pos < bytes && ret >= 0; pos += s->cluster_size) {
-        ret = bdrv_pwrite(bs->file, (int64_t)(offset + pos), s->cluster_size, zeroes, 0);
+    for (uint64_t n; bytes > 0 && ret >= 0; offset += n, bytes -= n) {
+        n = MIN(bytes, sizeof(zeroes));
+        ret = bdrv_pwrite(bs->file, (int64_t)offset, (int64_t)n, zeroes, 0);
     }
     return ret;
 }
