@@ -369,10 +369,12 @@ static bool all_direct(const QbIoOp *ops, size_t n)
 }
 #endif
 
+/* A ring hands what may have to wait to threads of the kernel, and takes all of a file system that
+ * cannot tell for that. */
 static void run_in_engine(QbIoOp *ops, size_t n, QbAioMode mode)
 {
 #ifdef CONFIG_IO_URING
-    if (mode == QB_AIO_IO_URING) {
+    if (mode == QB_AIO_IO_URING && !is_in_memory(ops[0].fd)) {
         qb_uring_run(ops, n);
     }
 #endif
@@ -385,6 +387,9 @@ static void run_in_engine(QbIoOp *ops, size_t n, QbAioMode mode)
 
 int qb_io_run(QbIoOp *ops, size_t n, QbAioMode mode)
 {
+    if (n == 0) {
+        return 0;
+    }
     if (n == 1) {
         run_one(ops);
         return ops->ret;
