@@ -3,8 +3,9 @@
  *
  *      top --> a --> b --> base          (each arrow: backed by)
  *      \_________________/
- *        allocated here?  --batch of extents--> worker: copied from top to base, one by one
- *                         --batch of extents--> worker: ...
+ *        allocated here?  ranges of the next FIND_SPAN, found in bulk on all cores
+ *             status of them  --batch of extents--> worker: copied from top to base, one by one
+ *                             --batch of extents--> worker: ...
  *
  * Only what is allocated above the base is visited; ranges that read as zeroes become zeroes in the
  * base without being read, and nothing at all where the base reads as zeroes already.  Workers take
@@ -41,9 +42,9 @@
 #define BATCH_BYTES (4 * 1024 * 1024)
 #define SLOW_BATCH_BYTES (64 * 1024) /* at least, with a limited rate */
 #define PIECE_BYTES (1024 * 1024)
-#define WORKERS 4 /* transfers under way; more of them wait for each other at the base's file */
+#define WORKERS 4 /* at most, and one for a core: they wait for each other at the base's file */
 #define LOOK_BYTES (INT64_C(1) << 30) /* an answer is asked for again where a batch ended in it */
-#define BATCH_SPAN (INT64_C(256) << 30) /* looked at in one entry of the graph */
+#define FIND_SPAN (INT64_C(256) << 30) /* searched at once; and at most looked at for a batch */
 #define NAP_NS 50000000
 
 typedef struct Commit {
@@ -53,6 +54,9 @@ typedef struct Commit {
     int64_t batch_bytes; /* at most, of data */
     QbMutex lock;
     int64_t next;  /* where the next batch begins; guarded by lock, as are all below */
+    GArray *found; /* BdrvRange: what may be allocated from somewhere up to found_end */
+    guint at;      /* the first of them that does not lie before next */
+    int64_t found_end;
     GError *error; /* the first */
     BlockRateLimit limit;
 } Commit;
@@ -130,13 +134,13 @@ static int64_t add_zero_extent(Commit *c, CommitBatch *b, int64_t offset, int64_
     return bytes;
 }
 
-/* Looks at what is at b->next and adds it if a layer above the base decides it. Returns how far
- * that went, or -errno. */
-static int64_t add_next(Commit *c, CommitBatch *b)
+/* Looks at what is at b->next, up to @end, and adds it if a layer above the base decides it. Returns
+ * how far that went, or -errno. */
+static int64_t add_next(Commit *c, CommitBatch *b, int64_t end)
 {
     BdrvStatus st = {0};
     int ret = bdrv_block_status_above_step(c->opts->top, c->opts->base, b->next,
-                                           MIN(c->size - b->next, LOOK_BYTES), &st);
+                                           MIN(end - b->next, LOOK_BYTES), &st);
 
     if (ret < 0) {
         return ret;
@@ -148,20 +152,49 @@ static int64_t add_next(Commit *c, CommitBatch *b)
                                       : add_data(c, b, b->next, st.bytes);
 }
 
+/* Searches from @offset on, if that has not been done yet. */
+static int find_from(Commit *c, int64_t offset)
+{
+    if (offset < c->found_end) {
+        return 0;
+    }
+    int64_t bytes = MIN(c->size - offset, FIND_SPAN);
+    c->at = 0;
+    c->found_end = offset + bytes;
+    return bdrv_find_allocated_above(c->opts->top, c->opts->base, offset, bytes, c->found);
+}
+
+/* What may be allocated next: the range at or behind @offset; empty, at found_end: nothing before
+ * that. */
+static BdrvRange next_found(Commit *c, int64_t offset)
+{
+    for (; c->at < c->found->len; c->at++) {
+        BdrvRange r = g_array_index(c->found, BdrvRange, c->at);
+        if (offset < r.offset + r.bytes) {
+            int64_t start = MAX(offset, r.offset);
+            return (BdrvRange){start, r.offset + r.bytes - start};
+        }
+    }
+    return (BdrvRange){c->found_end, 0};
+}
+
 /* Fills @b from c->next on. One entry of the graph. */
 static int collect_locked(Commit *c, CommitBatch *b)
 {
     BDRV_GRAPH_GUARD();
-    int64_t end = MIN(c->size, c->next + BATCH_SPAN);
     *b = (CommitBatch){.from = c->next, .next = c->next};
-    while (b->next < end && b->n < BATCH_EXTENTS && b->data < c->batch_bytes) {
-        int64_t step = add_next(c, b);
-        if (step < 0) {
-            return (int)step;
+    int ret = find_from(c, c->next);
+    while (ret >= 0 && b->n < BATCH_EXTENTS && b->data < c->batch_bytes) {
+        BdrvRange r = next_found(c, b->next);
+        b->next = r.offset;
+        if (r.bytes == 0) {
+            break;
         }
-        b->next += step;
+        int64_t step = add_next(c, b, r.offset + r.bytes);
+        b->next += MAX(step, 0);
+        ret = (int)MIN(step, 0);
     }
-    return 0;
+    return ret;
 }
 
 /* The first line is the text of the errno alone, which scripts look at; the rest says where. */
@@ -290,7 +323,7 @@ static void *worker_main(void *opaque)
 static bool copy_all(Commit *c, GError **errp)
 {
     pthread_t threads[WORKERS - 1];
-    unsigned started = 0, wanted = c->limit.speed ? 0 : WORKERS - 1;
+    unsigned started = 0, wanted = c->limit.speed ? 0 : MIN(WORKERS, MAX(qb_cpu_count(), 2)) - 1;
 
     while (started < wanted && qb_thread_start(&threads[started], "commit", worker_main, c)) {
         started++;
@@ -384,12 +417,14 @@ bool commit_run(const CommitOptions *opts, GError **errp)
         return false;
     }
     qb_mutex_init(&c.lock);
+    c.found = g_array_new(false, false, sizeof(BdrvRange));
     qb_progress_grow(opts->progress, (uint64_t)c.size);
     ok = (!was_read_only || bdrv_reopen_set_read_only(opts->base, false, errp)) &&
          commit_with_backends(&c, errp);
     if (was_read_only && !bdrv_is_read_only(opts->base)) {
         ok &= bdrv_reopen_set_read_only(opts->base, true, ok ? errp : NULL);
     }
+    g_array_unref(c.found);
     qb_mutex_destroy(&c.lock);
     return ok;
 }

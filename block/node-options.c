@@ -154,7 +154,8 @@ void bdrv_apply_node_options(BlockDriverState *bs, const BdrvNodeOptions *no, in
 
 int bdrv_inherit_flags(int flags, int role, bool parent_is_format)
 {
-    int everywhere = BDRV_O_NO_IO | BDRV_O_NO_NAMES | BDRV_O_AIO_NATIVE | BDRV_O_AIO_THREADS;
+    int everywhere = BDRV_O_NO_IO | BDRV_O_NO_NAMES | BDRV_O_AIO_NATIVE | BDRV_O_AIO_THREADS |
+                     BDRV_O_SCATTERED;
     int down = flags & (everywhere | BDRV_O_NO_BACKING | BDRV_O_CHECK | BDRV_O_PROTOCOL);
     if (role & BDRV_CHILD_COW) {
         return down & everywhere;

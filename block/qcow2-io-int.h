@@ -3,6 +3,7 @@
  *
  *   qcow2-io.c        entries of reads and writes, VM state
  *     qcow2-read.c      look up, pin, read, fill; block status
+ *     qcow2-find.c      where anything is, in bulk
  *     qcow2-cow.c       writes that allocate: plan, copy, write, link
  *     qcow2-compress.c  compressed clusters
  *     qcow2-discard.c   discard and zero
@@ -22,6 +23,7 @@
 
 #include <inttypes.h>
 #include "block/qcow2.h"
+#include "block/qcow2-requests.h"
 
 /* Beside 0 and -errno: what was looked at has changed, begin again. No I/O returns it. */
 #define QCOW2_STALE 2

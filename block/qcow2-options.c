@@ -191,7 +191,7 @@ static uint64_t default_limit(uint64_t tables, const BDRVQcow2State *s)
 
 /* Without options both kinds have room for the whole disk: L2 tables with a few for VM state, twice
  * the refcount blocks, as snapshots make the file longer. Where L2 tables do not fit, and nobody
- * says otherwise, they are loaded in slices. */
+ * says otherwise, they are loaded in slices; also where few entries of each will be looked at. */
 Qcow2CacheConfig qcow2_cache_config(const BDRVQcow2State *s)
 {
     uint64_t tables = qcow2_size_to_l1(s, s->header.size);
@@ -200,9 +200,10 @@ Qcow2CacheConfig qcow2_cache_config(const BDRVQcow2State *s)
     uint64_t refs = s->refcount_cache_size ? s->refcount_cache_size
                                            : default_limit((clusters >> s->refblock_bits) * 2, s);
     bool covers = l2 >> s->cluster_bits >= tables;
-    uint64_t part = s->l2_cache_entry_size  ? s->l2_cache_entry_size
-                    : covers ? s->cluster_size
-                             : MIN(s->cluster_size, DEFAULT_SLICE);
+    bool whole = covers && !(s->bs->open_flags & BDRV_O_SCATTERED);
+    uint64_t part = s->l2_cache_entry_size ? s->l2_cache_entry_size
+                    : whole                ? s->cluster_size
+                                           : MIN(s->cluster_size, DEFAULT_SLICE);
     return (Qcow2CacheConfig){
         .limit[QCOW2_TABLE_L2] = MAX(l2, part * 8),
         .limit[QCOW2_TABLE_REFBLOCK] = MAX(refs, minimum_of_refblocks(s)),

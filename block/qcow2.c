@@ -27,6 +27,7 @@
  */
 #include "block/qcow2.h"
 #include "block/qcow2-bitmap.h"
+#include "block/qcow2-requests.h"
 
 #include <inttypes.h>
 #include <string.h>
@@ -536,6 +537,7 @@ const BlockDriver bdrv_qcow2 = {
     .pwrite_zeroes = gated_pwrite_zeroes,
     .pdiscard = gated_pdiscard,
     .block_status = qcow2_block_status,
+    .find_allocated = qcow2_find_allocated,
     .flush = qcow2_flush,
     .supported_zero_flags = BDRV_REQ_MAY_UNMAP | BDRV_REQ_NO_FALLBACK,
     .map = gated_map,

@@ -787,23 +787,7 @@ int qcow2_zero_clusters(BlockDriverState *bs, uint64_t guest, uint64_t bytes, in
 bool qcow2_preallocate(BlockDriverState *bs, uint64_t guest, uint64_t bytes, QbProgress *progress,
                        GError **errp);
 
-/* ======================= qcow2-io.c, qcow2-compress.c ======================= */
-
-int qcow2_preadv(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes,
-                 IoVector *qiov, size_t qiov_offset, int flags);
-int qcow2_pwritev(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes,
-                  IoVector *qiov, size_t qiov_offset, int flags);
-int qcow2_pwritev_compressed(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes,
-                             IoVector *qiov, size_t qiov_offset);
-int qcow2_pwrite_zeroes(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes,
-                        int flags);
-int qcow2_pdiscard(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes);
-int qcow2_block_status(BlockDriverState *bs, int64_t offset, int64_t bytes, BdrvStatus *ret);
-int qcow2_save_vmstate(BlockDriverState *bs, IoVector *qiov, int64_t pos);
-int qcow2_load_vmstate(BlockDriverState *bs, IoVector *qiov, int64_t pos);
-int qcow2_map(BlockDriverState *bs, BlkQueue *queue, BdrvMapIntent intent, int64_t offset,
-              int64_t bytes, BdrvMapping *mapping);
-int qcow2_map_done(BlockDriverState *bs, BlkQueue *queue, BdrvMapping *mapping, int result);
+/* ======================= qcow2-compress.c ======================= */
 
 /* One cluster. compress: bytes written to @dst (< cluster_size), or -ENOSPC when it does not shrink.
  * decompress: exactly @dst_len bytes or -EIO. Thread-safe, pure. */

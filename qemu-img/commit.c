@@ -124,7 +124,7 @@ int img_commit(int argc, char **argv)
         return 1;
     }
     ImgOpen how = {.format = args.format, .image_opts = args.image_opts, .cache = args.cache,
-                   .unmap = true, .flags = BDRV_O_RDWR | BDRV_O_RESIZE};
+                   .unmap = true, .flags = BDRV_O_RDWR | BDRV_O_RESIZE | BDRV_O_SCATTERED};
     blk = img_open(operands->pdata[0], &how);
     if (!blk) {
         return 1;

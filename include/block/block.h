@@ -51,6 +51,8 @@ typedef enum BdrvOpenFlags {
     BDRV_O_AIO_THREADS = 1 << 10, /* ... says otherwise; or by threads */
     BDRV_O_NO_NAMES = 1 << 12,    /* open nothing that an image names: no backing, no data file */
     BDRV_O_TRIAL = 1 << 13,       /* nothing of it is to last: copying guest data may be left out */
+    BDRV_O_SCATTERED = 1 << 14,   /* the map will be looked at here and there: small pieces of it are
+                                   * loaded where nobody says otherwise */
     BDRV_O_NO_SHARE = 1 << 11,    /* for blk_new_open(): nobody else may write meanwhile */
 } BdrvOpenFlags;
 

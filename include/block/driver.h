@@ -213,6 +213,9 @@ struct BlockDriver {
     /* The extent at @offset: flags DATA ZERO OFFSET_VALID ALLOCATED COMPRESSED RECURSE; *ret->bytes at
      * most @bytes, at least 1 alignment unit; as long as the driver knows without extra I/O. */
     int (*block_status)(BlockDriverState *bs, int64_t offset, int64_t bytes, BdrvStatus *ret);
+    /* Appends to @ranges (BdrvRange), in order and apart, where in [offset, +bytes), which is not empty,
+     * block status may say ALLOCATED. For whole nodes: on all cores, past caches. NULL: anywhere. */
+    int (*find_allocated)(BlockDriverState *bs, int64_t offset, int64_t bytes, GArray *ranges);
     /* Makes the driver's own metadata and, for protocols, the file stable. The core flushes nothing
      * below a format that has this callback: its order is the driver's (design: one barrier, then ...). */
     int (*flush)(BlockDriverState *bs);

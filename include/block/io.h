@@ -135,6 +135,15 @@ int bdrv_block_status_above_step(BlockDriverState *bs, BlockDriverState *base, i
  * BdrvStatus. */
 int bdrv_is_allocated_above(BlockDriverState *bs, BlockDriverState *base, bool include_base,
                             int64_t offset, int64_t bytes, int64_t *ret_bytes);
+typedef struct BdrvRange {
+    int64_t offset, bytes;
+} BdrvRange;
+/* Makes of @ranges the ranges of [offset, +bytes), in order and apart, outside of which
+ * bdrv_block_status_above() would not say ALLOCATED; inside it may.  For those who go over a large
+ * node of which little may be allocated: maps are read in bulk, on all cores, past caches.  What is
+ * allocated while this runs may be missing.  0 or -errno. */
+int bdrv_find_allocated_above(BlockDriverState *bs, BlockDriverState *base, int64_t offset,
+                              int64_t bytes, GArray *ranges);
 /* 1 when the range is known to read as zeroes (beyond the end it does), 0 when not, or -errno.
  * Never reads data. */
 int bdrv_is_zero_fast(BlockDriverState *bs, int64_t offset, int64_t bytes);

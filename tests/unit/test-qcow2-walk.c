@@ -185,6 +185,86 @@ static void test_read_error(void)
     g_array_free(seen.runs, true);
 }
 
+/* --- what is there, in bulk --- */
+
+/* @want: offsets and lengths. */
+static void expect_found(BlockBackend *blk, int64_t offset, int64_t bytes, guint n,
+                         const int64_t (*want)[2])
+{
+    const BdrvRange other = {offset + bytes / 2, 1}; /* of another layer */
+    g_autoptr(GArray) ranges = g_array_new(false, false, sizeof(BdrvRange));
+    BDRV_GRAPH_GUARD();
+    g_array_append_val(ranges, other);
+    g_assert_cmpint(qcow2_find_allocated(blk_bs(blk), offset, bytes, ranges), ==, 0);
+    g_assert_cmpuint(ranges->len, ==, n + 1);
+    g_assert_cmpmem(ranges->data, sizeof(other), &other, sizeof(other));
+    for (guint i = 0; i < n; i++) {
+        g_assert_cmpint(g_array_index(ranges, BdrvRange, i + 1).offset, ==, want[i][0]);
+        g_assert_cmpint(g_array_index(ranges, BdrvRange, i + 1).bytes, ==, want[i][1]);
+    }
+}
+
+/* All kinds of content, more tables than one thread is for, from memory and from the file. */
+static void test_find(void)
+{
+    const int64_t all[][2] = {
+        {0, 512}, {8 * MIB, 512 * KIB + 512}, {20 * MIB, 1024}, {30 * MIB, 512}, {63 * MIB, MIB},
+    };
+    image_create("image", "size=64M,cluster_size=512");
+    BlockBackend *blk = image_open_rw("image");
+    expect_found(blk, 0, 64 * MIB, 0, NULL);
+    image_write(blk, 100, 10, 1);
+    image_write(blk, 8 * MIB, 512, 2);
+    image_write(blk, 8 * MIB + 512 * KIB, 512, 3); /* near enough */
+    image_write(blk, 20 * MIB, 1024, 6);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, 20 * MIB, 1024, 0), ==, 0); /* stays mapped */
+    image_write_compressed(blk, 30 * MIB, 512, 4, 0);
+    image_write(blk, 63 * MIB, MIB, 5);
+    for (int turn = 0; turn < 2; turn++) {
+        expect_found(blk, 0, 64 * MIB, G_N_ELEMENTS(all), all);
+        expect_found(blk, 8 * MIB + 256, MIB, 1, (const int64_t[][2]){{8 * MIB + 256,
+                                                                     512 * KIB + 256}});
+        expect_found(blk, 9 * MIB, 11 * MIB, 0, NULL);
+        blk_unref(blk);
+        blk = image_open_rw("image");
+    }
+    blk_unref(blk);
+}
+
+/* Mapped is not allocated; one subcluster is. */
+static void test_find_subclusters(void)
+{
+    image_create("base", "size=64M");
+    g_autofree char *base = image_path("base");
+    g_autofree char *options = g_strdup_printf("size=64M,extended_l2=on,preallocation=metadata,"
+                                               "backing_file=%s,backing_fmt=qcow2", base);
+    image_create("image", options);
+    g_autoptr(BlockBackend) blk = image_open_rw("image");
+    expect_found(blk, 0, 64 * MIB, 0, NULL);
+    image_write(blk, 33 * MIB + 2 * KIB, 2 * KIB, 1);
+    g_assert_cmpint(blk_pwrite_zeroes(blk, 40 * MIB, 2 * KIB, 0), ==, 0);
+    expect_found(blk, 0, 64 * MIB, 2,
+                 (const int64_t[][2]){{33 * MIB, 64 * KIB}, {40 * MIB, 64 * KIB}});
+}
+
+/* What cannot be right is something: whoever looks there gets the error. */
+static void test_find_damaged(void)
+{
+    image_create("image", "size=1G");
+    g_autoptr(BlockBackend) blk = image_open_rw("image");
+    image_write(blk, 0, 512, 1);
+    g_assert_cmpint(blk_flush(blk), ==, 0);
+    BDRVQcow2State *s = image_state(blk);
+    qb_mutex_lock(&s->lock);
+    qcow2_l1_set_locked(s, 1, UINT64_C(0x8000000000012200)); /* unaligned */
+    qb_mutex_unlock(&s->lock);
+    expect_found(blk, 0, (int64_t)1 << 30, 2,
+                 (const int64_t[][2]){{0, 64 * KIB}, {512 * MIB, 512 * MIB}});
+    qb_mutex_lock(&s->lock);
+    qcow2_l1_set_locked(s, 1, 0);
+    qb_mutex_unlock(&s->lock);
+}
+
 static int stop_at_second(const Qcow2WalkTable *table, void *opaque)
 {
     unsigned *n = opaque;
@@ -300,6 +380,9 @@ int main(int argc, char **argv)
     g_test_add_func("/qcow2-walk/dirty-tables", test_dirty_tables);
     g_test_add_func("/qcow2-walk/bad-tables", test_bad_tables);
     g_test_add_func("/qcow2-walk/read-error", test_read_error);
+    g_test_add_func("/qcow2-walk/find", test_find);
+    g_test_add_func("/qcow2-walk/find-subclusters", test_find_subclusters);
+    g_test_add_func("/qcow2-walk/find-damaged", test_find_damaged);
     g_test_add_func("/qcow2-walk/stop", test_stop);
     g_test_add_func("/qcow2-walk/edit", test_edit);
     int ret = g_test_run();

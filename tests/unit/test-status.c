@@ -77,6 +77,17 @@ static int fmt_block_status(BlockDriverState *bs, int64_t offset, int64_t bytes,
     return 0;
 }
 
+static int fmt_find_allocated(BlockDriverState *bs, int64_t offset, int64_t bytes, GArray *ranges)
+{
+    MapState *s = bs->opaque;
+    for (int64_t at = offset; at < offset + bytes; at += UNIT) {
+        if (s->layout[at / UNIT] != '.') {
+            g_array_append_val(ranges, ((BdrvRange){at, UNIT}));
+        }
+    }
+    return 0;
+}
+
 static int map_preadv(BlockDriverState *bs, BdrvRequest *req, int64_t offset, int64_t bytes,
                       IoVector *qiov, size_t qiov_offset, int flags)
 {
@@ -114,6 +125,7 @@ static const BlockDriver fmt_driver = {
     .getlength = map_getlength,
     .preadv = map_preadv,
     .block_status = fmt_block_status,
+    .find_allocated = fmt_find_allocated,
 };
 
 /* --- what is expected --- */
@@ -277,6 +289,37 @@ static void test_is_allocated(void)
     g_assert_cmpuint(file->lookups, ==, 0); /* nobody asked the file */
 }
 
+/* In [@first, +@n), in units: @want are first and last unit of each range. */
+static void expect_found(BlockDriverState *bs, BlockDriverState *base, int64_t first, int64_t n,
+                         guint count, const int64_t (*want)[2])
+{
+    g_autoptr(GArray) ranges = g_array_new(false, false, sizeof(BdrvRange));
+    g_array_append_val(ranges, ((BdrvRange){77, 77})); /* makes room for the answer */
+    g_assert_cmpint(bdrv_find_allocated_above(bs, base, first * UNIT, n * UNIT, ranges), ==, 0);
+    g_assert_cmpuint(ranges->len, ==, count);
+    for (guint i = 0; i < count; i++) {
+        const BdrvRange *r = &g_array_index(ranges, BdrvRange, i);
+        g_assert_cmpint(r->offset, ==, want[i][0] * UNIT);
+        g_assert_cmpint(r->offset + r->bytes, ==, (want[i][1] + 1) * UNIT);
+    }
+}
+
+static void test_find_allocated(void)
+{
+    g_autoptr(BlockDriverState) bs = open_node(CHAIN, 0);
+    g_autoptr(GArray) none = g_array_new(false, false, sizeof(BdrvRange));
+    expect_found(bs, bs, 0, 10, 0, NULL);
+    expect_found(bs, backing(bs), 0, 10, 2, (const int64_t[][2]){{0, 0}, {5, 5}});
+    /* the middle layer is shorter than the top */
+    expect_found(bs, backing(backing(bs)), 0, 10, 3,
+                 (const int64_t[][2]){{0, 3}, {5, 5}, {8, 9}});
+    expect_found(bs, backing(backing(bs)), 3, 4, 2, (const int64_t[][2]){{3, 3}, {5, 5}});
+    expect_found(bs, backing(backing(bs)), 9, 100, 1, (const int64_t[][2]){{9, 9}});
+    expect_found(bs, backing(backing(bs)), 10, 1, 0, NULL);
+    expect_found(bs, NULL, 0, 10, 1, (const int64_t[][2]){{0, 9}}); /* the lowest cannot tell */
+    g_assert_cmpint(bdrv_find_allocated_above(bs, NULL, -1, 1, none), ==, -EINVAL);
+}
+
 static void test_is_zero(void)
 {
     g_autoptr(BlockDriverState) bs = open_node(CHAIN, 0);
@@ -349,6 +392,7 @@ int main(int argc, char **argv)
     g_test_add_func("/status/chain", test_chain);
     g_test_add_func("/status/base", test_base);
     g_test_add_func("/status/is-allocated", test_is_allocated);
+    g_test_add_func("/status/find-allocated", test_find_allocated);
     g_test_add_func("/status/is-zero", test_is_zero);
     g_test_add_func("/status/ends", test_ends);
     g_test_add_func("/status/unaligned", test_unaligned);
