@@ -6,18 +6,28 @@
  *     3 the smallest structure that describes this and itself, in free clusters:
  *         [refcount blocks][refcount table][empty L1]        BARRIER
  *     4 one header write switches to all three of them       BARRIER     <- done
- *     5 if that can lie nearer to the front now: 3 and 4 once more
- *     6 the file ends behind the last cluster in use; holes before it are punched
+ *     5 refcount blocks that stayed where they are get their new counts
+ *     6 if the rest can lie nearer to the front now: 3 and 4 once more
+ *     7 the file ends behind the last cluster in use; holes before it are punched
+ *
+ *   A refcount block that lies before the last cluster that is kept costs nothing where it is, so it
+ *   stays, if its counts are needed at all: with a snapshot of a full image that is all of them.
+ *
+ *      before the switch     counts of all that was     >=     what is kept, and the new structure
+ *      step 5                what is kept, the new structure, and the one of step 6
+ *      at the end            what is kept, and the structure in use
  *
  * What is dropped is not looked at: the cost depends on what is kept.  Where step 3 finds no room
  * (a full disk is the usual moment to commit), or where something in the image is unknown or
  * damaged, so that it cannot be said what stays, L1 is cleared in place and what it mapped is freed
- * reference by reference; that makes the room, and steps 2 to 6 are tried again.
+ * reference by reference; that makes the room, and steps 2 to 7 are tried again.
  *
  * Invariants
  *  1. Until the header write the structure lies in clusters that nothing refers to; after it all
  *     that is not in the new counts is free.  At each moment the image is valid: after a crash it
- *     reads as before or as its backing file, with exact counts but for what step 3 had taken.
+ *     reads as before or as its backing file.  Counts are exact but for what step 3 had taken, and
+ *     never too low; from step 4 to the end of step 5 they may be too high where blocks stay, which
+ *     the dirty bit says (version 2 has none: `check -r leaks` returns the space).
  *  2. What was dropped is punched, cut off or allocated only when the switch is stable and those
  *     who had looked it up have left.
  *  3. L1 in place is the one way that is not all or nothing: each of its sectors that becomes
@@ -37,15 +47,24 @@
 #include "block/qcow2-check.h"
 #include "block/qcow2-refcount-int.h"
 
+/* A refcount block that the image has. */
+typedef struct Present {
+    uint64_t offset; /* 0: there is none, or it cannot stay */
+    bool stays;      /* its counts are needed, and it is counted itself */
+} Present;
+
 /* The structure to switch to. */
 typedef struct Blob {
     BlockDriverState *bs;
     BDRVQcow2State *s;
     Qcow2RefMap *map;      /* all that stays, and the structure itself */
     Qcow2HostRun l1, table;
-    GArray *blocks;        /* uint64_t: host offsets */
-    GArray *indices;       /* uint64_t: which entry of the table names which of them */
+    GArray *blocks;        /* uint64_t: host offsets of new ones */
+    GArray *indices;       /* uint64_t: which entries of the table name a block */
+    GArray *present;       /* Present: by index */
     uint64_t *entries;     /* the table in host order; NULL: not written yet */
+    bool dirties;          /* the switch sets the dirty bit */
+    bool settles;          /* the switch clears it */
     bool offered;          /* the header may name it */
     /* Where @map says all there is to say of what is free, the allocator is not asked: */
     Qcow2RefMap *avoid;    /* the structure in use; NULL: ask the allocator */
@@ -58,6 +77,7 @@ static void blob_init(Blob *b, BlockDriverState *bs, Qcow2RefMap *kept)
         .bs = bs, .s = qcow2_state(bs), .map = kept,
         .blocks = g_array_new(false, false, sizeof(uint64_t)),
         .indices = g_array_new(false, false, sizeof(uint64_t)),
+        .present = g_array_new(false, true, sizeof(Present)),
     };
 }
 
@@ -65,6 +85,7 @@ static void blob_clear(Blob *b)
 {
     g_array_free(b->blocks, true);
     g_array_free(b->indices, true);
+    g_array_free(b->present, true);
     g_free(b->entries);
     qcow2_refmap_free(b->avoid);
 }
@@ -208,6 +229,81 @@ static void give_last_block(Blob *b)
     give_run(b, &run);
 }
 
+/* ---------------------------------------------------------------- blocks that stay */
+
+/* Notes which blocks lie before the end of what is kept. */
+static void find_present(Blob *b)
+{
+    uint64_t end = qcow2_refmap_end(b->map) << b->s->cluster_bits;
+    QB_GUARD(&b->s->alloc_lock);
+    g_array_set_size(b->present, (guint)b->s->reftable.nb_entries);
+    for (guint i = 0; i < b->present->len; i++) {
+        uint64_t offset = qcow2_block_offset_locked(b->s, i);
+        bool ok = offset < end && qcow2_offset_into_cluster(b->s, offset) == 0;
+        g_array_index(b->present, Present, i) = (Present){.offset = ok ? offset : 0};
+    }
+}
+
+/* What belongs to something that is kept, or to another index, cannot stay. */
+static void set_staying(Blob *b, Present *p, bool stays)
+{
+    Qcow2HostRun run = {p->offset, b->s->cluster_size};
+    if (!stays) {
+        uncount_run(b, &run);
+    } else if (qcow2_refmap_count(b->map, p->offset >> b->s->cluster_bits)) {
+        p->offset = 0;
+        return;
+    } else {
+        count_run(b, &run);
+    }
+    p->stays = stays;
+}
+
+/* Those whose index is needed stay, no others do. True: that has changed something. */
+static bool update_staying(Blob *b)
+{
+    bool changed = false;
+    guint at = 0;
+    for (guint i = 0; i < b->present->len; i++) {
+        Present *p = &g_array_index(b->present, Present, i);
+        bool needed = at < b->indices->len && g_array_index(b->indices, uint64_t, at) == i;
+        at += needed;
+        if (p->offset && p->stays != needed) {
+            set_staying(b, p, needed);
+            changed = true;
+        }
+    }
+    return changed;
+}
+
+/* Where the block of @index stays; 0: it does not. */
+static uint64_t staying(const Blob *b, uint64_t index)
+{
+    const Present *p = index < b->present->len ? &g_array_index(b->present, Present, index) : NULL;
+    return p && p->stays ? p->offset : 0;
+}
+
+static bool any_stays(const Blob *b)
+{
+    for (guint i = 0; i < b->present->len; i++) {
+        if (staying(b, i)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static guint new_blocks_needed(const Blob *b)
+{
+    guint n = 0;
+    for (guint i = 0; i < b->indices->len; i++) {
+        n += !staying(b, g_array_index(b->indices, uint64_t, i));
+    }
+    return n;
+}
+
+/* ---------------------------------------------------------------- the whole of it */
+
 static void give_blob(Blob *b)
 {
     while (b->blocks->len) {
@@ -217,14 +313,19 @@ static void give_blob(Blob *b)
     give_run(b, &b->l1);
 }
 
-static bool leaf_in_use(const Qcow2RefLeaf *leaf)
+/* The first of the sorted @leaves that does not lie before @cluster. */
+static guint find_leaf(const GPtrArray *leaves, uint64_t cluster)
 {
-    for (unsigned i = 0; i < QCOW2_REF_LEAF; i++) {
-        if (qcow2_refleaf_count(leaf, i)) {
-            return true;
+    guint low = 0, high = leaves->len;
+    while (low < high) {
+        guint mid = low + (high - low) / 2;
+        if (((const Qcow2RefLeaf *)leaves->pdata[mid])->index < cluster / QCOW2_REF_LEAF) {
+            low = mid + 1;
+        } else {
+            high = mid;
         }
     }
-    return false;
+    return low;
 }
 
 /* Which blocks count something. */
@@ -232,15 +333,14 @@ static void find_indices(Blob *b)
 {
     g_autoptr(GPtrArray) leaves = qcow2_refmap_sorted(b->map);
     g_array_set_size(b->indices, 0);
-    for (guint i = 0; i < leaves->len; i++) {
+    for (guint i = 0; i < leaves->len; ) {
         const Qcow2RefLeaf *leaf = g_ptr_array_index(leaves, i);
         uint64_t index = leaf->index * QCOW2_REF_LEAF >> b->s->refblock_bits;
-        const uint64_t *last = b->indices->len
-                                   ? &g_array_index(b->indices, uint64_t, b->indices->len - 1)
-                                   : NULL;
-        if ((!last || *last != index) && leaf_in_use(leaf)) {
+        bool used = qcow2_refleaf_end(leaf) > 0;
+        if (used) {
             g_array_append_val(b->indices, index);
         }
+        i = used ? find_leaf(leaves, (index + 1) << b->s->refblock_bits) : i + 1;
     }
 }
 
@@ -263,14 +363,15 @@ static int fit_blocks(Blob *b)
 {
     find_indices(b);
     int ret = fit_table(b);
-    if (ret != 0) {
-        return ret;
-    }
-    if (b->blocks->len < b->indices->len) {
-        ret = take_blocks(b, b->indices->len - b->blocks->len);
+    if (ret != 0 || update_staying(b)) {
         return ret < 0 ? ret : 1;
     }
-    if (b->blocks->len > b->indices->len) {
+    guint needed = new_blocks_needed(b);
+    if (b->blocks->len < needed) {
+        ret = take_blocks(b, needed - b->blocks->len);
+        return ret < 0 ? ret : 1;
+    }
+    if (b->blocks->len > needed) {
         give_last_block(b);
         return 1;
     }
@@ -300,21 +401,6 @@ static uint64_t blob_end(const Blob *b)
 
 /* ---------------------------------------------------------------- writing it */
 
-/* The first of the sorted @leaves that does not lie before @cluster. */
-static guint find_leaf(const GPtrArray *leaves, uint64_t cluster)
-{
-    guint low = 0, high = leaves->len;
-    while (low < high) {
-        guint mid = low + (high - low) / 2;
-        if (((const Qcow2RefLeaf *)leaves->pdata[mid])->index < cluster / QCOW2_REF_LEAF) {
-            low = mid + 1;
-        } else {
-            high = mid;
-        }
-    }
-    return low;
-}
-
 /* Counts of block @index into @data. */
 static void encode_block(const Blob *b, uint64_t index, const GPtrArray *leaves, uint8_t *data)
 {
@@ -335,9 +421,34 @@ static void encode_block(const Blob *b, uint64_t index, const GPtrArray *leaves,
     }
 }
 
+/* A block of the structure. */
+typedef struct Place {
+    uint64_t index, offset;
+    bool stays;
+} Place;
+
+/* Those that stay, or those that are new. */
+static GArray *places(const Blob *b, bool stay)
+{
+    GArray *list = g_array_new(false, false, sizeof(Place));
+    guint next = 0;
+    for (guint i = 0; i < b->indices->len; i++) {
+        uint64_t index = g_array_index(b->indices, uint64_t, i), offset = staying(b, index);
+        Place p = {index, offset, offset != 0};
+        if (!p.stays) {
+            p.offset = g_array_index(b->blocks, uint64_t, next++);
+        }
+        if (p.stays == stay) {
+            g_array_append_val(list, p);
+        }
+    }
+    return list;
+}
+
 typedef struct BlockWriter {
     const Blob *b;
     const GPtrArray *leaves;
+    const GArray *places;
 } BlockWriter;
 
 static int write_part(uint64_t first, uint64_t end, unsigned part, void *opaque)
@@ -347,18 +458,28 @@ static int write_part(uint64_t first, uint64_t end, unsigned part, void *opaque)
     QB_AUTO_FREE uint8_t *data = qb_try_memalign(4096, MAX(s->cluster_size, 4096));
     int ret = data ? 0 : -ENOMEM;
     for (guint i = (guint)first; i < end && ret == 0; i++) {
-        encode_block(w->b, g_array_index(w->b->indices, uint64_t, i), w->leaves, data);
-        ret = bdrv_pwrite(w->b->bs->file, (int64_t)g_array_index(w->b->blocks, uint64_t, i),
-                          s->cluster_size, data, 0);
+        const Place *p = &g_array_index(w->places, Place, i);
+        encode_block(w->b, p->index, w->leaves, data);
+        ret = bdrv_pwrite(w->b->bs->file, (int64_t)p->offset, s->cluster_size, data, 0);
     }
     return ret;
 }
 
-static int write_blocks(const Blob *b)
+/* What the map says, past the cache. */
+static int write_places(const Blob *b, const GArray *list)
 {
+    if (!list->len) {
+        return 0;
+    }
     g_autoptr(GPtrArray) leaves = qcow2_refmap_sorted(b->map);
-    BlockWriter w = {b, leaves};
-    return qcow2_walk_in_parts(b->blocks->len, write_part, &w);
+    BlockWriter w = {b, leaves, list};
+    return qcow2_walk_in_parts(list->len, write_part, &w);
+}
+
+static int write_blocks(const Blob *b, bool stay)
+{
+    g_autoptr(GArray) list = places(b, stay);
+    return write_places(b, list);
 }
 
 /* Kept for memory, too: after the switch nothing may fail (invariant 5). */
@@ -369,10 +490,13 @@ static int write_table(Blob *b)
     if (!be || !b->entries) {
         return -ENOMEM;
     }
-    for (guint i = 0; i < b->blocks->len; i++) {
-        uint64_t index = g_array_index(b->indices, uint64_t, i);
-        b->entries[index] = g_array_index(b->blocks, uint64_t, i);
-        be[index] = htobe64(b->entries[index]);
+    for (int stay = 0; stay < 2; stay++) {
+        g_autoptr(GArray) list = places(b, stay);
+        for (guint i = 0; i < list->len; i++) {
+            const Place *p = &g_array_index(list, Place, i);
+            b->entries[p->index] = p->offset;
+            be[p->index] = htobe64(p->offset);
+        }
     }
     return bdrv_pwrite(b->bs->file, (int64_t)b->table.offset, (int64_t)b->table.bytes, be, 0);
 }
@@ -384,17 +508,25 @@ static void switch_to_blob(Qcow2Header *h, void *opaque)
     h->l1_size = new_l1_size(b->s);
     h->reftable_offset = b->table.offset;
     h->reftable_clusters = (uint32_t)(b->table.bytes >> b->s->cluster_bits);
+    h->incompatible |= b->dirties ? QCOW2_INCOMPAT_DIRTY : 0;
+    h->incompatible &= b->settles ? ~(uint64_t)QCOW2_INCOMPAT_DIRTY : UINT64_MAX;
+}
+
+/* Blocks that stay have to count the structure already when the header names it. */
+static int make_stable(const Blob *b)
+{
+    return b->avoid || !any_stays(b) ? bdrv_flush(b->bs->file->bs) : qcow2_flush(b->bs);
 }
 
 /* Steps 3 and 4. */
 static int install_blob(Blob *b)
 {
     bdrv_debug_event(b->bs->file, "empty_image_prepare");
-    int ret = write_blocks(b);
+    int ret = write_blocks(b, false);
     ret = ret < 0 ? ret : write_table(b);
     ret = ret < 0 ? ret : bdrv_pwrite_zeroes(b->bs->file, (int64_t)b->l1.offset,
                                              (int64_t)b->l1.bytes, 0);
-    ret = ret < 0 ? ret : bdrv_flush(b->bs->file->bs);
+    ret = ret < 0 ? ret : make_stable(b);
     if (ret < 0) {
         return ret;
     }
@@ -507,31 +639,129 @@ static void refuse_requests(BDRVQcow2State *s)
     atomic_store(&s->corrupt, true);
 }
 
-/* Step 5: the dropped clusters are free by now, so a structure may find room before them. The one
- * there is stays in use until the switch, and is not counted by the new one. */
-static void move_to_front(Blob *b)
+static void count_staying(Blob *b)
 {
-    bool settled = true;
-    BLOB_AUTO front;
-    blob_init(&front, b->bs, b->map);
+    for (guint i = 0; i < b->present->len; i++) {
+        const Present *p = &g_array_index(b->present, Present, i);
+        if (p->stays) {
+            count_run(b, &(Qcow2HostRun){p->offset, b->s->cluster_size});
+        }
+    }
+}
+
+/* What stays for @b but not for @front goes with the rest of @b; without @front, it stays. */
+static void part_from(Blob *b, Blob *front, bool moves)
+{
+    for (guint i = 0; i < b->present->len; i++) {
+        Present *mine = &g_array_index(b->present, Present, i);
+        Present *next = &g_array_index(front->present, Present, i);
+        if (!moves && mine->stays != next->stays) {
+            set_staying(front, next, mine->stays);
+        } else if (mine->stays && !next->stays) {
+            g_array_append_val(b->blocks, mine->offset);
+            mine->stays = false;
+        }
+    }
+}
+
+/* Step 6: the dropped clusters are free by now, so a structure may find room before them. The one
+ * there is stays in use until the switch. */
+static bool take_front(Blob *b, Blob *front)
+{
     count_blob(b, uncount_run);
-    front.limit = (blob_end(b) >> b->s->cluster_bits) - 1; /* at least a cluster nearer */
-    front.avoid = qcow2_refmap_new(1);
+    blob_init(front, b->bs, b->map);
+    g_array_append_vals(front->present, b->present->data, b->present->len);
+    front->limit = (blob_end(b) >> b->s->cluster_bits) - 1; /* at least a cluster nearer */
+    front->avoid = qcow2_refmap_new(1);
+    front->settles = b->dirties;
     Blob busy = {
-        .s = b->s, .map = front.avoid, .l1 = b->l1, .table = b->table, .blocks = b->blocks,
+        .s = b->s, .map = front->avoid, .l1 = b->l1, .table = b->table, .blocks = b->blocks,
+        .present = b->present,
     };
     count_blob(&busy, count_run);
-    if (take_blob(&front) == 0) {
-        if (install_blob(&front) == 0) {
-            adopt_blob(&front);
-            return;
-        }
-        give_blob(&front);
-        settled = !front.offered || bdrv_flush(b->bs->file->bs) == 0;
-    }
+    count_staying(&busy);
+    bool moves = take_blob(front) == 0;
+    part_from(b, front, moves);
     count_blob(b, count_run);
-    if (!settled) {
+    return moves;
+}
+
+static void mark_run(const BDRVQcow2State *s, uint64_t offset, uint64_t bytes, bool *marks)
+{
+    uint64_t last = qcow2_block_of(s, (offset + bytes - 1) >> s->cluster_bits);
+    for (uint64_t i = qcow2_block_of(s, offset >> s->cluster_bits); i <= last; i++) {
+        marks[i] = true;
+    }
+}
+
+/* Those of the blocks that stay which count clusters of @old. */
+static GArray *places_that_count(const Blob *b, const Blob *old)
+{
+    const BDRVQcow2State *s = b->s;
+    uint64_t n = qcow2_block_of(s, (blob_end(old) - 1) >> s->cluster_bits) + 1;
+    g_autofree bool *marks = g_new0(bool, n);
+    g_autoptr(GArray) all = places(b, true);
+    GArray *list = g_array_new(false, false, sizeof(Place));
+    mark_run(s, old->l1.offset, old->l1.bytes, marks);
+    mark_run(s, old->table.offset, old->table.bytes, marks);
+    for (guint i = 0; i < old->blocks->len; i++) {
+        mark_run(s, g_array_index(old->blocks, uint64_t, i), s->cluster_size, marks);
+    }
+    for (guint i = 0; i < all->len; i++) {
+        const Place *p = &g_array_index(all, Place, i);
+        if (p->index < n && marks[p->index]) {
+            g_array_append_vals(list, p, 1);
+        }
+    }
+    return list;
+}
+
+/* @b is counted on disk, but not used any more. */
+static int give_counts_back(const Blob *front, const Blob *b)
+{
+    g_autoptr(GArray) list = places_that_count(front, b);
+    return write_places(front, list);
+}
+
+static int move_to_front(Blob *b, Blob *front)
+{
+    count_blob(b, uncount_run);
+    int ret = install_blob(front);
+    if (ret == 0) {
+        ret = give_counts_back(front, b);
+        adopt_blob(front);
+        return ret;
+    }
+    give_blob(front);
+    count_blob(b, count_run);
+    if (front->offered && bdrv_flush(b->bs->file->bs) < 0) {
         refuse_requests(b->s);
+    }
+    return ret;
+}
+
+static void clear_dirty(Qcow2Header *h, void *opaque)
+{
+    h->incompatible &= ~(uint64_t)QCOW2_INCOMPAT_DIRTY;
+}
+
+/* Steps 5 and 6. What fails here costs space only; the dirty bit stays then. */
+static void settle_counts(Blob *b)
+{
+    BLOB_AUTO front;
+    adopt_blob(b);
+    bool moves = take_front(b, &front);
+    int ret = write_blocks(moves ? &front : b, true);
+    qcow2_cache_poison(b->s->cache, 0, QCOW2_MAX_HOST_OFFSET); /* nobody counts, but one may look */
+    if (ret == 0 && moves) {
+        ret = move_to_front(b, &front);
+    } else if (ret == 0 && b->dirties) {
+        ret = bdrv_flush(b->bs->file->bs);
+        ret = ret < 0 ? ret : qcow2_header_update(b->bs, clear_dirty, NULL, true);
+    }
+    if (ret < 0 && any_stays(b)) {
+        bdrv_warn("Failed to lower the counts of what was dropped: %s; 'qemu-img check -r leaks' "
+                  "returns the space", g_strerror(-ret));
     }
 }
 
@@ -541,17 +771,21 @@ static bool switch_to_smallest(BlockDriverState *bs)
     uint64_t used_end = atomic_load(&qcow2_state(bs)->file_end);
     g_autoptr(Qcow2RefMap) kept = has_unknown_owners(qcow2_state(bs)) ? NULL
                                                                      : qcow2_check_count_kept(bs);
-    BLOB_AUTO b;
-    blob_init(&b, bs, kept);
-    if (!kept || take_blob(&b) < 0) {
+    if (!kept) {
         return false;
     }
+    BLOB_AUTO b;
+    blob_init(&b, bs, kept);
+    find_present(&b);
+    if (take_blob(&b) < 0) {
+        return false;
+    }
+    b.dirties = any_stays(&b) && b.s->version >= 3 && !qcow2_dirty_bit(b.s);
     if (install_blob(&b) < 0) {
         give_blob(&b);
         return false;
     }
-    adopt_blob(&b);
-    move_to_front(&b);
+    settle_counts(&b);
     if (!atomic_load(&b.s->corrupt)) {
         give_space_back(&b, used_end);
     }

@@ -216,8 +216,8 @@ ROWS = [
     Row("commit/1T-metadata-64M", 0.5, ["a", "base"],
         scattered(TIB, 64 * MIB, before=overlay(TIB, "-o", "preallocation=metadata,extended_l2=on")),
         COMMIT, same=bases, gates={"barriers": 8}, slow=True),
-    # The snapshot keeps all the clusters.  The limit: 256 MiB of tables read for the status by one thread,
-    # read again to count what stays, and 32 MiB of counts written twice: 0.025 with two cores.
+    # The snapshot keeps all the clusters.  256 MiB of tables are read to find what is allocated, and again to
+    # count what stays; 32 MiB of counts and the 120 MiB of the base are written: that is two thirds of it.
     Row("commit/1T-metadata-64M-snapshot-bitmap", 0.01, ["a", "base"],
         then(scattered(TIB, 64 * MIB, before=overlay(TIB, "-o", "preallocation=metadata,extended_l2=on")),
              img("snapshot", "-c", "s", "{dir}/a"), img("bitmap", "--add", "{dir}/a", "b")),

@@ -570,6 +570,19 @@ static void leave_last_snapshot(World *w)
     g_assert_true(world_close(w));
 }
 
+/* All data moves behind those of the first snapshot, which goes; a second one keeps it there. */
+static void keep_the_end(World *w)
+{
+    unsigned c = w->kind->cluster;
+    g_assert_true(world_open(w));
+    for (unsigned at = 0; at + c <= w->kind->sectors; at += c) {
+        world_write(w, at, c);
+    }
+    g_assert_true(create_snapshot(w));
+    g_assert_true(delete_snapshot(w));
+    g_assert_true(world_close(w));
+}
+
 static bool run_snapshot_apply(World *w)
 {
     GError *err = NULL;
@@ -835,6 +848,8 @@ const Operation operations[] = {
     {"make-empty", "image", NULL, run_make_empty, OVER, 0, 0, NULL},
     {"make-empty-full", "image", fill_disk, run_make_empty, OVER, 0, 0,
      " backing backing-v2 backing-ext backing-snapshot "},
+    {"make-empty-blocks", "image", NULL, run_make_empty, OVER | KIND_BLOCKS, 0, 0, NULL},
+    {"make-empty-front", "image", keep_the_end, run_make_empty, OVER | KIND_BLOCKS, 0, 0, NULL},
     {"bitmap-add", "bitmap", NULL, run_bitmap_add, KIND_BITMAPS, 0, 0, NULL},
     {"bitmap-remove", "bitmap", NULL, run_bitmap_remove, KIND_BITMAPS, 0, 0, NULL},
     {"bitmap-remove-broken", "bitmap", NULL, run_bitmap_remove_broken, KIND_BITMAPS, 0, 0, NULL},
@@ -889,7 +904,7 @@ bool operation_fits(const Operation *op, const Kind *kind)
     if (kind->flags & KIND_BIG && strcmp(op->group, "bitmap")) {
         return false;
     }
-    if ((kind->flags & KIND_TIGHT) && !(op->need & KIND_TIGHT)) {
+    if (kind->flags & (KIND_TIGHT | KIND_BLOCKS) & ~op->need) {
         return false;
     }
     return (kind->flags & op->need) == op->need && !(kind->flags & op->bar);

@@ -39,6 +39,7 @@ typedef enum KindFlags {
     KIND_TIGHT = 1 << 13,     /* counts are full: for operations that need just that */
     KIND_PARTS = 1 << 14,     /* extended L2 entries, with subclusters of one sector */
     KIND_SHORT_BASE = 1 << 15, /* the base is shorter than the image */
+    KIND_BLOCKS = 1 << 16,    /* several refcount blocks: for operations that write them anew */
 } KindFlags;
 
 typedef struct Kind {
