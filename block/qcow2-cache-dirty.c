@@ -7,8 +7,9 @@
  * Invariants
  * 1. Between collecting and returning, a table stays in memory: its pieces hold a pin each.
  * 2. All or nothing: when there is no memory for a copy, what was collected becomes dirty again.
- * 3. Clean sectors of a table are what the disk has.  Few of them between dirty ones, if they are
- *    known, are written again: a write of two pages costs less than two writes.
+ * 3. Clean sectors of a table are what the disk has.  Few of them between dirty ones are written
+ *    again: a write of two pages costs less than two writes.  They are of dirty parts only: these
+ *    stay under the piece's pin, should it fail and become dirty again.
  *
  * The order in which pieces are written is qcow2-flush.c's business.
  *
@@ -43,9 +44,11 @@ static bool collect_run_locked(Qcow2Table *t, unsigned first, unsigned end, GArr
     return true;
 }
 
-static bool sector_known_locked(const Qcow2Table *t, unsigned i)
+static bool in_dirty_part_locked(const Qcow2Table *t, unsigned i)
 {
-    return qcow2_table_known_locked(t, (unsigned)(i * t->cache->sector / t->part_bytes));
+    const Part *p = t->parts[i * t->cache->sector / t->part_bytes];
+
+    return p && p->list == &t->dirty_parts;
 }
 
 /* Where the run ends that begins with the dirty sector @first (invariant 3). */
@@ -56,7 +59,7 @@ static unsigned run_end_locked(const Qcow2Table *t, unsigned first)
     for (unsigned i = end; i < t->cache->nb_sectors && i <= end + gap; i++) {
         if (sector_dirty(t, i)) {
             end = i + 1;
-        } else if (!sector_known_locked(t, i)) {
+        } else if (!in_dirty_part_locked(t, i)) {
             break;
         }
     }

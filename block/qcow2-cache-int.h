@@ -70,9 +70,7 @@ void qcow2_table_set_dirty_locked(Qcow2Table *t, size_t pos, size_t len);
 void qcow2_table_set_clean_locked(Qcow2Table *t);
 /* The last one may free a table that is poisoned, or has nothing in memory. */
 void qcow2_table_unpin_locked(Qcow2Table *t);
-/* Is part @index in memory, or zeroes as far as is known? */
-bool qcow2_table_known_locked(const Qcow2Table *t, unsigned index);
-/* Copies bytes whose parts are so. */
+/* Copies bytes whose parts are in memory or known to be zeroes. */
 void qcow2_table_copy_out_locked(const Qcow2Table *t, size_t pos, size_t len, uint8_t *out);
 
 #endif

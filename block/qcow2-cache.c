@@ -133,7 +133,7 @@ static bool is_zero_locked(const Qcow2Table *t, unsigned index)
     return t->zero && (t->zero[index / 64] & (UINT64_C(1) << (index % 64)));
 }
 
-bool qcow2_table_known_locked(const Qcow2Table *t, unsigned index)
+static bool is_known_locked(const Qcow2Table *t, unsigned index)
 {
     return is_zero_locked(t, index) || (t->parts[index] && !t->parts[index]->loading);
 }
@@ -710,7 +710,7 @@ bool qcow2_cache_copy_part(Qcow2Cache *c, const Qcow2TableRange *r, void *out)
     }
     range_of(t, r, &first, &end);
     for (unsigned i = first; i < end; i++) {
-        if (!qcow2_table_known_locked(t, i)) {
+        if (!is_known_locked(t, i)) {
             return false;
         }
         if (t->parts[i]) {
@@ -923,7 +923,7 @@ static uint8_t *bytes_at_locked(const Qcow2Table *t, size_t pos, size_t len, siz
     unsigned index = (unsigned)(pos / t->part_bytes);
     size_t into = pos % t->part_bytes;
 
-    assert(qcow2_table_known_locked(t, index));
+    assert(is_known_locked(t, index));
     *ret_n = MIN(len, t->part_bytes - into);
     return t->parts[index] && !t->parts[index]->loading ? t->parts[index]->data + into : NULL;
 }
@@ -955,7 +955,7 @@ bool qcow2_table_load_present(const Qcow2Table *t, void *out)
 
     for (unsigned i = 0; i < t->nb_parts; i++) {
         size_t pos = i * t->part_bytes;
-        if (qcow2_table_known_locked(t, i)) {
+        if (is_known_locked(t, i)) {
             qcow2_table_copy_out_locked(t, pos, t->part_bytes, (uint8_t *)out + pos);
         } else {
             all = false;
