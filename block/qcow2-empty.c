@@ -231,10 +231,24 @@ static void give_last_block(Blob *b)
 
 /* ---------------------------------------------------------------- blocks that stay */
 
+/* One past the last cluster with a count. */
+static uint64_t map_end(const Blob *b)
+{
+    g_autoptr(GPtrArray) leaves = qcow2_refmap_sorted(b->map);
+    for (guint i = leaves->len; i > 0; i--) {
+        const Qcow2RefLeaf *leaf = g_ptr_array_index(leaves, i - 1);
+        unsigned end = qcow2_refleaf_end(leaf);
+        if (end) {
+            return leaf->index * QCOW2_REF_LEAF + end;
+        }
+    }
+    return 0;
+}
+
 /* Notes which blocks lie before the end of what is kept. */
 static void find_present(Blob *b)
 {
-    uint64_t end = qcow2_refmap_end(b->map) << b->s->cluster_bits;
+    uint64_t end = map_end(b) << b->s->cluster_bits;
     QB_GUARD(&b->s->alloc_lock);
     g_array_set_size(b->present, (guint)b->s->reftable.nb_entries);
     for (guint i = 0; i < b->present->len; i++) {
@@ -401,24 +415,48 @@ static uint64_t blob_end(const Blob *b)
 
 /* ---------------------------------------------------------------- writing it */
 
+/* Counts that are alike, not yet in the block. */
+typedef struct Fill {
+    uint8_t *data;
+    unsigned order;
+    uint64_t slot, n, count;
+} Fill;
+
+static void finish_fill(const Fill *f)
+{
+    if (f->n && f->count) {
+        qcow2_fill_counts(f->data, f->order, f->slot, f->n, f->count);
+    }
+}
+
+static void fill_more(Fill *f, uint64_t slot, uint64_t n, uint64_t count)
+{
+    if (f->slot + f->n != slot || f->count != count) {
+        finish_fill(f);
+        *f = (Fill){f->data, f->order, slot, 0, count};
+    }
+    f->n += n;
+}
+
 /* Counts of block @index into @data. */
 static void encode_block(const Blob *b, uint64_t index, const GPtrArray *leaves, uint8_t *data)
 {
     uint64_t first = index << b->s->refblock_bits;
     uint64_t end = first + (UINT64_C(1) << b->s->refblock_bits);
+    Fill f = {.data = data, .order = b->s->refcount_order};
     memset(data, 0, b->s->cluster_size);
     for (guint i = find_leaf(leaves, first); i < leaves->len; i++) {
         const Qcow2RefLeaf *leaf = g_ptr_array_index(leaves, i);
         uint64_t cluster = leaf->index * QCOW2_REF_LEAF;
         if (cluster >= end) {
-            return;
+            break;
         }
         for (unsigned k = 0, n; k < QCOW2_REF_LEAF; k += n) {
             n = qcow2_refleaf_run(leaf, k);
-            qcow2_fill_counts(data, b->s->refcount_order, cluster + k - first, n,
-                              qcow2_refleaf_count(leaf, k));
+            fill_more(&f, cluster + k - first, n, qcow2_refleaf_count(leaf, k));
         }
     }
+    finish_fill(&f);
 }
 
 /* A block of the structure. */
@@ -586,7 +624,7 @@ static void discard_behind(BlockDriverState *bs, uint64_t end, uint64_t used_end
 
 static void give_space_back(const Blob *b, uint64_t used_end)
 {
-    uint64_t end = qcow2_refmap_end(b->map) << b->s->cluster_bits;
+    uint64_t end = map_end(b) << b->s->cluster_bits;
     int ret = qcow2_cut_file(b->bs);
     if (ret < 0 && ret != -ENOTSUP) {
         bdrv_warn("Failed to truncate the tail of the image: %s", g_strerror(-ret));
