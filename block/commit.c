@@ -42,7 +42,7 @@
 #define BATCH_BYTES (4 * 1024 * 1024)
 #define SLOW_BATCH_BYTES (64 * 1024) /* at least, with a limited rate */
 #define PIECE_BYTES (1024 * 1024)
-#define WORKERS 4 /* at most, and one for a core: they wait for each other at the base's file */
+#define WORKERS 4 /* transfers under way; more of them wait for each other at the base's file */
 #define LOOK_BYTES (INT64_C(1) << 30) /* an answer is asked for again where a batch ended in it */
 #define FIND_SPAN (INT64_C(256) << 30) /* searched at once; and at most looked at for a batch */
 #define NAP_NS 50000000
@@ -323,7 +323,7 @@ static void *worker_main(void *opaque)
 static bool copy_all(Commit *c, GError **errp)
 {
     pthread_t threads[WORKERS - 1];
-    unsigned started = 0, wanted = c->limit.speed ? 0 : MIN(WORKERS, MAX(qb_cpu_count(), 2)) - 1;
+    unsigned started = 0, wanted = c->limit.speed ? 0 : WORKERS - 1;
 
     while (started < wanted && qb_thread_start(&threads[started], "commit", worker_main, c)) {
         started++;
