@@ -54,7 +54,7 @@ typedef struct Commit {
     int64_t batch_bytes; /* at most, of data */
     QbMutex lock;
     int64_t next;  /* where the next batch begins; guarded by lock, as are all below */
-    GArray *found; /* BdrvRange: what may be allocated from somewhere up to found_end */
+    GArray *found; /* BdrvRange: what may be allocated from next up to found_end, and what was before */
     guint at;      /* the first of them that does not lie before next */
     int64_t found_end;
     GError *error; /* the first */

@@ -778,11 +778,6 @@ static int move_to_front(Blob *b, Blob *front)
     return ret;
 }
 
-static void clear_dirty(Qcow2Header *h, void *opaque)
-{
-    h->incompatible &= ~(uint64_t)QCOW2_INCOMPAT_DIRTY;
-}
-
 /* Steps 5 and 6. What fails here costs space only; the dirty bit stays then. */
 static void settle_counts(Blob *b)
 {
@@ -795,7 +790,7 @@ static void settle_counts(Blob *b)
         ret = move_to_front(b, &front);
     } else if (ret == 0 && b->dirties) {
         ret = bdrv_flush(b->bs->file->bs);
-        ret = ret < 0 ? ret : qcow2_header_update(b->bs, clear_dirty, NULL, true);
+        ret = ret < 0 ? ret : qcow2_set_incompatible(b->bs, 0, QCOW2_INCOMPAT_DIRTY);
     }
     if (ret < 0 && any_stays(b)) {
         bdrv_warn("Failed to lower the counts of what was dropped: %s; 'qemu-img check -r leaks' "

@@ -3,7 +3,7 @@
  *
  *   qb_io_run(ops, n, mode)
  *        |  n == 1 ............................................ a plain call in this thread
- *        |  io_uring: iobatch-uring.c    native, O_DIRECT: iobatch-libaio.c
+ *        |  io_uring, file not in memory: iobatch-uring.c    native, O_DIRECT: iobatch-libaio.c
  *        |            |  first transfer of each op, up to 64 under way
  *        |            +--> qb_io_complete(): a short transfer is continued in this thread
  *        v
@@ -370,7 +370,7 @@ static bool all_direct(const QbIoOp *ops, size_t n)
 #endif
 
 /* A ring hands what may have to wait to threads of the kernel, and takes all of a file system that
- * cannot tell for that. */
+ * cannot tell for that. The ops of a batch are nearly always of one file: the first one speaks for all. */
 static void run_in_engine(QbIoOp *ops, size_t n, QbAioMode mode)
 {
 #ifdef CONFIG_IO_URING

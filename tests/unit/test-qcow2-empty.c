@@ -191,6 +191,34 @@ static void test_alone_in_its_block(void)
     expect_empty(kept, shape);
 }
 
+/* The structure lies as near to the front as can be at once: it does not move, and all is settled. */
+static void test_stays_at_once(void)
+{
+    const Shape *shape = &shapes[1];
+    g_autofree uint8_t *memory = g_malloc(SIZE);
+    const uint8_t *kept[MAX_SNAPSHOTS] = {memory};
+    GError *err = NULL;
+    make_chain(shape);
+    BlockBackend *blk = image_open_rw("image");
+    bdrv_graph_rdlock();
+    int64_t gap = qcow2_alloc_clusters(blk_bs(blk), 4 * 512);
+    bdrv_graph_rdunlock();
+    g_assert_cmpint(gap, >, 0);
+    image_write(blk, 0, 64 * KIB, 1);
+    blk_truncate(blk, 4 * MIB, false, PREALLOC_MODE_OFF, false, &err); /* the L1 moves */
+    g_assert_no_error(err);
+    take_snapshot(blk, 0, memory);
+    bdrv_graph_rdlock();
+    qcow2_free_run(blk_bs(blk), (uint64_t)gap, 4 * 512, QCOW2_DISCARD_ALWAYS);
+    bdrv_graph_rdunlock();
+    g_assert_cmpint(blk_flush(blk), ==, 0);
+    blk_make_empty(blk, false, &err);
+    g_assert_no_error(err);
+    g_assert_cmpuint(image_state(blk)->header.l1_offset, ==, (uint64_t)gap);
+    blk_unref(blk);
+    expect_empty(kept, shape);
+}
+
 int main(int argc, char **argv)
 {
     g_test_init(&argc, &argv, NULL);
@@ -200,6 +228,7 @@ int main(int argc, char **argv)
         g_test_add_data_func(name, &shapes[i], test_random);
     }
     g_test_add_func("/qcow2-empty/alone-in-its-block", test_alone_in_its_block);
+    g_test_add_func("/qcow2-empty/stays-at-once", test_stays_at_once);
     int ret = g_test_run();
     image_teardown();
     return ret;
